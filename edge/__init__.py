@@ -1,0 +1,55 @@
+"""mimo-edge: MiMo-V2 models on phones, cars and routers.
+
+Importing this package loads none of the heavy parts: every public name is
+imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mimo_edge.api import Piece, Reply, Runtime, Session
+    from mimo_edge.bundle import Bundle
+    from mimo_edge.config import MimoConfig
+    from mimo_edge.errors import MimoEdgeError
+    from mimo_edge.export.pipeline import export_bundle
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Bundle": "mimo_edge.bundle",
+    "MimoConfig": "mimo_edge.config",
+    "MimoEdgeError": "mimo_edge.errors",
+    "Piece": "mimo_edge.api",
+    "Reply": "mimo_edge.api",
+    "Runtime": "mimo_edge.api",
+    "Session": "mimo_edge.api",
+    "export_bundle": "mimo_edge.export.pipeline",
+}
+
+__all__ = [
+    "Bundle",
+    "MimoConfig",
+    "MimoEdgeError",
+    "Piece",
+    "Reply",
+    "Runtime",
+    "Session",
+    "__version__",
+    "export_bundle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module 'mimo_edge' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

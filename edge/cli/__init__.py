@@ -1,0 +1,1 @@
+"""Command line of mimo-edge: parses, calls the API, prints."""

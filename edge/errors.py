@@ -1,0 +1,89 @@
+"""Every error mimo-edge raises on purpose.
+
+MimoEdgeError
+├── UsageError             wrong call: bad argument, unknown name
+├── ConfigError            a model or run configuration we refuse
+├── CheckpointError        a Hugging Face checkpoint that is damaged, incomplete or inconsistent
+├── QuantError             data that cannot be quantised or dequantised (NaN scale, bad shape)
+├── ExportError            an export that could not finish (disk full, output in the way)
+├── BundleError            a bundle or GGUF that is damaged, incomplete or not ours
+│   └── IntegrityError     bytes whose checksum differs from the manifest
+├── TokenizerError         missing or damaged tokenizer or chat template
+├── DeviceError            does not fit the device or profile
+├── BackendError           a backend that is missing, unsupported or failed
+├── CacheError             a KV cache asked for what it no longer holds
+│   └── ContextLengthError more tokens than the context holds
+└── GenerationError        a generation that cannot go on (NaN logits)
+
+A message says what happened with numbers; `hint` says what to do instead.
+"""
+
+from __future__ import annotations
+
+
+class MimoEdgeError(Exception):
+    """Base of all typed errors. `hint` (may be empty) tells the user what to do instead."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.hint}" if self.hint else self.message
+
+
+class UsageError(MimoEdgeError):
+    """A wrong call: bad argument, unknown name."""
+
+    exit_code = 2
+
+
+class ConfigError(MimoEdgeError):
+    """A model or run configuration we refuse."""
+
+
+class CheckpointError(MimoEdgeError):
+    """A checkpoint that is damaged, incomplete or inconsistent."""
+
+
+class QuantError(MimoEdgeError):
+    """Data that cannot be quantised or dequantised."""
+
+
+class ExportError(MimoEdgeError):
+    """An export that could not finish; nothing that looks whole was left behind."""
+
+
+class BundleError(MimoEdgeError):
+    """A bundle or GGUF that is damaged, incomplete or not ours."""
+
+
+class IntegrityError(BundleError):
+    """Bytes whose checksum differs from the manifest."""
+
+
+class TokenizerError(MimoEdgeError):
+    """A missing or damaged tokenizer or chat template."""
+
+
+class DeviceError(MimoEdgeError):
+    """Something that does not fit the device or profile."""
+
+
+class BackendError(MimoEdgeError):
+    """A backend that is missing, unsupported or failed."""
+
+
+class CacheError(MimoEdgeError):
+    """A KV cache asked for rows it no longer holds."""
+
+
+class ContextLengthError(CacheError):
+    """More tokens than the context holds."""
+
+
+class GenerationError(MimoEdgeError):
+    """A generation that cannot go on."""

@@ -1,0 +1,1 @@
+"""Turns a Hugging Face checkpoint into a bundle for a device."""

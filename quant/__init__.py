@@ -1,0 +1,1 @@
+"""Weight formats, recipes and importance matrices."""

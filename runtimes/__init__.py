@@ -1,0 +1,1 @@
+"""Backends that run the forward pass; each is imported only when chosen."""
