@@ -1,0 +1,127 @@
+"""What a backend is: the contract between the engine and a forward pass.
+
+Shape letters used everywhere: B batch, T new tokens, S cached tokens, H query heads,
+G KV heads, D qk head dim, Dv value head dim, W window, E experts, K chosen experts,
+F expert width, V vocabulary, M hidden size.
+
+Tensors are named as in GGUF (`blk.N.attn_q.weight`); MTP block k is `blk.{layers + k}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimo_edge.config import MimoConfig
+
+F32 = NDArray[np.float32]
+TokenIds = NDArray[np.int32]
+
+
+class ExpertWeights(NamedTuple):
+    """One routed expert: gate and up [F, M], down [M, F], f32."""
+
+    gate: F32
+    up: F32
+    down: F32
+
+
+class Weights(Protocol):
+    """Dequantised weights by canonical (GGUF) name, whatever file they come from.
+
+    `tensor` always offers split `attn_q` / `attn_k` / `attn_v` (also for MTP blocks), even
+    when the file stores them fused. Routed experts come one at a time through `expert`.
+    """
+
+    @property
+    def config(self) -> MimoConfig: ...
+
+    def has(self, name: str) -> bool:
+        """Whether the model has this tensor."""
+        ...
+
+    def tensor(self, name: str) -> F32:
+        """f32 in [out, in] order (1-D for norms, sinks, biases). Raises a typed error."""
+        ...
+
+    def expert(self, layer: int, expert: int) -> ExpertWeights:
+        """One routed expert of a MoE layer."""
+        ...
+
+    def embedding(self, token_ids: TokenIds) -> F32:
+        """Rows of token_embd for token_ids [T] -> f32 [T, M], without loading the table."""
+        ...
+
+    def close(self) -> None:
+        """Release files and maps; using the object afterwards is an error."""
+        ...
+
+
+class Cache(Protocol):
+    """KV state of one sequence: the decoder layers' rows and the MTP blocks' rings."""
+
+    @property
+    def length(self) -> int:
+        """Committed tokens; the next token gets this position."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens it can hold (the context)."""
+        ...
+
+    def rollback(self, n: int) -> None:
+        """Undo the last n rows of the decoder layers, exactly, or raise CacheError."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        ...
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """`logits` f32 [n, V] of the last n rows asked for; `hidden` f32 [m, M]: H before model.norm
+    of the last m rows asked for (what MTP blocks are fed)."""
+
+    logits: F32
+    hidden: F32
+
+
+class Backend(Protocol):
+    """A forward pass over one model. Not thread-safe: one call at a time."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> MimoConfig: ...
+
+    def new_cache(self, context: int, verify_rows: int = 4) -> Cache:
+        """A cache for `context` tokens that can undo up to verify_rows - 1 rows."""
+        ...
+
+    def forward(
+        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+    ) -> ForwardResult:
+        """Append T tokens [T] to `cache` and return the last rows asked for.
+
+        Raises ContextLengthError before touching the cache when they do not fit.
+        """
+        ...
+
+    def mtp_forward(
+        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+    ) -> F32:
+        """Run MTP block `depth` on rows position..position+n-1: row i takes hidden[i] = H_i [n, M]
+        and token_ids[i] = x_{i+1+depth}. Writes those rows of the block's ring (overwriting
+        stale ones) and returns logits f32 [V] of the last row (it predicts x_{i+2+depth}).
+        """
+        ...
+
+    def close(self) -> None:
+        """Release everything held."""
+        ...
