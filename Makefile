@@ -1,0 +1,63 @@
+# Set-up, demo and checks of mimo-edge. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH_STAMP := $(VENV)/.oracle
+# llama.cpp is compiled on first install; two jobs suit small machines.
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
+export GGML_NO_BACKTRACE := 1
+
+SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
+
+.PHONY: help setup demo test lint types unit oracle test-slow clean
+
+help:
+	@echo "make setup      create $(VENV) and install mimo-edge with its development tools"
+	@echo "make demo       export the built-in mimo-nano to an int4 bundle and run two commands"
+	@echo "make test       everything CI checks: lint, types, tests with the oracles"
+	@echo "make test-slow  tests that need minutes, large files or special hardware"
+
+# A new, moved or deleted source file needs the strict editable install again (seconds).
+$(STAMP): pyproject.toml $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(TORCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet --editable '.[oracle]'
+	touch $@
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	rm -rf demo-bundle
+	$(BIN)/mimo-edge export mimo-nano demo-bundle
+	$(BIN)/mimo-edge run demo-bundle -p '把客厅的灯调暗一点'
+	$(BIN)/mimo-edge run demo-bundle -p 'turn on guest wifi for two hours'
+
+test: lint types oracle
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+	MYPYPATH=tests $(BIN)/mypy --scripts-are-modules tests
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow and not oracle'
+
+# The whole suite, with transformers as the live oracle.
+oracle: $(TORCH_STAMP)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(TORCH_STAMP)
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache demo-bundle
