@@ -136,7 +136,7 @@ def route(logits: F32, bias: F32, config: MimoConfig) -> tuple[ExpertIds, F32]:
     logits f32 [T, E], bias f32 [E] -> ids i64 [T, K] best first, weights f32 [T, K]. Equal
     scores go to the lowest index. Source: technical report section 2.2 (noaux_tc, one group).
     """
-    scores: F32 = 1 / (1 + np.exp(-logits))
+    scores: F32 = np.reciprocal(1 + np.exp(-logits))
     order: ExpertIds = np.argsort(-(scores + bias), axis=-1, kind="stable")
     ids = order[:, : config.num_experts_per_tok]
     weights: F32 = np.take_along_axis(scores, ids, axis=-1)
