@@ -31,6 +31,7 @@ IGNORED_KEYS: dict[str, str] = {
     "initializer_range": "training only",
     "max_window_layers": "Qwen2 leftover, window unused in MiMo-7B",
     "model_type": "read separately to choose the family",
+    "moe_router_dtype": "the router tensor states its dtype; we always route in f32",
     "output_router_logits": "training only",
     "pad_token_id": "padding ids are never fed",
     "processor_config": "vision and audio are not exported",
@@ -209,7 +210,7 @@ class MimoConfig:
     ) -> MimoConfig:
         """Read a Hugging Face config.json.
 
-        `num_mtp_layers`: counted by the checkpoint reader (V2 configs do not state it).
+        `num_mtp_layers`: counted by the checkpoint reader (most V2 configs do not state it).
         `window`: overrides W. `ignore_keys`: unknown keys the caller vouches for.
         Raises ConfigError on an unknown architecture, key or value.
         Source: spec sections 1.1 and 1.2; transformers MiMoV2FlashConfig for W.
@@ -276,19 +277,26 @@ class _Reader:
             return default
         return value
 
-    def int(self, key: str, default: Any = None) -> int:
+    def integer(self, key: str, default: Any = None) -> int:
         value = self._take(key, _REQUIRED if default is None else default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{key} = {value!r} is not an integer")
+        # Checked here too: num_hidden_layers sizes tuples before the config is validated.
+        if key in _LIMITS and not 0 <= value <= _LIMITS[key]:
+            shown = value if abs(value) < 1 << 64 else f"an integer of {value.bit_length()} bits"
+            raise ConfigError(f"{key} = {shown} is outside 0..{_LIMITS[key]}")
         return value
 
-    def float(self, key: str, default: Any = None) -> float:
+    def number(self, key: str, default: Any = None) -> float:
         value = self._take(key, _REQUIRED if default is None else default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{key} = {value!r} is not a number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{key} is an integer too large for a number") from None
 
-    def bool(self, key: str, default: bool) -> bool:
+    def flag(self, key: str, default: bool) -> bool:
         value = self._take(key, default)
         if not isinstance(value, bool):
             raise ConfigError(f"{key} = {value!r} is not true or false")
@@ -296,7 +304,7 @@ class _Reader:
 
     def pattern(self, key: str, length: int) -> tuple[int, ...]:
         value = self._take(key, _REQUIRED)
-        if not isinstance(value, list) or any(v not in (0, 1) or v is True for v in value):
+        if not isinstance(value, list) or any(type(v) is not int or v not in (0, 1) for v in value):
             raise ConfigError(f"{key} is not a list of 0 and 1")
         if len(value) != length:
             raise ConfigError(f"{key} has {len(value)} entries for {length} layers")
@@ -331,9 +339,9 @@ _REQUIRED: Any = object()
 
 
 def _read_mimo_v2(reader: _Reader, window: int | None) -> dict[str, Any]:
-    layers = reader.int("num_hidden_layers")
-    heads, head_dim = reader.int("num_attention_heads"), reader.int("head_dim")
-    v_head_dim = reader.int("v_head_dim")
+    layers = reader.integer("num_hidden_layers")
+    heads, head_dim = reader.integer("num_attention_heads"), reader.integer("head_dim")
+    v_head_dim = reader.integer("v_head_dim")
     reader.must_be("swa_num_attention_heads", heads, why="sliding layers share the head count")
     reader.must_be("swa_head_dim", head_dim, why="sliding layers share head_dim")
     reader.must_be("swa_v_head_dim", v_head_dim, why="sliding layers share v_head_dim")
@@ -347,37 +355,39 @@ def _read_mimo_v2(reader: _Reader, window: int | None) -> dict[str, Any]:
     reader.must_be("mlp_bias", False, why="MiMo-V2 has no biases")
     reader.must_be("use_qk_norm", False, why="MiMo-V2 has no q/k norm")
     reader.must_be("rope_scaling", why="MiMo-V2 scales no rotary angle")
-    theta, factor = reader.float("rope_theta"), reader.float("partial_rotary_factor")
+    theta, factor = reader.number("rope_theta"), reader.number("partial_rotary_factor")
     _check_rope_parameters(reader.raw("rope_parameters"), theta, factor)
-    kv_heads = reader.int("num_key_value_heads")
+    kv_heads = reader.integer("num_key_value_heads")
     reader.raw("attention_projection_layout")
     return {
-        "vocab_size": reader.int("vocab_size"),
-        "hidden_size": reader.int("hidden_size"),
+        "vocab_size": reader.integer("vocab_size"),
+        "hidden_size": reader.integer("hidden_size"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "swa_num_key_value_heads": reader.int("swa_num_key_value_heads"),
+        "swa_num_key_value_heads": reader.integer("swa_num_key_value_heads"),
         "head_dim": head_dim,
         "v_head_dim": v_head_dim,
-        "intermediate_size": reader.int("intermediate_size"),
+        "intermediate_size": reader.integer("intermediate_size"),
         "rope_theta": theta,
-        "swa_rope_theta": reader.float("swa_rope_theta"),
+        "swa_rope_theta": reader.number("swa_rope_theta"),
         "partial_rotary_factor": factor,
-        "layernorm_epsilon": reader.float("layernorm_epsilon"),
-        "max_position_embeddings": reader.int("max_position_embeddings"),
+        "layernorm_epsilon": reader.number("layernorm_epsilon"),
+        "max_position_embeddings": reader.integer("max_position_embeddings"),
         "sliding_window": _window(reader, window),
         "hybrid_layer_pattern": reader.pattern("hybrid_layer_pattern", layers),
         "moe_layer_freq": reader.pattern("moe_layer_freq", layers),
-        "n_routed_experts": reader.int("n_routed_experts"),
-        "num_experts_per_tok": reader.int("num_experts_per_tok"),
-        "moe_intermediate_size": reader.int("moe_intermediate_size"),
-        "norm_topk_prob": reader.bool("norm_topk_prob", True),
-        "routed_scaling_factor": reader.float("routed_scaling_factor", 1.0),
-        "attention_value_scale": reader.float("attention_value_scale", 1.0),
-        "add_swa_attention_sink_bias": reader.bool("add_swa_attention_sink_bias", False),
-        "add_full_attention_sink_bias": reader.bool("add_full_attention_sink_bias", False),
-        "tie_word_embeddings": reader.bool("tie_word_embeddings", False),
+        "n_routed_experts": reader.integer("n_routed_experts"),
+        "num_experts_per_tok": reader.integer("num_experts_per_tok"),
+        "moe_intermediate_size": reader.integer("moe_intermediate_size"),
+        "norm_topk_prob": reader.flag("norm_topk_prob", True),
+        "routed_scaling_factor": reader.number("routed_scaling_factor", 1.0),
+        "attention_value_scale": reader.number("attention_value_scale", 1.0),
+        "add_swa_attention_sink_bias": reader.flag("add_swa_attention_sink_bias", False),
+        "add_full_attention_sink_bias": reader.flag("add_full_attention_sink_bias", False),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
+        # Most V2 releases do not state it; a checkpoint's tensors are counted in any case.
+        "num_mtp_layers": reader.integer("num_nextn_predict_layers", 0),
         "eos_token_ids": reader.ids("eos_token_id"),
         "quantization": _quantization(reader),
     }
@@ -386,30 +396,30 @@ def _read_mimo_v2(reader: _Reader, window: int | None) -> dict[str, Any]:
 def _read_mimo(reader: _Reader, window: int | None) -> dict[str, Any]:
     if window is not None:
         raise ConfigError("MiMo-7B has no sliding window to override")
-    layers, heads = reader.int("num_hidden_layers"), reader.int("num_attention_heads")
-    hidden = reader.int("hidden_size")
-    head_dim = reader.int("head_dim", max(1, hidden // max(1, heads)))
+    layers, heads = reader.integer("num_hidden_layers"), reader.integer("num_attention_heads")
+    hidden = reader.integer("hidden_size")
+    head_dim = reader.integer("head_dim", max(1, hidden // max(1, heads)))
     reader.must_be("hidden_act", "silu", why="MiMo-7B uses SwiGLU")
     reader.must_be("use_sliding_window", False, why="MiMo-7B attends to everything")
     reader.must_be("rope_scaling", why="MiMo-7B scales no rotary angle")
     reader.must_be("use_mrope", False, why="text positions are one-dimensional")
-    mtp = reader.int("num_nextn_predict_layers", 0)
+    mtp = reader.integer("num_nextn_predict_layers", 0)
     return {
-        "vocab_size": reader.int("vocab_size"),
+        "vocab_size": reader.integer("vocab_size"),
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": reader.int("num_key_value_heads"),
+        "num_key_value_heads": reader.integer("num_key_value_heads"),
         "head_dim": head_dim,
         "v_head_dim": head_dim,
-        "intermediate_size": reader.int("intermediate_size"),
-        "rope_theta": reader.float("rope_theta"),
-        "layernorm_epsilon": reader.float("rms_norm_eps"),
-        "max_position_embeddings": reader.int("max_position_embeddings"),
+        "intermediate_size": reader.integer("intermediate_size"),
+        "rope_theta": reader.number("rope_theta"),
+        "layernorm_epsilon": reader.number("rms_norm_eps"),
+        "max_position_embeddings": reader.integer("max_position_embeddings"),
         "hybrid_layer_pattern": (0,) * layers,
         "moe_layer_freq": (0,) * layers,
-        "attention_bias": reader.bool("attention_bias", True),
-        "tie_word_embeddings": reader.bool("tie_word_embeddings", False),
+        "attention_bias": reader.flag("attention_bias", True),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
         "num_mtp_layers": mtp,
         "eos_token_ids": reader.ids("eos_token_id"),
         "quantization": _quantization(reader),
@@ -485,9 +495,10 @@ def _quantization(reader: _Reader) -> QuantizationConfig:
         or any(isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= 65536 for b in block)
     ):
         raise ConfigError(f"weight_block_size {block!r} is not two positive integers")
-    store = raw.get("store_dtype") or "fp8"
-    if store not in ("fp8", "mxfp4"):
-        raise ConfigError(f"store_dtype {store!r} is not supported, only fp8 and mxfp4")
+    stated = raw.get("store_dtype") or "fp8"
+    if stated not in ("fp8", "mxfp4"):
+        raise ConfigError(f"store_dtype {stated!r} is not supported, only fp8 and mxfp4")
+    store: Literal["fp8", "mxfp4"] = "mxfp4" if stated == "mxfp4" else "fp8"
     if raw.get("mxfp4_block_size", 32) != 32:
         raise ConfigError(f"mxfp4_block_size {raw['mxfp4_block_size']!r} is not 32")
     ignored = raw.get("ignored_layers") or raw.get("modules_to_not_convert") or []
@@ -497,6 +508,10 @@ def _quantization(reader: _Reader) -> QuantizationConfig:
 
 
 def _validate(c: MimoConfig) -> None:
+    if c.family not in ("mimo_v2", "mimo"):
+        raise ConfigError(f"model family {c.family!r} is not known")
+    if not isinstance(c.quantization, QuantizationConfig):
+        raise ConfigError("quantization is not a QuantizationConfig")
     optional = {"n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"}
     optional |= {"num_mtp_layers"}
     for name, limit in _LIMITS.items():
@@ -533,5 +548,5 @@ def _validate(c: MimoConfig) -> None:
             raise ConfigError("moe_intermediate_size is missing")
     if c.family == "mimo" and any(c.hybrid_layer_pattern):
         raise ConfigError("MiMo-7B has no sliding layers")
-    if any(i >= c.vocab_size for i in c.eos_token_ids):
+    if any(i < 0 or i >= c.vocab_size for i in c.eos_token_ids):
         raise ConfigError(f"eos ids {c.eos_token_ids} exceed the vocabulary of {c.vocab_size}")

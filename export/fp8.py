@@ -64,7 +64,8 @@ def encode(values: F32) -> U8:
     subnormal = np.rint(magnitude * np.float32(512)).astype(np.uint32)  # 8 is the first normal
     codes = np.where(magnitude < np.float32(2.0**-6), subnormal, normal)
     sign = (values.view(np.uint32) >> 24) & 0x80
-    return (codes | sign).astype(np.uint8)
+    result: U8 = (codes | sign).astype(np.uint8)
+    return result
 
 
 def blocks(size: int, block: int) -> int:
