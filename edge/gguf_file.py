@@ -397,16 +397,20 @@ class GgufFile:
                 self.tensors[name] = info
 
     @classmethod
-    def open(cls, path: str | Path) -> GgufFile:
+    def open(cls, path: str | Path, side_files: Sequence[Path] = ()) -> GgufFile:
         """Open a GGUF file, or the whole split set that `path` is a part of.
 
+        `side_files` add their tensors; the metadata stays that of the main file.
         Raises BundleError on anything damaged, missing or inconsistent.
         """
-        path = Path(path)
+        return cls([*cls._open_set(Path(path)), *(_parse(side) for side in side_files)])
+
+    @classmethod
+    def _open_set(cls, path: Path) -> list[_Part]:
         first = _parse(path)
         count = _split_number(first, "split.count", default=1)
         if count <= 1:
-            return cls([first])
+            return [first]
         match = _SPLIT_NAME.match(path.name)
         if match is None or int(match["count"]) != count:
             raise BundleError(
@@ -428,13 +432,13 @@ class GgufFile:
                     f"{part.path} says it is part {found[0] + 1} of {found[1]}, "
                     f"its name says {number + 1} of {count}"
                 )
-        model = cls(parts)
         declared = _split_number(parts[0], "split.tensors.count")
-        if declared != len(model.tensors):
+        found_tensors = sum(len(part.tensors) for part in parts)
+        if declared != found_tensors:
             raise BundleError(
-                f"{path}: the set should hold {declared} tensors, it holds {len(model.tensors)}"
+                f"{path}: the set should hold {declared} tensors, it holds {found_tensors}"
             )
-        return model
+        return parts
 
     def info(self, name: str) -> TensorInfo:
         """The tensor's place, or BundleError when there is none of that name."""
