@@ -5,13 +5,16 @@ Import this only after `pytest.importorskip("torch")` and `("transformers")`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+
 from mimo_edge.config import MimoConfig
 from mimo_edge.runtimes.base import F32, Weights
+from mimo_edge.runtimes.weights import DictWeights
 
 
 def hf_model(weights: Weights) -> Any:
@@ -19,13 +22,40 @@ def hf_model(weights: Weights) -> Any:
 
     Every parameter and buffer of the transformers model is set, or this raises.
     """
-    config = weights.config
+    return _loaded(
+        weights.config,
+        {name: torch.from_numpy(np.ascontiguousarray(t)) for name, t in _state(weights).items()},
+    )
+
+
+def load_hf(config: MimoConfig, checkpoint: dict[str, Any]) -> Any:
+    """An f32, eager MiMoV2FlashForCausalLM from torch tensors by checkpoint name (no MTP).
+
+    Experts are stacked and sinks renamed as transformers does on loading; nothing of ours is
+    involved but the config.
+    """
+    state = {n.replace("attention_sink_bias", "sinks"): t for n, t in checkpoint.items()}
+    for layer in range(config.num_hidden_layers):
+        p = f"model.layers.{layer}.mlp.experts."
+        if p + "0.gate_proj.weight" not in state:
+            continue
+        parts = {
+            part: torch.stack(
+                [state.pop(f"{p}{e}.{part}_proj.weight") for e in range(config.n_routed_experts)]
+            )
+            for part in ("gate", "up", "down")
+        }
+        state[p + "gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        state[p + "down_proj"] = parts["down"]
+    return _loaded(config, state)
+
+
+def _loaded(config: MimoConfig, state: dict[str, Any]) -> Any:
     model = (
         transformers.MiMoV2FlashForCausalLM(_mimo_v2_config(config))
         if config.family == "mimo_v2"
         else transformers.Qwen2ForCausalLM(_qwen2_config(config))
     )
-    state = {name: torch.from_numpy(np.ascontiguousarray(t)) for name, t in _state(weights).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert not missing, missing
@@ -44,6 +74,48 @@ def hf_logits(model: Any, token_ids: np.ndarray[Any, Any]) -> tuple[F32, F32]:
     finally:
         hook.remove()
     return logits[0].numpy(), residual[0].reshape(len(token_ids), -1).numpy()
+
+
+def hf_mtp_logits(
+    weights: Weights, token_ids: np.ndarray[Any, Any], hidden: F32, depth: int
+) -> F32:
+    """Teacher-forced logits [T - 1 - depth, V] of an MTP block, given hidden [T, M].
+
+    transformers has no MTP blocks, but after its input projection a block is one sliding, dense
+    decoder layer (Qwen2 layer for MiMo-7B) whose final norm is its own: that is what runs here.
+    """
+    c, p = weights.config, f"blk.{weights.config.num_hidden_layers + depth}."
+    kind = (1,) if c.family == "mimo_v2" else (0,)
+    block = replace(
+        c, num_hidden_layers=1, hybrid_layer_pattern=kind, moe_layer_freq=(0,), num_mtp_layers=0
+    )
+    table = weights.embedding(np.arange(c.vocab_size, dtype=np.int32))
+    head = table if c.tie_word_embeddings else weights.tensor("output.weight")
+    tensors = {
+        "token_embd.weight": table,
+        "output.weight": head,
+        "output_norm.weight": weights.tensor(p + "layer_output_norm.weight"),
+    }
+    parts = ["attn_norm", "ffn_norm", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    parts += ["attn_q", "attn_k", "attn_v"] + (["attn_sinks"] if block.layer(0).sinks else [])
+    names = [part + ".weight" for part in parts]
+    names += [f"attn_{part}.bias" for part in "qkv"] if c.attention_bias else []
+    tensors |= {"blk.0." + name: weights.tensor(p + name) for name in names}
+    model = hf_model(DictWeights(block, tensors))
+
+    def norm(x: F32, name: str) -> Any:
+        y = torch.from_numpy(x)
+        scale = torch.from_numpy(weights.tensor(p + name))
+        return torch.nn.functional.rms_norm(y, (c.hidden_size,), scale, c.layernorm_epsilon)
+
+    rows = len(token_ids) - 1 - depth
+    e = norm(table[np.asarray(token_ids)[1 + depth :]], "nextn.enorm.weight")
+    h = norm(hidden[:rows], "nextn.hnorm.weight")
+    both = torch.cat([e, h] if c.family == "mimo_v2" else [h, e], dim=-1)
+    z = both @ torch.from_numpy(weights.tensor(p + "nextn.eh_proj.weight")).T
+    with torch.no_grad():
+        logits: F32 = model(inputs_embeds=z[None]).logits[0].numpy()
+    return logits
 
 
 def _mimo_v2_config(c: MimoConfig) -> Any:

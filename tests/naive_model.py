@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from mimo_edge.config import LayerSpec
 from mimo_edge.runtimes.base import Weights
 
@@ -80,7 +81,8 @@ class NaiveModel:
             return self.swiglu(x, *(self.w(f"{p}ffn_{n}.weight") for n in ("gate", "up", "down")))
         s = 1 / (1 + np.exp(-(self.w(p + "ffn_gate_inp.weight") @ x)))
         ranked = sorted(
-            range(c.n_routed_experts), key=lambda e: (-(s[e] + self.w(p + "exp_probs_b.bias")[e]), e)
+            range(c.n_routed_experts),
+            key=lambda e: (-(s[e] + self.w(p + "exp_probs_b.bias")[e]), e),
         )
         chosen = ranked[: c.num_experts_per_tok]
         self.routes[spec.index, position] = chosen

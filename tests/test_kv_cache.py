@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_config, tiny_mimo7b_config
+
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
 from mimo_edge.kv_cache import FullCache, ModelCache, Rows, SlidingCache
-from tiny import tiny_config, tiny_mimo7b_config
 
 G, D, DV = 2, 3, 2
 
@@ -161,7 +162,7 @@ def test_a_query_that_needs_lost_rows_raises_and_changes_nothing():
     cache, model = SlidingCache(G, D, DV, 5, 5), EveryRow(5)
     cache.write(0, *model.new(20)[:2], 1)
     before = (cache.length, cache._keys.copy(), cache._positions.copy())
-    with pytest.raises(CacheError, match="rows 12..15 are needed by position 16, but rows below"):
+    with pytest.raises(CacheError, match=r"rows 12\.\.15 are needed by position 16, but rows"):
         cache.write(16, *model.new(2)[:2], 2)
     with pytest.raises(CacheError, match="only rows below 20 were written"):
         cache.write(23, *model.new(2)[:2], 2)
