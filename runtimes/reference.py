@@ -61,7 +61,7 @@ QUERY_BLOCK = 256
 
 def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     """x [T, M] -> [T, M]: x / sqrt(mean(x^2) + eps) * weight."""
-    mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+    mean_square = np.square(x).sum(axis=-1, keepdims=True) / np.float32(x.shape[-1])
     normed: F32 = x * (1 / np.sqrt(mean_square + np.float32(eps)))
     return normed * weight
 

@@ -202,7 +202,8 @@ def nano_prompt(folder: Path) -> Any:
         ]
     )
     text = (
-        f"<|im_start|>system\nYou are MiMo, a helpful assistant.\n<tools>\n{tools}</tools><|im_end|>"
+        "<|im_start|>system\nYou are MiMo, a helpful assistant.\n"
+        f"<tools>\n{tools}</tools><|im_end|>"
         "<|im_start|>user\n把客厅的灯调暗一点<|im_end|><|im_start|>assistant\n<think></think>"
         "<tool_call>\n<function=set_light>\n<parameter=room>客厅</parameter>\n</function>\n"
         "</tool_call><|im_end|><|im_start|>user\nturn on guest wifi for two hours<|im_end|>"
