@@ -1,0 +1,388 @@
+"""Prefill and decode over a backend. Knows token ids, not text.
+
+A `Sequence` keeps its cache between turns: a prompt that extends what was processed costs
+only its new tokens. A `Generation` is one answer; between two of its steps the sequence is
+always whole (cache rows == tokens), so it can be left at any step and used again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mimo_edge.errors import CacheError, ContextLengthError, UsageError
+from mimo_edge.runtimes.base import F32, Backend, Cache
+from mimo_edge.sampling import Sampler
+from mimo_edge.speculative import (
+    MAX_DRAFT,
+    CostTable,
+    Drafter,
+    DraftSetting,
+    accept,
+    check_draft,
+    make_policy,
+    max_draft,
+)
+
+FinishReason = Literal["stop", "length", "cancelled"]
+PREFILL_CHUNK = 256
+
+
+@dataclass
+class GenerationStats:
+    """What one generation did. Times in milliseconds of wall time inside the engine."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, already in the cache
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    first_token_ms: float | None = None
+    tokens: int = 0  # generated, the stop token included
+    verifies: int = 0  # target passes after prefill
+    drafted_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+    draft_why: str = ""
+
+    @property
+    def tokens_per_verify(self) -> float:
+        """Tokens gained per target pass; the first token comes from prefill. 0 before any."""
+        return (self.tokens - 1) / self.verifies if self.verifies else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        """Generated tokens per second of decoding, the first one not counted."""
+        return (self.tokens - 1) / self.decode_ms * 1e3 if self.decode_ms else 0.0
+
+    @property
+    def prefill_tps(self) -> float:
+        """Newly processed prompt tokens per second."""
+        new = self.prompt_tokens - self.reused_tokens
+        return new / self.prefill_ms * 1e3 if self.prefill_ms else 0.0
+
+
+class Engine:
+    """Generates token ids with one backend; sequences take turns step by step.
+
+    `context` is the most tokens a sequence may hold, `draft` as in speculative decoding.
+    Raises UsageError when `draft` is more than the model can propose, ContextLengthError
+    when the model has fewer positions than `context`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        context: int,
+        draft: DraftSetting = "auto",
+        *,
+        prefill_chunk: int = PREFILL_CHUNK,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if context < 1 or prefill_chunk < 1:
+            raise UsageError(f"context {context}, prefill chunk {prefill_chunk}: both start at 1")
+        limit = backend.config.max_position_embeddings
+        if context > limit:
+            raise ContextLengthError(
+                f"a context of {context} exceeds the model's {limit} positions",
+                f"use --context {limit} or less",
+            )
+        check_draft(draft, backend.config)
+        self.backend = backend
+        self.context = context
+        self.draft = draft
+        self.prefill_chunk = prefill_chunk
+        self.clock = clock
+        self.costs = CostTable()
+        # A backend takes one call at a time: threads queue here between steps.
+        self.lock = threading.RLock()
+        self.closed = False
+
+    def sequence(self) -> Sequence:
+        """A new, empty sequence."""
+        return Sequence(self)
+
+    def generate(
+        self,
+        sequence: Sequence,
+        prompt: Ids[int],
+        sampler: Sampler,
+        *,
+        max_tokens: int | None = None,
+        is_last: Callable[[int], bool] = lambda token: False,
+        cancel: threading.Event | None = None,
+        draft: DraftSetting | None = None,
+    ) -> Generation:
+        """Continue `prompt` (the whole of it, also what the sequence already holds).
+
+        `is_last` is asked once for every token, in order, and ends the generation with that
+        token. Raises UsageError or ContextLengthError before any work.
+        """
+        self.check_open()
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens = {max_tokens}", "ask for at least one")
+        setting = self.draft if draft is None else draft
+        check_draft(setting, self.backend.config)
+        ids = self._checked(prompt)
+        return Generation(
+            self, sequence, ids, sampler, max_tokens, is_last, cancel or threading.Event(), setting
+        )
+
+    def logits(self, token_ids: Ids[int]) -> F32:
+        """Logits f32 [T, V] after every token of one sequence."""
+        ids = self._checked(token_ids)
+        with self.lock:
+            self.check_open()
+            cache = self.backend.new_cache(len(ids))
+            result = self.backend.forward(
+                np.asarray(ids, dtype=np.int32), cache, logits_rows=len(ids)
+            )
+        return result.logits
+
+    def close(self) -> None:
+        """Close the backend, after the step that is running. Calling it twice is harmless."""
+        with self.lock:
+            if not self.closed:
+                self.closed = True
+                self.backend.close()
+
+    def check_open(self) -> None:
+        """Raises UsageError once closed."""
+        if self.closed:
+            raise UsageError("the runtime is closed")
+
+    def _checked(self, prompt: Ids[int]) -> list[int]:
+        ids = [int(token) for token in prompt]
+        vocab = self.backend.config.vocab_size
+        if not ids:
+            raise UsageError("the prompt has no tokens")
+        bad = next((token for token in ids if not 0 <= token < vocab), None)
+        if bad is not None:
+            raise UsageError(f"token id {bad} is outside the vocabulary of {vocab}")
+        if len(ids) > self.context:
+            raise ContextLengthError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.context}",
+                "use a larger --context or a shorter prompt",
+            )
+        return ids
+
+
+class Sequence:
+    """Tokens processed so far, their cache and the drafter that follows it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.tokens: list[int] = []
+        self.cache: Cache | None = None
+        self.drafter: Drafter | None = None
+
+    def reset(self) -> None:
+        """Forget everything; the next prompt is processed from its start."""
+        self.tokens, self.cache, self.drafter = [], None, None
+
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return self.cache.nbytes() if self.cache is not None else 0
+
+    def adopt(self, prompt: Ids[int], drafting: bool) -> int:
+        """Keep what `prompt` shares with the processed tokens; how many tokens that is.
+
+        At least the last token of the prompt is left to process: its logits are needed.
+        """
+        if self.cache is not None:
+            shared = _common_prefix(self.tokens, prompt)
+            keep = min(shared, len(prompt) - 1)
+            whole = keep == len(self.tokens)
+            if drafting and self.drafter is None:
+                whole, keep = False, 0  # H rows were not kept: drafting must see them
+            elif not whole and self._engine.backend.config.family == "mimo":
+                # A block that sees everything continues from H of the last shared token.
+                keep = max(0, keep - 1)
+            if keep and not whole:
+                try:
+                    self.cache.rollback(len(self.tokens) - keep)
+                except CacheError:
+                    keep = 0  # sliding rows that far back are gone: start over
+            if keep:
+                if self.drafter is not None and not whole:
+                    self.drafter.truncate(keep, shared)
+                del self.tokens[keep:]
+                return keep
+            self.reset()
+        self.cache = self._engine.backend.new_cache(self._engine.context, MAX_DRAFT + 1)
+        if drafting:
+            self.drafter = Drafter(self._engine.backend, self.cache)
+        return 0
+
+    def advance(self, token_ids: Ids[int], logits_rows: int) -> tuple[F32, F32]:
+        """Process tokens; logits of the last rows and the H rows the drafter wants.
+
+        The caller says with `commit` how many of them stand.
+        """
+        assert self.cache is not None
+        wanted = 0
+        if self.drafter is not None:
+            most = self.drafter.wanted_rows
+            wanted = len(token_ids) if most is None else min(most, len(token_ids))
+        ids = np.asarray(token_ids, dtype=np.int32)
+        result = self._engine.backend.forward(
+            ids, self.cache, logits_rows=logits_rows, hidden_rows=wanted
+        )
+        return result.logits, result.hidden
+
+    def commit(self, token_ids: Ids[int], hidden: F32, rows: int) -> None:
+        """Keep the first `rows` of the tokens just processed and undo the rest."""
+        assert self.cache is not None
+        if rows < len(token_ids):
+            self.cache.rollback(len(token_ids) - rows)
+            hidden = hidden[:rows]
+        self.tokens.extend(token_ids[:rows])
+        if self.drafter is not None:
+            self.drafter.observe(hidden, rows)
+            self.drafter.flush(self.tokens)
+
+
+class Generation:
+    """One answer, as an iterator over the groups of tokens each step gained.
+
+    `stats` is live; `finish_reason` is set when the iterator ends. Leaving it early (or
+    `cancel`) keeps the sequence usable; an error resets the sequence.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sequence: Sequence,
+        prompt: list[int],
+        sampler: Sampler,
+        max_tokens: int | None,
+        is_last: Callable[[int], bool],
+        cancel: threading.Event,
+        draft: DraftSetting,
+    ) -> None:
+        self._engine = engine
+        self._sequence = sequence
+        self._prompt = prompt
+        self._sampler = sampler
+        self._max_tokens = max_tokens
+        self._ask_last = is_last
+        self._cancel = cancel
+        self._draft = draft
+        self._ended = False
+        config = engine.backend.config
+        depths = max_draft(config) if draft == "auto" else draft
+        self._policy = make_policy(draft, config, engine.costs)
+        self.stats = GenerationStats(
+            prompt_tokens=len(prompt),
+            drafted_by_depth=[0] * depths,
+            accepted_by_depth=[0] * depths,
+        )
+        self.finish_reason: FinishReason | None = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        try:
+            yield from self._run()
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # The cache may hold part of a step: nothing may be built on it.
+            self._sequence.reset()
+            raise
+        finally:
+            self.stats.draft_why = self._policy.why()
+
+    def _run(self) -> Iterator[list[int]]:
+        logits = self._prefill()
+        if logits is None:
+            self.finish_reason = "cancelled"
+            return
+        token = self._sampler.sample(logits)
+        self._is_last(token)
+        self.stats.tokens = 1
+        self.stats.first_token_ms = self.stats.prefill_ms
+        yield [token]
+        while not self._ended and not self._at_limit():
+            if self._cancel.is_set():
+                self.finish_reason = "cancelled"
+                return
+            gained = self._step(token)
+            token = gained[-1]
+            yield gained
+        self.finish_reason = "stop" if self._ended else "length"
+
+    def _is_last(self, token: int) -> bool:
+        self._ended = self._ask_last(token)
+        return self._ended
+
+    def _at_limit(self) -> bool:
+        """Whether max_tokens are out, or the last token found no room in the context."""
+        if self._max_tokens is not None and self.stats.tokens >= self._max_tokens:
+            return True
+        return len(self._sequence.tokens) >= self._engine.context
+
+    def _prefill(self) -> F32 | None:
+        """Process the prompt in chunks; logits [V] of its last token, None if cancelled."""
+        engine, sequence = self._engine, self._sequence
+        drafting = self._draft != 0 and max_draft(engine.backend.config) > 0
+        with engine.lock:
+            engine.check_open()
+            at = self.stats.reused_tokens = sequence.adopt(self._prompt, drafting)
+        logits: F32 | None = None
+        while at < len(self._prompt):
+            if self._cancel.is_set():
+                return None
+            chunk = self._prompt[at : at + engine.prefill_chunk]
+            with engine.lock:
+                engine.check_open()
+                start = engine.clock()
+                rows, hidden = sequence.advance(chunk, 1)
+                sequence.commit(chunk, hidden, len(chunk))
+                self.stats.prefill_ms += (engine.clock() - start) * 1e3
+            logits = rows[-1]
+            at += len(chunk)
+        return logits
+
+    def _step(self, pending: int) -> list[int]:
+        """Draft, verify and commit; the tokens gained. `pending` is chosen, not processed."""
+        engine, sequence, stats = self._engine, self._sequence, self.stats
+        room = engine.context - len(sequence.tokens) - 1
+        left = room + 1
+        if self._max_tokens is not None:
+            left = min(left, self._max_tokens - stats.tokens)
+        with engine.lock:
+            engine.check_open()
+            start = engine.clock()
+            # More drafts than can still be used would only be thrown away.
+            want = min(self._policy.choose(), room, left - 1)
+            drafts: list[int] = []
+            steady = True
+            if want > 0 and sequence.drafter is not None:
+                known = [*sequence.tokens, pending]
+                drafts = sequence.drafter.draft(known, want, self._sampler.best)
+                steady = sequence.drafter.steady
+            batch = [pending, *drafts]
+            logits, hidden = sequence.advance(batch, len(batch))
+            gained = accept(logits, drafts, self._sampler.sample, self._is_last, left)
+            # The newest token is chosen but not processed, as after a plain step.
+            sequence.commit(batch, hidden, len(gained))
+            seconds = engine.clock() - start
+        hits = [a == b for a, b in zip(gained, drafts, strict=False)]
+        self._policy.record(len(drafts), hits, seconds, steady)
+        stats.verifies += 1
+        stats.tokens += len(gained)
+        stats.decode_ms += seconds * 1e3
+        for depth in range(len(drafts)):
+            stats.drafted_by_depth[depth] += 1
+            stats.accepted_by_depth[depth] += depth < len(hits) and hits[depth]
+        return gained
+
+
+def _common_prefix(a: Ids[int], b: Ids[int]) -> int:
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))

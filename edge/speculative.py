@@ -1,0 +1,352 @@
+"""Self-speculation with MiMo's MTP blocks: draft, verify, accept, and how much to draft.
+
+State between steps (spec section 3.3): the target has processed x_0..x_p, x_{p+1} is chosen
+but not processed. Block k at row i takes the target's H_i and x_{i+1+k}; every block takes
+the same H_i, only the token shifts. Output is what plain decoding gives: a proposal is kept
+only if the sampler, fed the target's own logits, draws that very token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, Protocol
+
+import numpy as np
+
+from mimo_edge.config import MimoConfig
+from mimo_edge.errors import UsageError
+from mimo_edge.runtimes.base import F32, Backend, Cache
+
+DraftSetting = int | Literal["auto"]
+
+MAX_DRAFT = 3
+# Rows of H kept behind the window: a commit leaves up to MAX_DRAFT stale rows to write again,
+# and a later turn may roll back as many.
+_SPARE_ROWS = MAX_DRAFT + 1
+# A block that attends to everything needs every row; they are written in groups this large.
+_FLUSH_ROWS = 64
+
+
+def max_draft(config: MimoConfig) -> int:
+    """Most tokens a model's MTP blocks can propose: one per block, one for MiMo-7B."""
+    return min(config.num_mtp_layers, MAX_DRAFT if config.family == "mimo_v2" else 1)
+
+
+def check_draft(draft: DraftSetting, config: MimoConfig) -> None:
+    """Raises UsageError when `draft` is no setting, or more than the model can propose."""
+    if draft == "auto":
+        return
+    if isinstance(draft, bool) or not isinstance(draft, int) or draft < 0:
+        raise UsageError(f"draft = {draft!r}", "use 0, 1, 2, 3 or auto")
+    limit = max_draft(config)
+    if draft > limit:
+        what = f"{config.num_mtp_layers} MTP blocks" if config.num_mtp_layers else "no MTP block"
+        raise UsageError(
+            f"draft = {draft}, but this model has {what} and can propose {limit}",
+            f"use --draft {limit} or auto" if limit else "use --draft 0 or auto",
+        )
+
+
+class Drafter:
+    """Proposes tokens for one sequence and keeps its MTP rows in step with the target.
+
+    Feed it every H row of the target in order (`observe`); call `truncate` after the
+    sequence was cut back between turns. Rejected drafts need no call: their H rows are
+    simply never observed.
+    """
+
+    def __init__(self, backend: Backend, cache: Cache) -> None:
+        config = backend.config
+        self._backend = backend
+        self._cache = cache
+        self.limit = max_draft(config)
+        self._window = config.layer(config.num_hidden_layers).window if self.limit else 1
+        self._keep = None if self._window is None else self._window + _SPARE_ROWS
+        self._hidden: deque[F32] = deque(maxlen=self._keep)  # H rows, the newest last
+        self._length = 0  # positions observed
+        # Rows of block k below this are in its cache, computed from tokens that stand.
+        self._final = [0] * self.limit
+        self.steady = True  # whether the last draft only did its regular work
+
+    @property
+    def wanted_rows(self) -> int | None:
+        """H rows a forward pass must return at most, the last ones; None is all of them."""
+        return self._keep if self.limit else 0
+
+    def observe(self, hidden: F32, rows: int) -> None:
+        """Note that the target processed `rows` tokens, `hidden` [m <= rows, M] their last H."""
+        if len(hidden) < rows and len(hidden) < (self._keep or rows):
+            raise ValueError(f"{len(hidden)} H rows of {rows}, {self._keep} are kept")
+        if len(hidden) < rows:
+            self._hidden.clear()  # what came before is no longer adjacent
+        self._hidden.extend(hidden)
+        self._length += rows
+
+    def flush(self, tokens: Sequence[int], *, force: bool = False) -> None:
+        """Write the rows of a block that attends to everything, so that H rows can go.
+
+        `tokens` is x_0 .. x_p at least. Nothing to do for windowed blocks, whose old rows
+        are never seen. `force` writes however few there are.
+        """
+        if self._window is not None or not self.limit:
+            return
+        end = min(self._length, len(tokens) - 1)  # row i needs x_{i+1}
+        count = end - self._final[0]
+        if count <= 0 or (count < _FLUSH_ROWS and not force):
+            return
+        self._run(0, tokens, self._final[0], end)
+        self._final[0] = end
+        while self._length - len(self._hidden) < end - _SPARE_ROWS:
+            self._hidden.popleft()
+
+    def draft(
+        self, tokens: Sequence[int], count: int, best: Callable[[F32], int]
+    ) -> list[int]:
+        """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
+
+        `best` picks from logits [V]. Fewer, down to none, come back while the H rows that the
+        newest row's window covers are not all at hand (after a cut deeper than is kept).
+        """
+        p = self._length - 1
+        if len(tokens) != p + 2:
+            raise ValueError(f"{len(tokens)} tokens known, {p + 1} processed")
+        known = list(tokens[max(0, p + 2 - len(self._hidden) - MAX_DRAFT) :])
+        offset = len(tokens) - len(known)
+        self.steady = True
+        drafts: list[int] = []
+        for depth in range(min(count, self.limit)):
+            reach = 0 if self._window is None else max(0, p - self._window + 1)
+            first = max(self._final[depth], reach)
+            if first < self._length - len(self._hidden):
+                break
+            # One verify commits up to count + 1 rows; depth more were stale.
+            self.steady = self.steady and p - first <= 2 * MAX_DRAFT + 1
+            logits = self._run(depth, known, first, p + 1, offset)
+            drafts.append(best(logits))
+            known.append(drafts[-1])
+            # Rows up to p - depth took tokens that stand; the newer ones took drafts.
+            self._final[depth] = max(first, p - depth + 1)
+        return drafts
+
+    def truncate(self, length: int, known: int) -> None:
+        """The target was cut back to `length` processed tokens, of which and after which
+        `known` tokens in all are the same as before."""
+        for _ in range(min(self._length - length, len(self._hidden))):
+            self._hidden.pop()
+        self._length = length
+        for depth in range(self.limit):
+            # Rings hold rows by position modulo their size: after a cut some older rows may
+            # be gone, so windowed blocks are written anew from the window's start.
+            stands = 0 if self._window is not None else max(0, min(length, known - 1 - depth))
+            self._final[depth] = min(self._final[depth], stands)
+
+    def _run(
+        self, depth: int, known: Sequence[int], first: int, end: int, offset: int = 0
+    ) -> F32:
+        """Rows first..end-1 of block `depth`; `known` starts at x_offset."""
+        start = self._length - len(self._hidden)
+        hidden = np.stack([self._hidden[row - start] for row in range(first, end)])
+        shift = 1 + depth - offset
+        ids = np.asarray(known[first + shift : end + shift], dtype=np.int32)
+        return self._backend.mtp_forward(depth, ids, hidden, first, self._cache)
+
+
+def accept(
+    logits: F32,
+    drafts: Sequence[int],
+    sample: Callable[[F32], int],
+    is_last: Callable[[int], bool],
+    limit: int,
+) -> list[int]:
+    """Tokens that a verify of [x_{p+1}, *drafts] gains, in order: 1 to len(drafts) + 1.
+
+    Row j of `logits` f32 [K + 1, V] is the target after draft j. Each row is sampled as in
+    plain decoding; going on is allowed while the sample is the draft, because only then the
+    next row saw the right tokens. For argmax drafts this is the lossless accept rule
+    (accept with probability p(d), else draw from the rest): draw y ~ p, keep it either way.
+    Stops after `limit` tokens, and after a token for which `is_last` says so.
+    """
+    gained: list[int] = []
+    for row in range(len(drafts) + 1):
+        token = sample(logits[row])
+        gained.append(token)
+        if is_last(token) or len(gained) == limit:
+            break
+        if row == len(drafts) or token != drafts[row]:
+            break
+    return gained
+
+
+class DraftPolicy(Protocol):
+    """Decides how many tokens to draft before each verify."""
+
+    def choose(self) -> int:
+        """Tokens to draft now."""
+        ...
+
+    def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
+        """One step's outcome: `hits` per depth that was tested, cost of draft and verify.
+
+        `steady` is False when the step did one-off work and its time says nothing.
+        """
+        ...
+
+    def why(self) -> str:
+        """The current choice and its reason, for people."""
+        ...
+
+
+class FixedPolicy:
+    """Always the same draft length."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def choose(self) -> int:
+        return self._count
+
+    def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
+        return None
+
+    def why(self) -> str:
+        return f"draft {self._count}, as set"
+
+
+class CostTable:
+    """Seconds of one step per draft length, measured; shared by the sequences of an engine.
+
+    The median of the last few steps: contexts grow, and single steps are disturbed.
+    """
+
+    def __init__(self) -> None:
+        self._samples: dict[int, deque[float]] = {}
+
+    def add(self, drafted: int, seconds: float) -> None:
+        self._samples.setdefault(drafted, deque(maxlen=9)).append(seconds)
+
+    def measured(self, drafted: int) -> bool:
+        return drafted in self._samples
+
+    def seconds(self, drafted: int) -> float | None:
+        """Measured cost, or one interpolated between measured neighbours."""
+        if drafted in self._samples:
+            return median(self._samples[drafted])
+        below = max((k for k in self._samples if k < drafted), default=None)
+        above = min((k for k in self._samples if k > drafted), default=None)
+        if below is None or above is None:
+            return None
+        low, high = median(self._samples[below]), median(self._samples[above])
+        return low + (high - low) * (drafted - below) / (above - below)
+
+
+@dataclass
+class _Depth:
+    """Acceptance at one depth, given that all shallower drafts were accepted."""
+
+    hits: float = 0.0
+    tries: float = 0.0
+
+    def record(self, hit: bool) -> None:
+        # Old outcomes fade: text changes its nature within an answer.
+        self.hits = self.hits * 0.97 + hit
+        self.tries = self.tries * 0.97 + 1
+
+    @property
+    def rate(self) -> float:
+        return (self.hits + 1.5) / (self.tries + 2.0)  # starts at 0.75, as published
+
+
+class AdaptivePolicy:
+    """Draft as many tokens as maximise expected tokens per second, possibly none.
+
+    Expected tokens of a step with K drafts: 1 + a_1 + a_1 a_2 + ..., a_k the running
+    acceptance of depth k. Divided by the measured cost of a step of that width. The best
+    choice is checked by short probes of another width, rarer each time it stands, so that
+    drafting that does not pay costs next to nothing.
+    """
+
+    FIRST_INTERVAL, LAST_INTERVAL = 48, 3072
+    ADVANTAGE = 1.03  # a change must promise this much, or two equal widths would alternate
+
+    def __init__(self, limit: int, costs: CostTable) -> None:
+        self._limit = limit
+        self._costs = costs
+        self._depths = [_Depth() for _ in range(limit)]
+        self._current = limit
+        self._interval = self.FIRST_INTERVAL
+        self._since_probe = 0
+        self._rotation = 0
+        # The first drafting step fills the MTP caches, so its time is not counted.
+        self._plan: deque[int] = deque([limit, limit, limit, 0, 0] if limit else [])
+
+    def choose(self) -> int:
+        if not self._limit:
+            return 0
+        if self._plan:
+            return self._plan.popleft()
+        self._settle()
+        self._since_probe += 1
+        if self._since_probe > self._interval:
+            self._since_probe = 0
+            self._interval = min(2 * self._interval, self.LAST_INTERVAL)
+            self._plan.extend(self._probe())
+            return self._plan.popleft()
+        return self._current
+
+    def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
+        for depth, hit in zip(self._depths, hits, strict=False):
+            depth.record(hit)
+            if not hit:
+                break
+        if steady:
+            self._costs.add(drafted, seconds)
+
+    def expected_tokens(self, count: int) -> float:
+        """Tokens a step with `count` drafts is expected to gain."""
+        total = chance = 1.0
+        for depth in self._depths[:count]:
+            chance *= depth.rate
+            total += chance
+        return total
+
+    def why(self) -> str:
+        if not self._limit:
+            return "draft 0: the model has no MTP block"
+        plain, other = self._costs.seconds(0), self._current or self._limit
+        cost = self._costs.seconds(other)
+        if plain is None or cost is None:
+            return f"draft {self._current}: not enough steps measured yet"
+        facts = (
+            f"drafting {other} gives {self.expected_tokens(other):.2f} tokens a step "
+            f"for {cost / plain:.2f} times the time of a plain one"
+        )
+        return f"draft {self._current}: {facts}"
+
+    def _settle(self) -> None:
+        def speed(count: int) -> float:
+            seconds = self._costs.seconds(count)
+            return self.expected_tokens(count) / max(seconds, 1e-9) if seconds is not None else 0.0
+
+        best = max(range(self._limit + 1), key=lambda count: (speed(count), -count))
+        if best != self._current and speed(best) > self.ADVANTAGE * speed(self._current):
+            self._current = best
+            self._interval = self.FIRST_INTERVAL
+
+    def _probe(self) -> list[int]:
+        """Steps that look at another width: all depths when drafting is off, else in turn."""
+        if self._current == 0:
+            return [self._limit] * 3
+        others = [k for k in range(self._limit + 1) if k != self._current]
+        self._rotation += 1
+        return [others[self._rotation % len(others)]] * 2
+
+
+def make_policy(draft: DraftSetting, config: MimoConfig, costs: CostTable) -> DraftPolicy:
+    """The policy of a draft setting. Raises UsageError as `check_draft`."""
+    check_draft(draft, config)
+    if draft == "auto":
+        return AdaptivePolicy(max_draft(config), costs)
+    return FixedPolicy(draft)

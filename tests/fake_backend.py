@@ -1,0 +1,130 @@
+"""A deterministic toy language model behind the Backend contract, for engine logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from mimo_edge.config import MimoConfig
+from mimo_edge.errors import CacheError, ContextLengthError
+from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
+
+
+class FakeCache:
+    """Tokens instead of rows; undoes at most `verify_rows - 1` of the last call."""
+
+    def __init__(self, capacity: int, undoable: int) -> None:
+        self.tokens: list[int] = []
+        self.capacity = capacity
+        self.undoable = undoable
+        self.highest = 0
+        self.mtp: dict[tuple[int, int], int] = {}  # (depth, row) -> token it was computed from
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def rollback(self, n: int) -> None:
+        if self.length - n < self.highest - self.undoable:
+            raise CacheError(f"cannot undo {n}")
+        del self.tokens[self.length - n :]
+
+    def nbytes(self) -> int:
+        return 8 * len(self.tokens)
+
+
+class FakeBackend:
+    """Next-token logits are a hash of the last three tokens. MTP block k proposes the right
+    token for most rows (`skill` per depth) by looking at the same rule.
+
+    Every call is checked against the contract: H rows must be the target's own, MTP rows must
+    reach back over the window without a hole, and their tokens must be those that stand.
+    """
+
+    name = "fake"
+
+    def __init__(
+        self,
+        config: MimoConfig,
+        skill: tuple[float, ...] = (0.8, 0.7, 0.6),
+        seed: int = 0,
+        on_call: Callable[[str, int], None] = lambda kind, rows: None,
+        sharpness: float = 4.0,
+    ) -> None:
+        self.config = config
+        self.skill = skill
+        self.seed = seed
+        self.on_call = on_call
+        self.sharpness = sharpness
+        self.closed = False
+        self.forwards: list[int] = []
+        self.fail_after: int | None = None
+
+    def new_cache(self, context: int, verify_rows: int = 4) -> FakeCache:
+        return FakeCache(context, verify_rows - 1)
+
+    def next_logits(self, tokens: list[int]) -> F32:
+        rng = np.random.default_rng([self.seed, *tokens[-3:]])
+        values = rng.normal(0, self.sharpness, self.config.vocab_size)
+        return values.astype(np.float32)
+
+    def hidden(self, tokens: list[int]) -> F32:
+        row = np.zeros(self.config.hidden_size, np.float32)
+        row[:3] = len(tokens) - 1, tokens[-1], sum(tokens) % 9973
+        return row
+
+    def forward(
+        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+    ) -> ForwardResult:
+        assert isinstance(cache, FakeCache)
+        assert not self.closed
+        assert token_ids.dtype == np.int32
+        assert 0 < len(token_ids)
+        self.on_call("forward", len(token_ids))
+        self.forwards.append(len(token_ids))
+        if self.fail_after is not None and len(self.forwards) > self.fail_after:
+            raise RuntimeError("the device went away")
+        if cache.length + len(token_ids) > cache.capacity:
+            raise ContextLengthError("the engine must have checked")
+        logits, hidden = [], []
+        for token in token_ids.tolist():
+            cache.tokens.append(token)
+            logits.append(self.next_logits(cache.tokens))
+            hidden.append(self.hidden(cache.tokens))
+        cache.highest = max(cache.highest, cache.length)
+        none = np.zeros((0, self.config.hidden_size), np.float32)
+        return ForwardResult(
+            np.stack(logits[len(logits) - logits_rows :]) if logits_rows else np.zeros((0, 1)),
+            np.stack(hidden[len(hidden) - hidden_rows :]) if hidden_rows else none,
+        )
+
+    def mtp_forward(
+        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+    ) -> F32:
+        assert isinstance(cache, FakeCache)
+        self.on_call("mtp", len(token_ids))
+        end = position + len(token_ids)
+        assert len(hidden) == len(token_ids)
+        assert end <= cache.length
+        for row in range(position, end):
+            np.testing.assert_array_equal(
+                hidden[row - position], self.hidden(cache.tokens[: row + 1])
+            )
+            cache.mtp[depth, row] = int(token_ids[row - position])
+        window = self.config.layer(self.config.num_hidden_layers + depth).window
+        first = 0 if window is None else max(0, end - window)
+        known = [*cache.tokens, *([0] * (depth + 1))]
+        for row in range(first, end):  # every row the newest one sees, with the token that stands
+            assert (depth, row) in cache.mtp, f"row {row} of block {depth} was never written"
+            if row + 1 + depth < cache.length:
+                assert cache.mtp[depth, row] == known[row + 1 + depth], (depth, row)
+        drafts = [cache.mtp[k, end - 1] for k in range(depth + 1)]
+        sequence = cache.tokens[:end] + drafts
+        logits = self.next_logits(sequence)
+        rng = np.random.default_rng([7, self.seed, depth, end])
+        if rng.random() >= self.skill[depth]:
+            logits = np.roll(logits, 1)
+        return logits
+
+    def close(self) -> None:
+        self.closed = True
