@@ -1,0 +1,266 @@
+"""Text and command quality against brute-force recomputation and hand-made answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import random_weights, tiny_config
+
+from mimo_edge import evaluate
+from mimo_edge.config import MimoConfig
+from mimo_edge.errors import GenerationError, UsageError
+from mimo_edge.evaluate import (
+    TextChunk,
+    evaluate_text,
+    kl_divergence,
+    same_calls,
+    split_chunks,
+)
+from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
+from mimo_edge.runtimes.reference import ReferenceBackend, full_logits
+from mimo_edge.runtimes.weights import DictWeights
+
+
+def brute_force(p_logits: F32, q_logits: F32, targets: list[int]) -> dict[str, float]:
+    """The same numbers token by token in plain Python: no shared code, no vectorisation."""
+    nll_p = nll_q = 0.0
+    kls, same = [], 0
+    for p_row, q_row, target in zip(p_logits.tolist(), q_logits.tolist(), targets, strict=True):
+        p_norm = math.log(sum(math.exp(v) for v in p_row))
+        q_norm = math.log(sum(math.exp(v) for v in q_row))
+        nll_p -= p_row[target] - p_norm
+        nll_q -= q_row[target] - q_norm
+        kls.append(
+            sum(
+                math.exp(a - p_norm) * ((a - p_norm) - (b - q_norm))
+                for a, b in zip(p_row, q_row, strict=True)
+            )
+        )
+        same += p_row.index(max(p_row)) == q_row.index(max(q_row))
+    n = len(targets)
+    return {
+        "source_perplexity": math.exp(nll_p / n),
+        "perplexity": math.exp(nll_q / n),
+        "mean_kl": sum(kls) / n,
+        "kl_p99": float(np.quantile(kls, 0.99)),
+        "top1_agreement": same / n,
+    }
+
+
+def disturbed(weights: DictWeights, config: MimoConfig, amount: float) -> DictWeights:
+    """A second model near the first, as quantisation makes it."""
+    rng = np.random.default_rng(5)
+    names = [n for n in weights._tensors if n.endswith("_exps.weight") or n == "output.weight"]
+    tensors = dict(weights._tensors)
+    for name in names:
+        noise = rng.standard_normal(tensors[name].shape, dtype=np.float32)
+        tensors[name] = tensors[name] + amount * tensors[name].std() * noise
+    return DictWeights(config, tensors)
+
+
+@pytest.mark.parametrize("segment_rows", [1, 7, 512])
+@pytest.mark.parametrize("scored_from", [0, 1, 2, 17, 39])
+def test_text_quality_equals_brute_force(
+    monkeypatch: pytest.MonkeyPatch, segment_rows: int, scored_from: int
+) -> None:
+    monkeypatch.setattr(evaluate, "_MAX_SEGMENT_ROWS", segment_rows)
+    config = tiny_config(num_mtp_layers=0)
+    source = random_weights(config, seed=1)
+    candidate = disturbed(source, config, 0.2)
+    rng = np.random.default_rng(0)
+    chunks = [rng.integers(0, config.vocab_size, n).astype(np.int32) for n in (40, 23)]
+    p_rows, q_rows, targets = [], [], []
+    for ids in chunks:
+        start = max(1, scored_from)
+        p_rows.append(full_logits(source, ids)[start - 1 : -1])
+        q_rows.append(full_logits(candidate, ids)[start - 1 : -1])
+        targets += ids[start:].tolist()
+    want = brute_force(np.concatenate(p_rows), np.concatenate(q_rows), targets)
+
+    got = evaluate_text(
+        ReferenceBackend(source),
+        ReferenceBackend(candidate),
+        [TextChunk(ids, scored_from) for ids in chunks],
+    )
+    assert got.tokens == len(targets)
+    assert got.chunks == sum(len(ids) > max(1, scored_from) for ids in chunks)
+    # f32 forward passes of different batch shapes differ near 1e-6 relative.
+    for name, value in want.items():
+        assert getattr(got, name) == pytest.approx(value, rel=2e-5), name
+
+
+def test_a_model_against_itself_loses_nothing() -> None:
+    config = tiny_config(num_mtp_layers=0)
+    weights = random_weights(config)
+    chunk = TextChunk(np.arange(30, dtype=np.int32))
+    got = evaluate_text(ReferenceBackend(weights), ReferenceBackend(weights), [chunk])
+    assert got.mean_kl == got.kl_p99 == 0
+    assert got.top1_agreement == 1
+    assert got.perplexity == got.source_perplexity
+
+
+def test_without_a_source_there_is_only_perplexity() -> None:
+    config = tiny_config(num_mtp_layers=0)
+    weights = random_weights(config)
+    chunk = TextChunk(np.arange(30, dtype=np.int32))
+    both = evaluate_text(ReferenceBackend(weights), ReferenceBackend(weights), [chunk])
+    alone = evaluate_text(None, ReferenceBackend(weights), [chunk])
+    assert alone.perplexity == both.perplexity
+    assert alone.source_perplexity is alone.mean_kl is alone.kl_p99 is None
+    assert alone.top1_agreement is None
+
+
+def test_kl_of_known_distributions() -> None:
+    p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
+    want = 0.5 * math.log(2) - 0.25 * math.log(2)
+    assert kl_divergence(np.log(p), np.log(q)) == pytest.approx([want], rel=1e-12)
+
+
+def test_progress_counts_every_row_once() -> None:
+    config = tiny_config(num_mtp_layers=0)
+    seen: list[tuple[int, int]] = []
+    chunks = [TextChunk(np.arange(20, dtype=np.int32)), TextChunk(np.arange(9, dtype=np.int32), 4)]
+    evaluate_text(
+        None,
+        ReferenceBackend(random_weights(config)),
+        chunks,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1] == (19 + 5, 19 + 5)
+    assert all(total == 24 for _, total in seen)
+
+
+@dataclass
+class TableBackend:
+    """Logits looked up by the last token: broken values on purpose."""
+
+    config: MimoConfig
+    table: F32
+    name: str = "table"
+
+    def new_cache(self, context: int, verify_rows: int = 4) -> Cache:
+        return None  # type: ignore[return-value]
+
+    def forward(
+        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+    ) -> ForwardResult:
+        return ForwardResult(self.table[token_ids[-logits_rows:]], np.zeros((0, 1), np.float32))
+
+    def mtp_forward(
+        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+    ) -> F32:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+def table_backend(vocab: int = 97) -> TableBackend:
+    config = tiny_config(vocab_size=vocab)
+    return TableBackend(config, np.zeros((vocab, vocab), np.float32))
+
+
+def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
+    chunk = TextChunk(np.arange(50, dtype=np.int32))
+    assert evaluate_text(None, table_backend(), [chunk]).perplexity == pytest.approx(97, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_broken_logits_are_an_error(value: float) -> None:
+    backend = table_backend()
+    backend.table[3, 5] = value
+    with pytest.raises(GenerationError, match="candidate produced logits that are not finite"):
+        evaluate_text(None, backend, [TextChunk(np.arange(9, dtype=np.int32))])
+
+
+def test_different_vocabularies_are_refused() -> None:
+    with pytest.raises(UsageError, match="97 tokens, the candidate 96"):
+        evaluate_text(
+            table_backend(97), table_backend(96), [TextChunk(np.arange(9, dtype=np.int32))]
+        )
+
+
+@pytest.mark.parametrize("bad", [-1, 97])
+def test_foreign_token_ids_are_refused(bad: int) -> None:
+    ids = np.array([0, bad, 1], np.int32)
+    with pytest.raises(UsageError, match="vocabulary of 97"):
+        evaluate_text(None, table_backend(), [TextChunk(ids)])
+
+
+def test_nothing_to_score_is_refused() -> None:
+    with pytest.raises(UsageError, match="nothing to evaluate"):
+        evaluate_text(None, table_backend(), [TextChunk(np.arange(3, dtype=np.int32), 3)])
+
+
+def test_split_chunks_covers_the_text() -> None:
+    chunks = split_chunks(list(range(21)), 10)
+    assert [c.token_ids.tolist() for c in chunks] == [list(range(10)), list(range(10, 20))]
+    assert [len(c.token_ids) for c in split_chunks(list(range(22)), 10)] == [10, 10, 2]
+    assert [len(c.token_ids) for c in split_chunks(list(range(22)), 10, max_tokens=13)] == [10, 3]
+    for ids, size in (([], 10), ([1], 10), ([1, 2], 1)):
+        with pytest.raises(UsageError):
+            split_chunks(ids, size)
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeCall:
+    name: str
+    arguments: dict[str, Any]
+
+
+WANT = {"name": "set_timer", "arguments": {"duration": 5, "unit": "minutes"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "right"),
+    [
+        ({"duration": 5, "unit": "minutes"}, True),
+        ({"unit": "minutes", "duration": 5}, True),
+        ({"duration": "5", "unit": "minutes"}, False),
+        ({"duration": 5, "unit": "Minutes"}, False),
+        ({"duration": 5}, False),
+        ({"duration": 5, "unit": "minutes", "label": "tea"}, False),
+        ({"duration": 5, "unit": None}, False),
+    ],
+)
+def test_a_call_is_right_only_when_everything_is(arguments: dict[str, Any], right: bool) -> None:
+    assert same_calls([FakeCall("set_timer", arguments)], [WANT]) is right
+
+
+def test_values_compare_as_json() -> None:
+    def same(a: Any, b: Any) -> bool:
+        return same_calls([FakeCall("f", {"x": a})], [{"name": "f", "arguments": {"x": b}}])
+
+    assert same(True, True)
+    assert same(1, 1.0)
+    assert same([1, {"a": "b"}], [1, {"a": "b"}])
+    assert same(None, None)
+    assert not same(True, 1)
+    assert not same(1, True)
+    assert not same([1], [True])
+    assert not same({"a": 1}, {"a": "1"})
+    assert not same("", None)
+
+
+def test_order_number_and_name_of_calls_matter() -> None:
+    other = {"name": "call_contact", "arguments": {"contact": "mom"}}
+    first, second = (
+        FakeCall("set_timer", dict(WANT["arguments"])),
+        FakeCall(  # type: ignore[call-overload]
+            "call_contact", {"contact": "mom"}
+        ),
+    )
+    assert same_calls([first, second], [WANT, other])
+    assert not same_calls([second, first], [WANT, other])
+    assert not same_calls([first], [WANT, other])
+    assert not same_calls([first, second], [WANT])
+    assert not same_calls([FakeCall("timer", first.arguments)], [WANT])
+    assert same_calls([], [])
+    assert not same_calls([first], [])
