@@ -20,7 +20,8 @@ _DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], d
 # a tie, so each code owns an interval that is closed above: (0.5, 1.5] is code 1, and so on.
 _CODE_OF = np.repeat(np.arange(8, dtype=np.uint8), [2, 2, 2, 2, 3, 4, 6, 44])
 
-_E8M0_NAN = 255
+# 6 * 2^(252 - 127) is the largest value that fits f32; 255 is E8M0's NaN.
+LARGEST_EXPONENT = 252
 
 
 class MXFP4(Format):
@@ -57,10 +58,20 @@ class MXFP4(Format):
         values *= scale
 
     def _check_scales(self, raw: U8, first_row: int) -> None:
-        bad = raw.reshape(raw.shape[0], -1, 17)[:, :, 0] == _E8M0_NAN
-        if bad.any():
-            row, block = (int(i) for i in np.argwhere(bad)[0])
-            raise QuantError(f"the MXFP4 scale of row {first_row + row}, block {block} is NaN")
+        _check_exponents(raw.reshape(raw.shape[0], -1, 17)[:, :, 0], first_row)
+
+
+def _check_exponents(exponents: U8, first_row: int) -> None:
+    """Raise QuantError at the first of exponents [rows, blocks] that is NaN or beyond f32."""
+    bad = exponents > LARGEST_EXPONENT
+    if bad.any():
+        row, block = (int(i) for i in np.argwhere(bad)[0])
+        exponent = int(exponents[row, block])
+        what = "NaN" if exponent == 255 else f"2^{exponent - 127}, whose codes exceed f32"
+        raise QuantError(
+            f"the MXFP4 scale of row {first_row + row}, block {block} is {what}",
+            "the source tensor is damaged",
+        )
 
 
 def _scale_exponent(largest: F32) -> U8:
@@ -73,7 +84,7 @@ def _scale_exponent(largest: F32) -> U8:
     """
     with np.errstate(divide="ignore"):
         log2 = np.log2(largest.astype(np.float64)).astype(np.float32)
-    exponent = np.clip(np.floor(log2) + np.float32(125), 0, 254)
+    exponent = np.clip(np.floor(log2) + np.float32(125), 0, 255)
     result: U8 = exponent.astype(np.uint8)
     return result
 
@@ -83,15 +94,10 @@ def blocks_from_checkpoint(weight: U8, weight_scale: U8) -> U8:
 
     `weight` u8 [rows, cols / 2], low nibble = even column; `weight_scale` u8 E8M0
     [rows, cols / 32] -> u8 [rows, cols / 32 * 17]. Raises QuantError on a wrong dtype or shape
-    and on a NaN scale (255), naming row and block.
+    and on a scale that is NaN (255) or beyond f32, naming row and block.
     """
     _check_pair(weight, weight_scale)
-    nan = weight_scale == _E8M0_NAN
-    if nan.any():
-        row, block = (int(i) for i in np.argwhere(nan)[0])
-        raise QuantError(
-            f"weight_scale of row {row}, block {block} is NaN", "the checkpoint is damaged"
-        )
+    _check_exponents(weight_scale, 0)
     rows, n_blocks = weight_scale.shape
     out: U8 = np.empty((rows, n_blocks * 17), dtype=np.uint8)
     for start, stop in row_groups(rows, n_blocks * 32):

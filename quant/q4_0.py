@@ -32,7 +32,8 @@ class Q4_0(Format):
         # The element of largest magnitude, the first of equals, keeps its sign and becomes
         # code 0: that end of the range reaches -8, the other only +7.
         largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
-        scale = largest / np.float32(-8)
+        # ggml starts from +0, so a block of negative zeros has it too: adding it loses the sign.
+        scale = (largest + np.float32(0)) / np.float32(-8)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
             # Truncation after +8.5 rounds half up. 1 / a subnormal scale is infinite: the scale
