@@ -1,0 +1,280 @@
+"""GgmlBackend: the forward pass of a fully resident model on ggml.
+
+`GgmlBackend(RawTensors)` loads the weights; `new_cache`, `forward`, `mtp_forward` follow
+runtimes/base.Backend, with the rows and errors of runtimes/reference (read its top docstring on
+how to call `mtp_forward`). Long inputs are processed in chunks of `chunk` tokens.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mimo_edge.config import MimoConfig
+from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
+from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
+from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0
+from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex, check_kv_type
+from mimo_edge.runtimes.ggml.device import Device
+from mimo_edge.runtimes.ggml.passes import (
+    MtpPass,
+    TrunkPass,
+    TrunkShape,
+    mtp_shape,
+    trunk_shape,
+)
+from mimo_edge.runtimes.ggml.raw import RawTensors
+from mimo_edge.runtimes.ggml.resident import ResidentWeights
+
+KV_TYPES = {"f16": TYPE_F16, "f32": TYPE_F32, "q8_0": TYPE_Q8_0}
+DEFAULT_CHUNK = 512
+
+
+class GgmlBackend:
+    """A `Backend` with every weight in RAM. Owns `source` and closes it.
+
+    `kv_type` is the format of global layers' rows ("f16", "f32", "q8_0"); rings are f16, or f32
+    with "f32". `repack=False` keeps weights in file order: slower prefill, same results within
+    rounding. One call at a time; `abort` may be called from anywhere.
+    """
+
+    name = "ggml"
+
+    def __init__(
+        self,
+        source: RawTensors,
+        *,
+        threads: int | None = None,
+        kv_type: str = "f16",
+        repack: bool = True,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        """Raises BackendError (library missing or of another version, memory), BundleError
+        (weights), UsageError (options)."""
+        self.config: MimoConfig = source.config
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"kv_type {kv_type!r}", f"choose one of {', '.join(KV_TYPES)}")
+        if chunk < 1:
+            raise UsageError(f"chunk = {chunk}", "give 1 or more")
+        self._kv_type = KV_TYPES[kv_type]
+        check_kv_type(self._kv_type, self.config)
+        self._chunk = chunk
+        self._source = source
+        self.device = Device(threads if threads is not None else os.cpu_count() or 1)
+        try:
+            self._weights = ResidentWeights(self.device, source, repack=repack)
+        except BaseException:
+            self.device.close()
+            raise
+
+    # --- memory ---
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of resident weights by kind of memory."""
+        return dict(self._weights.nbytes)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of intermediate results, shared by all graphs."""
+        return self.device.scratch_bytes
+
+    # --- Backend ---
+
+    def new_cache(self, context: int, verify_rows: int = 4) -> GgmlCache:
+        """An empty cache. Raises ContextLengthError past the model's positions, UsageError."""
+        self._check_open()
+        return GgmlCache(self.device, self.config, self._kv_type, context, verify_rows)
+
+    def forward(
+        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+    ) -> ForwardResult:
+        """Append token_ids [T] to `cache`; logits f32 [logits_rows, V] and residual rows before
+        the final norm f32 [hidden_rows, M] of the last rows come back.
+
+        When it fails, `cache.length` says how many tokens are complete: those before the chunk
+        that failed. Raises UsageError, ContextLengthError (before anything is touched),
+        CacheError, GenerationError (NaN or Inf, or aborted), BackendError.
+        """
+        self._check_open()
+        ids = self._check_ids(token_ids)
+        total = len(ids)
+        for label, rows in (("logits_rows", logits_rows), ("hidden_rows", hidden_rows)):
+            if not 0 <= rows <= total:
+                raise UsageError(f"{label} = {rows} of {total} new tokens")
+        ours = self._check_cache(cache)
+        ours.require(total)
+        logits = np.empty((logits_rows, self.config.vocab_size), np.float32)
+        hidden = np.empty((hidden_rows, self.config.hidden_size), np.float32)
+        for start in range(0, total, self._chunk):
+            chunk = ids[start : start + self._chunk]
+            after = total - start - len(chunk)  # rows behind this chunk
+            want = [min(max(0, n - after), len(chunk)) for n in (logits_rows, hidden_rows)]
+            found = self._forward_chunk(ours, chunk, *want)
+            for out, part in zip((logits, hidden), found, strict=True):
+                if len(part):
+                    end = len(out) - after
+                    out[end - len(part) : end] = part
+        return ForwardResult(logits=logits, hidden=hidden)
+
+    def _forward_chunk(
+        self, cache: GgmlCache, ids: TokenIds, logits_rows: int, hidden_rows: int
+    ) -> tuple[F32, F32]:
+        position, total = cache.length, len(ids)
+        embedding = self._source.embedding(ids)
+        shape = trunk_shape(cache, total, logits_rows, hidden_rows)
+        trunk = self._trunk(cache, shape)
+        before = cache.ring.positions()
+        cache.ring.store(position, total)
+        cache.full.store(position, total)
+        trunk.fill(embedding, position, before, cache.ring.positions())
+        try:
+            trunk.compute()
+            empty = np.empty((0, 0), np.float32)
+            hidden, logits = (
+                empty if tensor is None else tensor.array().reshape(rows, -1).copy()
+                for tensor, rows in (
+                    (trunk.hidden_tensor, hidden_rows),
+                    (trunk.logits_tensor, logits_rows),
+                )
+            )
+            self._check_finite(hidden, "the residual stream", position + total - len(hidden))
+            self._check_finite(logits, "the output head", position + total - len(logits))
+        except BaseException:
+            cache.undo_write()
+            raise
+        cache.commit(total)
+        return logits, hidden
+
+    def _trunk(self, cache: GgmlCache, shape: TrunkShape) -> TrunkPass:
+        found = cache.graph(shape)
+        if not isinstance(found, TrunkPass):
+            found = TrunkPass(self.device, self._weights.model, cache, shape)
+            cache.keep(shape, found, shape.large)
+        return found
+
+    def mtp_forward(
+        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+    ) -> F32:
+        """Run MTP block `depth` on rows position..position+n-1.
+
+        token_ids [n] = x_{i+1+depth}, hidden f32 [n, M] = H_i -> logits f32 [V] of the last row,
+        which predicts x_{i+2+depth}. Earlier rows only leave their key and value.
+        Raises UsageError (depth, shapes, ids), CacheError (rows missing or not yet processed),
+        GenerationError (NaN or Inf, or aborted).
+        """
+        self._check_open()
+        c = self.config
+        if not 0 <= depth < c.num_mtp_layers:
+            raise UsageError(f"MTP block {depth} of a model with {c.num_mtp_layers}")
+        ids = self._check_ids(token_ids)
+        hidden = np.asarray(hidden, np.float32)
+        if hidden.shape != (len(ids), c.hidden_size):
+            raise UsageError(
+                f"hidden states of shape {hidden.shape} for {len(ids)} tokens of width "
+                f"{c.hidden_size}"
+            )
+        ours = self._check_cache(cache)
+        if not 0 <= position <= ours.length - len(ids):
+            raise CacheError(
+                f"MTP rows {position}..{position + len(ids) - 1}, but the target has processed "
+                f"{ours.length} tokens",
+                "a row needs the target's hidden state of its position",
+            )
+        index = ours.mtp_index[depth]
+        index.check(position, len(ids), 1)
+        if isinstance(index, RingIndex) and len(ids) > index.rows:
+            # Only the newest row queries, and it sees no further back than the ring holds.
+            skip = len(ids) - index.rows
+            ids, hidden, position = ids[skip:], hidden[skip:], position + skip
+        return self._mtp(ours, depth, ids, hidden, position, index)
+
+    def _mtp(
+        self,
+        cache: GgmlCache,
+        depth: int,
+        ids: TokenIds,
+        hidden: F32,
+        position: int,
+        index: RingIndex | FullIndex,
+    ) -> F32:
+        embedding = self._source.embedding(ids)
+        shape = mtp_shape(cache, depth, len(ids), position)
+        found = cache.graph(shape)
+        if not isinstance(found, MtpPass):
+            found = MtpPass(self.device, self._weights.model, cache, shape)
+            cache.keep(shape, found, shape.large)
+        index.store(position, len(ids))
+        held = (
+            index.positions()
+            if isinstance(index, RingIndex)
+            else index.positions(cache.mtp[depth].rows)
+        )
+        found.fill(embedding, hidden, position, held)
+        try:
+            found.compute()
+            assert found.logits_tensor is not None
+            logits: F32 = found.logits_tensor.array().reshape(-1).copy()
+            self._check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
+        except BaseException:
+            index.truncate(position)
+            raise
+        return logits
+
+    def abort(self) -> None:
+        """Stop the running pass after its current operation; from any thread or signal handler.
+
+        Passes fail with GenerationError until `clear_abort`."""
+        self.device.abort()
+
+    def clear_abort(self) -> None:
+        """Let passes run again."""
+        self.device.clear_abort()
+
+    def close(self) -> None:
+        """Free weights and scratch, close the source. Twice is harmless. Caches keep their own
+        memory until they are closed or collected, but no longer compute."""
+        if self.device.closed:
+            return
+        self._weights.close()
+        self.device.close()
+        self._source.close()
+
+    # --- checks ---
+
+    def _check_open(self) -> None:
+        if self.device.closed:
+            raise BackendError("the backend is closed")
+
+    def _check_ids(self, token_ids: ArrayLike) -> TokenIds:
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise UsageError(
+                f"token ids of shape {ids.shape}, type {ids.dtype}", "give one or more integers"
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise UsageError(
+                f"token id {low if low < 0 else high} is outside 0..{self.config.vocab_size - 1}"
+            )
+        return ids.astype(np.int32)
+
+    def _check_cache(self, cache: Cache) -> GgmlCache:
+        if not isinstance(cache, GgmlCache) or cache.config != self.config:
+            raise CacheError("this cache belongs to another backend or model")
+        if cache.device is not self.device:
+            raise CacheError("this cache belongs to another backend")
+        if cache.closed:
+            raise CacheError("this cache is closed")
+        return cache
+
+    @staticmethod
+    def _check_finite(rows: F32, where: str, first: int) -> None:
+        finite = np.isfinite(rows).all(axis=-1)
+        if not finite.all():
+            raise GenerationError(
+                f"{where} gave NaN or Inf at position {first + int(np.argmin(finite))}",
+                "the weights, or the input, are damaged",
+            )

@@ -1,0 +1,230 @@
+"""One decoder layer or MTP block as graph nodes: attention, dense FFN, router, experts, head.
+
+Shapes are ggml's, innermost first: h {M, T}, q {D, H, T}, k {D, G, T}. Where numbers differ
+from the reference in the last bits: matmuls with quantised weights quantise activations to 8
+bits, attention uses ggml's online softmax, and an f16 cache accumulates values in f16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mimo_edge.config import MimoConfig
+from mimo_edge.runtimes.ggml.cache import KvTensors
+from mimo_edge.runtimes.ggml.graph import Graph, Tensor
+from mimo_edge.runtimes.ggml.resident import BlockWeights, MtpWeights, Projection, SwiGlu
+
+# Scores are sigmoid + bias, far inside this; it turns NaN into a number for the sort.
+_SCORE_LIMIT = 1e30
+
+
+@dataclass(frozen=True)
+class KvAccess:
+    """How one pass reads and writes the K/V rows of a layer.
+
+    The rows of the chunk at `write_ids` (its last rows, as many as there are ids) are stored.
+    Attention reads the first `read_rows` rows of the cache. With `append`, the chunk is not yet
+    among them (it may be longer than the ring): it is attended to after them and stored last.
+    `mask` f16 {columns, T} says what each query sees.
+    """
+
+    kv: KvTensors
+    write_ids: Tensor
+    mask: Tensor | None  # None: no row of this pass queries
+    read_rows: int
+    append: bool
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the layers of one pass share."""
+
+    config: MimoConfig
+    positions: Tensor  # i32 {T}
+    value_scale: Tensor | None
+    total: int  # T
+
+
+def last_rows(g: Graph, a: Tensor, rows: int) -> Tensor:
+    """The last `rows` of a {n, T}."""
+    total = a.ne[1]
+    if rows == total:
+        return a
+    return g.view(a, (a.ne[0], rows), (a.nb[1],), (total - rows) * a.nb[1])
+
+
+def _project(
+    g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor, queries: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """q {D, H, queries} of the last rows (None for no queries), k {D, G, T}, v {G * Dv, T}."""
+    heads, groups = c.num_attention_heads, w.spec.num_key_value_heads
+    found: dict[str, Tensor] = {}
+    for projection in w.projections:
+        if projection.parts == ("q",) and not queries:
+            continue
+        rows = last_rows(g, x, queries) if projection.parts == ("q",) else x
+        y = _linear(g, projection, rows)
+        offset, stride = 0, y.nb[1]
+        for part in projection.parts:
+            if part == "q":
+                skip = (y.ne[1] - queries) * stride
+                if queries:
+                    found["q"] = g.view(
+                        y, (c.head_dim, heads, queries), (c.head_dim * 4, stride), offset + skip
+                    )
+                offset += heads * c.head_dim * 4
+            elif part == "k":
+                found["k"] = g.view(
+                    y, (c.head_dim, groups, x.ne[1]), (c.head_dim * 4, stride), offset
+                )
+                offset += groups * c.head_dim * 4
+            else:
+                found["v"] = g.view(y, (groups * c.v_head_dim, x.ne[1]), (stride,), offset)
+                offset += groups * c.v_head_dim * 4
+    return found.get("q"), found["k"], found["v"]
+
+
+def _linear(g: Graph, projection: Projection, x: Tensor) -> Tensor:
+    y = g.mul_mat(projection.weight, x)
+    return y if projection.bias is None else g.add(y, projection.bias)
+
+
+def attention(
+    g: Graph, w: BlockWeights, inputs: BlockInputs, access: KvAccess, h: Tensor, queries: int
+) -> Tensor | None:
+    """h {M, T} -> attention output {M, queries} of its last rows; every row leaves its K/V.
+
+    The value scale is applied here, to V before it is cached, and nowhere else.
+    """
+    c, groups = inputs.config, w.spec.num_key_value_heads
+    x = g.norm(h, w.attn_norm, c.layernorm_epsilon)
+    q, k, v = _project(g, w, c, x, queries)
+    if inputs.value_scale is not None:
+        v = g.mul(v, inputs.value_scale)
+    k = g.rope(k, inputs.positions, c.rotary_dim, w.spec.rope_theta)
+    k = g.reshape(k, groups * c.head_dim, inputs.total)
+    if not access.append:
+        _store(g, access, k, v)
+    mixed = None
+    if q is not None and access.mask is not None:
+        at = inputs.positions
+        if queries < inputs.total:
+            at = g.view(at, (queries,), (), (inputs.total - queries) * 4)
+        q = g.rope(q, at, c.rotary_dim, w.spec.rope_theta)
+        keys, values = _rows(g, access, k, v)
+        mixed = g.attention(
+            g.swap_rows(q),
+            _heads(g, keys, c.head_dim, groups),
+            _heads(g, values, c.v_head_dim, groups),
+            last_rows(g, access.mask, queries),
+            c.head_dim**-0.5,
+            w.sinks,
+        )  # {Dv, H, queries}
+        mixed = g.reshape(mixed, c.num_attention_heads * c.v_head_dim, queries)
+        mixed = g.mul_mat(w.attn_output, mixed)
+    if access.append:
+        if mixed is not None:
+            g.run_now(mixed)  # the ring is read before the chunk overwrites it
+        _store(g, access, k, v)
+    return mixed
+
+
+def _rows(g: Graph, access: KvAccess, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys {G * D, S} and values {G * Dv, S} to attend to."""
+    kv, rows = access.kv, access.read_rows
+    if not access.append:
+        return (
+            g.view(kv.key, (kv.key.ne[0], rows), (kv.key.nb[1],)),
+            g.view(kv.value, (kv.value.ne[0], rows), (kv.value.nb[1],)),
+        )
+    chunk = [g.cast(k, kv.key.type), g.cast(v, kv.value.type)]
+    if rows:
+        chunk = [g.concat(kv.key, chunk[0], 1), g.concat(kv.value, chunk[1], 1)]
+    return chunk[0], chunk[1]
+
+
+def _heads(g: Graph, rows: Tensor, dim: int, groups: int) -> Tensor:
+    """{G * D, S} seen as {D, S, G}."""
+    head_bytes = rows.nb[1] // groups
+    return g.view(rows, (dim, rows.ne[1], groups), (rows.nb[1], head_bytes))
+
+
+def _store(g: Graph, access: KvAccess, k: Tensor, v: Tensor) -> None:
+    count = access.write_ids.ne[0]
+    g.set_rows(access.kv.key, last_rows(g, k, count), access.write_ids)
+    g.set_rows(access.kv.value, last_rows(g, v, count), access.write_ids)
+
+
+def dense(g: Graph, w: SwiGlu, x: Tensor) -> Tensor:
+    """down(silu(gate x) * up x)."""
+    return g.mul_mat(w.down, g.swiglu(g.mul_mat(w.gate, x), g.mul_mat(w.up, x)))
+
+
+def route(g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x {M, T} -> expert ids i32 {K, T} and weights {K, T}: the bias chooses, the plain sigmoid
+    weighs."""
+    assert w.router is not None
+    assert w.router_bias is not None
+    total, chosen = x.ne[1], c.num_experts_per_tok
+    scores = g.sigmoid(g.mul_mat(w.router, x))  # {E, T}
+    choice = g.clamp(g.add(scores, w.router_bias), -_SCORE_LIMIT, _SCORE_LIMIT)
+    ids = g.top_k(choice, chosen)
+    weights = g.get_rows(g.reshape(scores, 1, c.n_routed_experts, total), ids)  # {1, K, T}
+    weights = g.reshape(weights, chosen, total)
+    if c.norm_topk_prob:
+        weights = g.div(weights, g.scale(g.sum_rows(weights), 1.0, 1e-20))
+    if c.routed_scaling_factor != 1.0:
+        weights = g.scale(weights, c.routed_scaling_factor)
+    return ids, weights
+
+
+def routed_experts(g: Graph, w: SwiGlu, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Sum over k of weights[k] * expert ids[k] of x {M, T} -> {M, T}.
+
+    `w` may be the stacked experts of a layer, or slots that hold some of them; ids index it.
+    """
+    width, total, chosen = x.ne[0], x.ne[1], ids.ne[0]
+    rows = g.reshape(x, width, 1, total)
+    up = g.mul_mat_id(w.up, rows, ids)  # {F, K, T}
+    gate = g.mul_mat_id(w.gate, rows, ids)
+    y = g.mul_mat_id(w.down, g.swiglu(gate, up), ids)  # {M, K, T}
+    y = g.mul(y, g.reshape(weights, 1, chosen, total))
+    out = g.view(y, (width, total), (y.nb[2],))
+    for k in range(1, chosen):
+        out = g.add(out, g.view(y, (width, total), (y.nb[2],), k * y.nb[1]))
+    return g.contiguous(out) if chosen == 1 else out
+
+
+def feed_forward(g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor) -> Tensor:
+    """Normed x {M, T} -> {M, T}: a dense SwiGLU, or routed experts that are all resident."""
+    if w.dense is not None:
+        return dense(g, w.dense, x)
+    assert w.experts is not None
+    ids, weights = route(g, w, c, x)
+    return routed_experts(g, w.experts, x, ids, weights)
+
+
+def block(
+    g: Graph, w: BlockWeights, inputs: BlockInputs, access: KvAccess, h: Tensor, queries: int
+) -> Tensor | None:
+    """Residual stream h {M, T} -> its last `queries` rows after the block, None for no queries."""
+    mixed = attention(g, w, inputs, access, h, queries)
+    if mixed is None:
+        return None
+    h = g.add(last_rows(g, h, queries), mixed)
+    x = g.norm(h, w.ffn_norm, inputs.config.layernorm_epsilon)
+    return g.add(h, feed_forward(g, w, inputs.config, x))
+
+
+def head(g: Graph, output: Tensor, norm: Tensor, eps: float, h: Tensor) -> Tensor:
+    """h {M, n} -> logits {V, n}."""
+    return g.mul_mat(output, g.norm(h, norm, eps))
+
+
+def mtp_input(g: Graph, w: MtpWeights, c: MimoConfig, embedding: Tensor, hidden: Tensor) -> Tensor:
+    """Embeddings and target hidden states {M, n} -> the block's residual stream {M, n}."""
+    e = g.norm(embedding, w.enorm, c.layernorm_epsilon)
+    h = g.norm(hidden, w.hnorm, c.layernorm_epsilon)
+    # V2 projects [embedding ; hidden], MiMo-7B the reverse
+    pair = (e, h) if c.family == "mimo_v2" else (h, e)
+    return g.mul_mat(w.eh_proj, g.concat(*pair, 0))

@@ -1,0 +1,440 @@
+"""Tensors and graphs: the ggml operations we use, each checked before ggml would abort.
+
+A `Context` owns tensor descriptions (no data). `Graph` adds the operations and, once
+`finish`ed, can run. Shapes here are ggml's `ne`: innermost dimension first, always four.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimo_edge.errors import BackendError
+from mimo_edge.runtimes.ggml import bindings as ggml
+from mimo_edge.runtimes.ggml.device import Device
+from mimo_edge.runtimes.ggml.library import TYPES
+
+Ne = tuple[int, int, int, int]
+
+_NUMPY: dict[int, np.dtype[Any]] = {
+    ggml.TYPE_F32: np.dtype(np.float32),
+    ggml.TYPE_F16: np.dtype(np.float16),
+    ggml.TYPE_I32: np.dtype(np.int32),
+    ggml.TYPE_I64: np.dtype(np.int64),
+}
+
+
+# freq_scale, ext_factor, attn_factor, beta_fast, beta_slow of ggml_rope_ext: plain RoPE
+_NO_SCALING = (1.0, 0.0, 1.0, 0.0, 0.0)
+
+
+class Tensor:
+    """A handle: pointer, type, ne and nb (strides in bytes) of one ggml tensor."""
+
+    __slots__ = ("nb", "ne", "pointer", "type")
+
+    def __init__(self, pointer: int | None) -> None:
+        if not pointer:
+            raise BackendError("ggml has no room for another tensor")
+        struct = ggml.TensorStruct.from_address(pointer)
+        self.pointer = pointer
+        self.type: int = struct.type
+        self.ne: Ne = tuple(struct.ne)
+        self.nb: Ne = tuple(struct.nb)
+
+    def __repr__(self) -> str:
+        return f"<Tensor type {self.type} ne {list(self.ne)}>"
+
+    def array(self) -> NDArray[Any]:
+        """The tensor's memory as a NumPy view, outermost dimension first, ones dropped in front.
+
+        Valid while the buffer behind it lives; only for contiguous tensors of plain types.
+        """
+        struct = ggml.TensorStruct.from_address(self.pointer)
+        dtype = _NUMPY[self.type]
+        _require(self.contiguous and bool(struct.data), f"{self} has no memory of its own")
+        shape = list(reversed(self.ne))
+        while len(shape) > 1 and shape[0] == 1:
+            shape.pop(0)
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = (ctypes.c_uint8 * size).from_address(struct.data)
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether elements of a plain type follow each other without gaps."""
+        expected = self.nb[0]
+        for n, stride in zip(self.ne, self.nb, strict=True):
+            if n != 1 and stride != expected:
+                return False
+            expected *= n
+        return True
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BackendError(f"graph: {message}")
+
+
+class Context:
+    """Room for `tensors` tensor descriptions (and one graph when `nodes` is given)."""
+
+    def __init__(self, device: Device, tensors: int, nodes: int = 0) -> None:
+        self.device = device
+        self._left = tensors
+        g = device.ggml
+        size = int(g.ggml_tensor_overhead()) * tensors
+        if nodes:
+            size += int(g.ggml_graph_overhead_custom(nodes, False))
+        self.pointer: int = g.ggml_init(ggml.InitParams(size, None, True)) or 0
+        if not self.pointer:
+            raise BackendError(f"ggml could not make a context of {size} bytes: out of memory")
+
+    def take(self) -> int:
+        """The context pointer, after checking that one more tensor fits."""
+        _require(bool(self.pointer), "the context is closed")
+        _require(self._left > 0, "more tensors than the context was sized for")
+        self._left -= 1
+        return self.pointer
+
+    def new(self, ggml_type: int, ne: Sequence[int]) -> Tensor:
+        """A tensor without memory."""
+        _require(
+            1 <= len(ne) <= ggml.MAX_DIMS and all(0 < n < 1 << 40 for n in ne), f"shape {list(ne)}"
+        )
+        shape = ggml.Ne(*ne, *(1,) * (ggml.MAX_DIMS - len(ne)))
+        g = self.device.ggml
+        return Tensor(g.ggml_new_tensor(self.take(), ggml_type, ggml.MAX_DIMS, shape))
+
+    def close(self) -> None:
+        """Free the descriptions. Twice is harmless."""
+        if self.pointer:
+            self.device.ggml.ggml_free(self.pointer)
+            self.pointer = 0
+
+
+class Inputs:
+    """Tensors the host fills before each run, in memory of their own.
+
+    An input the graph allocator placed could be overwritten by a later node of the same run.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._context = Context(device, 32)
+        self._buffer = 0
+        self._tensors: list[Tensor] = []
+
+    def new(self, ggml_type: int, *ne: int) -> Tensor:
+        """A tensor that gets its memory at `allocate`."""
+        tensor = self._context.new(ggml_type, ne)
+        self._tensors.append(tensor)
+        return tensor
+
+    def allocate(self) -> int:
+        """Place every tensor; returns the bytes taken."""
+        size = place(self._device, self._tensors, self._make)
+        return size
+
+    def _make(self, size: int) -> tuple[int, int]:
+        g = self._device.ggml
+        self._buffer = g.ggml_backend_buft_alloc_buffer(self._device.plain.pointer, size) or 0
+        if not self._buffer:
+            raise BackendError(f"{size} bytes for graph inputs could not be allocated")
+        return self._buffer, int(g.ggml_backend_buffer_get_base(self._buffer))
+
+    def close(self) -> None:
+        """Free the memory. Twice is harmless."""
+        if self._buffer:
+            self._device.ggml.ggml_backend_buffer_free(self._buffer)
+            self._buffer = 0
+        self._context.close()
+
+
+def place(device: Device, tensors: Sequence[Tensor], make: Any, alignment: int = 0) -> int:
+    """Lay `tensors` out one after the other in the buffer `make(size)` -> (buffer, base)."""
+    g = device.ggml
+    alignment = alignment or device.plain.alignment
+    offsets, size = [], 0
+    for tensor in tensors:
+        offsets.append(size)
+        needed = int(g.ggml_backend_buft_get_alloc_size(device.plain.pointer, tensor.pointer))
+        size += -(-needed // alignment) * alignment
+    buffer, base = make(max(size, alignment))
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        if g.ggml_backend_tensor_alloc(buffer, tensor.pointer, base + offset) != 0:
+            raise BackendError("ggml could not place a tensor")
+    return size
+
+
+class Graph(Context):
+    """A graph under construction, then a runnable one."""
+
+    def __init__(self, device: Device, nodes: int) -> None:
+        super().__init__(device, nodes, nodes)
+        self._g = device.ggml
+        self._graph: int = self._g.ggml_new_graph_custom(self.pointer, nodes, False)
+        self._nodes = nodes
+        self.epoch = -1
+
+    # --- finishing ---
+
+    def run_now(self, tensor: Tensor) -> None:
+        """Put `tensor`, and what it needs, into the graph at this point of the order."""
+        self._g.ggml_build_forward_expand(self._graph, tensor.pointer)
+
+    def output(self, tensor: Tensor) -> Tensor:
+        """Keep the tensor's memory until the run is over, and compute it."""
+        self._g.ggml_set_output(tensor.pointer)
+        self.run_now(tensor)
+        return tensor
+
+    def finish(self) -> None:
+        """Allocate scratch memory; afterwards `compute` may be called."""
+        self.epoch = self.device.allocate(self._graph)
+
+    def compute(self) -> None:
+        """Run the graph on the device."""
+        _require(self.epoch == self.device.epoch, "scratch memory moved: build the graph again")
+        self.device.compute(self._graph)
+
+    # --- elementwise ---
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        self._check_broadcast("add", a, b)
+        return Tensor(self._g.ggml_add(self.take(), a.pointer, b.pointer))
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        self._check_broadcast("mul", a, b)
+        return Tensor(self._g.ggml_mul(self.take(), a.pointer, b.pointer))
+
+    def div(self, a: Tensor, b: Tensor) -> Tensor:
+        self._check_broadcast("div", a, b)
+        return Tensor(self._g.ggml_div(self.take(), a.pointer, b.pointer))
+
+    def scale(self, a: Tensor, factor: float, bias: float = 0.0) -> Tensor:
+        _require(a.contiguous and a.type == ggml.TYPE_F32, f"scale of {a}")
+        return Tensor(self._g.ggml_scale_bias(self.take(), a.pointer, factor, bias))
+
+    def clamp(self, a: Tensor, low: float, high: float) -> Tensor:
+        """NaN becomes `high`."""
+        _require(a.type == ggml.TYPE_F32, f"clamp of {a}")
+        return Tensor(self._g.ggml_clamp(self.take(), a.pointer, low, high))
+
+    def sigmoid(self, a: Tensor) -> Tensor:
+        _require(a.contiguous and a.type == ggml.TYPE_F32, f"sigmoid of {a}")
+        return Tensor(self._g.ggml_sigmoid(self.take(), a.pointer))
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up."""
+        _require(
+            gate.ne == up.ne
+            and gate.type == up.type == ggml.TYPE_F32
+            and gate.contiguous
+            and up.contiguous,
+            f"swiglu of {gate} and {up}",
+        )
+        return Tensor(self._g.ggml_swiglu_split(self.take(), gate.pointer, up.pointer))
+
+    def norm(self, a: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm over the innermost dimension; ggml fuses the pair into one pass."""
+        _require(
+            a.type == weight.type == ggml.TYPE_F32
+            and weight.ne == (a.ne[0], 1, 1, 1)
+            and a.nb[0] == 4,
+            f"norm of {a} by {weight}",
+        )
+        normed = Tensor(self._g.ggml_rms_norm(self.take(), a.pointer, eps))
+        return self.mul(normed, weight)
+
+    # --- matrices ---
+
+    def mul_mat(self, weight: Tensor, x: Tensor) -> Tensor:
+        """weight {in, out} and x {in, T} -> {out, T}, f32."""
+        _require(
+            weight.ne[0] == x.ne[0]
+            and x.type == ggml.TYPE_F32
+            and x.ne[2] % weight.ne[2] == 0
+            and x.ne[3] % weight.ne[3] == 0
+            and weight.nb[0] <= weight.nb[1],
+            f"mul_mat of {weight} and {x}",
+        )
+        return Tensor(self._g.ggml_mul_mat(self.take(), weight.pointer, x.pointer))
+
+    def mul_mat_id(self, stack: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        """stack {in, out, E}, x {in, 1 or K, T}, ids i32 {K, T} -> {out, K, T}.
+
+        The ids themselves must lie in 0..E-1: whoever fills them checks that.
+        """
+        _require(
+            stack.ne[0] == x.ne[0]
+            and stack.ne[3] == x.ne[3] == 1
+            and x.type == ggml.TYPE_F32
+            and ids.type == ggml.TYPE_I32
+            and ids.ne[1:] == (x.ne[2], 1, 1)
+            and ids.ne[0] % x.ne[1] == 0
+            and ids.ne[0] <= stack.ne[2],
+            f"mul_mat_id of {stack}, {x} by {ids}",
+        )
+        return Tensor(self._g.ggml_mul_mat_id(self.take(), stack.pointer, x.pointer, ids.pointer))
+
+    # --- shapes ---
+
+    def view(
+        self, a: Tensor, ne: Sequence[int], strides: Sequence[int] = (), offset: int = 0
+    ) -> Tensor:
+        """A window on `a`: `strides` are nb[1:] in bytes, as many as dimensions less one."""
+        _require(1 <= len(ne) <= 3 and len(strides) == len(ne) - 1, f"view {list(ne)} of {a}")
+        _require(all(n > 0 for n in ne) and offset >= 0, f"view {list(ne)} of {a} at {offset}")
+        last = (
+            offset
+            + self._row_bytes(a, ne[0])
+            + sum((n - 1) * s for n, s in zip(ne[1:], strides, strict=True))
+        )
+        size = int(self._g.ggml_nbytes(a.pointer))
+        _require(last <= size, f"view {list(ne)} at {offset} ends at {last} of {size} bytes of {a}")
+        function = (self._g.ggml_view_1d, self._g.ggml_view_2d, self._g.ggml_view_3d)[len(ne) - 1]
+        return Tensor(function(self.take(), a.pointer, *ne, *strides, offset))
+
+    @staticmethod
+    def _row_bytes(a: Tensor, elements: int) -> int:
+        """Bytes of `elements` neighbours in a row of `a`, which must be whole blocks."""
+        block = TYPES[a.type].blck_size if a.type in TYPES else 1
+        _require(elements % block == 0, f"{elements} elements of {a} split a block of {block}")
+        return elements // block * a.nb[0]
+
+    def reshape(self, a: Tensor, *ne: int) -> Tensor:
+        count = int(np.prod(a.ne))
+        _require(
+            len(ne) in (2, 3) and int(np.prod(ne)) == count and a.contiguous,
+            f"reshape of {a} to {list(ne)}",
+        )
+        function = self._g.ggml_reshape_2d if len(ne) == 2 else self._g.ggml_reshape_3d
+        return Tensor(function(self.take(), a.pointer, *ne))
+
+    def swap_rows(self, a: Tensor) -> Tensor:
+        """{a, b, c} seen as {a, c, b}."""
+        return Tensor(self._g.ggml_permute(self.take(), a.pointer, 0, 2, 1, 3))
+
+    def contiguous(self, a: Tensor) -> Tensor:
+        return Tensor(self._g.ggml_cont(self.take(), a.pointer))
+
+    def cast(self, a: Tensor, ggml_type: int) -> Tensor:
+        _require(a.type in _NUMPY, f"cast of {a}")
+        return Tensor(self._g.ggml_cast(self.take(), a.pointer, ggml_type))
+
+    def concat(self, a: Tensor, b: Tensor, dim: int) -> Tensor:
+        same = all(x == y for d, (x, y) in enumerate(zip(a.ne, b.ne, strict=True)) if d != dim)
+        _require(0 <= dim < 4 and same and a.type == b.type, f"concat of {a} and {b} along {dim}")
+        return Tensor(self._g.ggml_concat(self.take(), a.pointer, b.pointer, dim))
+
+    def sum_rows(self, a: Tensor) -> Tensor:
+        """{n, ...} -> {1, ...}."""
+        _require(a.type == ggml.TYPE_F32 and a.nb[0] == 4, f"sum_rows of {a}")
+        return Tensor(self._g.ggml_sum_rows(self.take(), a.pointer))
+
+    # --- rows by index ---
+
+    def get_rows(self, a: Tensor, ids: Tensor) -> Tensor:
+        _require(
+            ids.type == ggml.TYPE_I32
+            and a.ne[2] == ids.ne[1]
+            and a.ne[3] == ids.ne[2]
+            and ids.ne[3] == 1,
+            f"get_rows of {a} by {ids}",
+        )
+        return Tensor(self._g.ggml_get_rows(self.take(), a.pointer, ids.pointer))
+
+    def set_rows(self, target: Tensor, rows: Tensor, ids: Tensor) -> None:
+        """Write rows {n, T} (f32) into target {n, R} at row ids i64 {T}, now.
+
+        The ids must differ and lie in 0..R-1: whoever fills them checks that.
+        """
+        _require(
+            target.ne[0] == rows.ne[0]
+            and target.ne[2:] == rows.ne[2:] == (1, 1)
+            and rows.type == ggml.TYPE_F32
+            and rows.nb[0] == 4
+            and ids.type == ggml.TYPE_I64
+            and ids.ne == (rows.ne[1], 1, 1, 1)
+            and rows.ne[1] <= target.ne[1],
+            f"set_rows of {rows} into {target} by {ids}",
+        )
+        written = self._g.ggml_set_rows(self.take(), target.pointer, rows.pointer, ids.pointer)
+        self.run_now(Tensor(written))
+
+    def top_k(self, a: Tensor, k: int) -> Tensor:
+        """a f32 {n, T} -> indices of the k largest, best first, i32 {k, T} (not contiguous).
+
+        NaN is not allowed: the sort behind it would read out of bounds.
+        """
+        _require(a.type == ggml.TYPE_F32 and a.contiguous and 0 < k <= a.ne[0], f"top {k} of {a}")
+        order = Tensor(self._g.ggml_argsort(self.take(), a.pointer, ggml.SORT_DESCENDING))
+        return self.view(order, (k, order.ne[1]), (order.nb[1],))
+
+    # --- attention ---
+
+    def rope(self, a: Tensor, positions: Tensor, dims: int, theta: float) -> Tensor:
+        """Rotate the leading `dims` of a {D, heads, T}, pairs (d, d + dims/2), by position."""
+        _require(
+            a.type == ggml.TYPE_F32
+            and a.nb[0] == 4
+            and positions.type == ggml.TYPE_I32
+            and positions.ne == (a.ne[2], 1, 1, 1)
+            and 0 < dims <= a.ne[0]
+            and dims % 2 == 0,
+            f"rope of {a} by {positions}",
+        )
+        return Tensor(
+            self._g.ggml_rope_ext(
+                self.take(),
+                a.pointer,
+                positions.pointer,
+                None,
+                dims,
+                ggml.ROPE_NEOX,
+                0,
+                theta,
+                *_NO_SCALING,
+            )
+        )
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        """q {D, T, H} over k {D, S, G} and v {Dv, S, G} with f16 mask {S, T} -> {Dv, H, T}."""
+        _require(
+            q.ne[0] == k.ne[0]
+            and k.ne[1:] == v.ne[1:]
+            and q.ne[2] % k.ne[2] == 0
+            and q.ne[3] == k.ne[3] == 1
+            and q.type == ggml.TYPE_F32
+            and q.nb[0] == 4
+            and mask.type == ggml.TYPE_F16
+            and mask.ne == (k.ne[1], q.ne[1], 1, 1)
+            and mask.contiguous,
+            f"attention of {q} over {k}, {v} with mask {mask}",
+        )
+        out = Tensor(
+            self._g.ggml_flash_attn_ext(
+                self.take(), q.pointer, k.pointer, v.pointer, mask.pointer, scale, 0.0, 0.0
+            )
+        )
+        if sinks is not None:
+            _require(
+                sinks.type == ggml.TYPE_F32 and sinks.ne == (q.ne[2], 1, 1, 1), f"sinks {sinks}"
+            )
+            self._g.ggml_flash_attn_ext_add_sinks(out.pointer, sinks.pointer)
+        return out
+
+    def _check_broadcast(self, name: str, a: Tensor, b: Tensor) -> None:
+        _require(
+            a.type == b.type == ggml.TYPE_F32
+            and all(x % y == 0 for x, y in zip(a.ne, b.ne, strict=True))
+            and a.nb[0] == b.nb[0] == 4,
+            f"{name} of {a} and {b}",
+        )

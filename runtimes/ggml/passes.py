@@ -1,0 +1,245 @@
+"""Whole passes as one graph each: the decoder layers over T tokens, and one MTP block.
+
+A pass is built for one cache and one shape (`TrunkShape`, `MtpShape`) and reused for every call
+of that shape; only its inputs are filled anew. Its graph holds the routing too, so a resident
+model costs one call into ggml per forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimo_edge.config import LayerSpec, MimoConfig
+from mimo_edge.runtimes.base import F32
+from mimo_edge.runtimes.ggml import blocks
+from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64
+from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions, RingIndex, kv_rows
+from mimo_edge.runtimes.ggml.device import Device
+from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor
+from mimo_edge.runtimes.ggml.resident import ModelWeights
+
+# Node room: a MoE block takes about 45 tensors plus two per chosen expert.
+_BLOCK_TENSORS = 64
+LARGE_TOKENS = 16  # passes of more tokens than this are kept in smaller number
+
+
+@dataclass(frozen=True)
+class TrunkShape:
+    """What a trunk graph depends on. `full_rows`: rows global layers read (0: no such layer).
+    `ring`: "in_place" (written, then read), "fresh" (chunk only) or "append" (ring, then chunk)."""
+
+    tokens: int
+    full_rows: int
+    ring: str
+    logits_rows: int
+    hidden_rows: int
+
+    @property
+    def large(self) -> bool:
+        return self.tokens > LARGE_TOKENS
+
+
+@dataclass(frozen=True)
+class MtpShape:
+    """What an MTP graph depends on: block, rows, and rows of K/V its query reads."""
+
+    depth: int
+    tokens: int
+    read_rows: int
+
+    @property
+    def large(self) -> bool:
+        return self.tokens > LARGE_TOKENS
+
+
+class _Pass:
+    """A graph with inputs of its own."""
+
+    def __init__(self, device: Device, config: MimoConfig, blocks_count: int) -> None:
+        self._device = device
+        self.config = config
+        per_block = _BLOCK_TENSORS + 2 * config.num_experts_per_tok
+        self._inputs = Inputs(device)
+        self._graph = Graph(device, per_block * (blocks_count + 1))
+        self.logits_tensor: Tensor | None = None
+        self.hidden_tensor: Tensor | None = None
+
+    @property
+    def current(self) -> bool:
+        """Whether the scratch addresses are still those of the device."""
+        return self._graph.epoch == self._device.epoch
+
+    def compute(self) -> None:
+        """Run with the inputs filled before."""
+        self._graph.compute()
+
+    def close(self) -> None:
+        """Free graph and inputs."""
+        self._graph.close()
+        self._inputs.close()
+
+
+def _fill_causal(
+    mask: NDArray[np.float16], held: Positions, queries: Positions, window: int
+) -> None:
+    """mask f16 [T, S]: 0 where a query sees the position a column holds, -inf elsewhere.
+
+    Source: spec section 2 step 6, 0 <= i - j <= W - 1.
+    """
+    behind = queries[:, None] - held
+    visible = (behind >= 0) & (behind < window)
+    mask[...] = np.where(visible, np.float16(0), np.float16(-np.inf))
+
+
+class TrunkPass(_Pass):
+    """The decoder layers and the head over T tokens."""
+
+    def __init__(
+        self, device: Device, model: ModelWeights, cache: GgmlCache, shape: TrunkShape
+    ) -> None:
+        config = cache.config
+        super().__init__(device, config, len(model.layers))
+        try:
+            self._build(model, cache, shape)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, model: ModelWeights, cache: GgmlCache, shape: TrunkShape) -> None:
+        c, new, g = self.config, self._inputs.new, self._graph
+        self.shape = shape
+        total, ring_rows = shape.tokens, cache.ring.rows
+        kept = min(total, ring_rows)
+        columns = {"in_place": ring_rows, "fresh": total, "append": ring_rows + total}[shape.ring]
+        has_ring = any(c.hybrid_layer_pattern)
+        self.embedding = new(TYPE_F32, c.hidden_size, total)
+        self.positions = new(TYPE_I32, total)
+        self.full_ids = new(TYPE_I64, total) if shape.full_rows else None
+        self.full_mask = new(TYPE_F16, shape.full_rows, total) if shape.full_rows else None
+        self.ring_ids = new(TYPE_I64, kept) if has_ring else None
+        self.ring_mask = new(TYPE_F16, columns, total) if has_ring else None
+        self._inputs.allocate()
+        shared = blocks.BlockInputs(c, self.positions, model.value_scale, total)
+        wanted = max(shape.logits_rows, shape.hidden_rows)
+        h: Tensor | None = self.embedding
+        for index, w in enumerate(model.layers):
+            # The last layer computes only the rows that are asked for.
+            queries = wanted if index == len(model.layers) - 1 else total
+            assert h is not None
+            h = blocks.block(g, w, shared, self._access(cache, w.spec, shape), h, queries)
+            if h is not None:
+                g.run_now(h)
+        if h is not None:
+            if shape.hidden_rows:
+                self.hidden_tensor = g.output(blocks.last_rows(g, h, shape.hidden_rows))
+                g.output(h)
+            if shape.logits_rows:
+                rows = blocks.last_rows(g, h, shape.logits_rows)
+                eps = c.layernorm_epsilon
+                logits = blocks.head(g, model.output, model.output_norm, eps, rows)
+                self.logits_tensor = g.output(logits)
+        g.finish()
+
+    def _access(self, cache: GgmlCache, spec: LayerSpec, shape: TrunkShape) -> blocks.KvAccess:
+        kv = cache.layers[spec.index]
+        if spec.sliding:
+            assert self.ring_ids is not None
+            rows = 0 if shape.ring == "fresh" else kv.rows
+            append = shape.ring != "in_place"
+            return blocks.KvAccess(kv, self.ring_ids, self.ring_mask, rows, append)
+        assert self.full_ids is not None
+        return blocks.KvAccess(kv, self.full_ids, self.full_mask, shape.full_rows, False)
+
+    def fill(self, embedding: F32, position: int, before: Positions, after: Positions) -> None:
+        """Set the inputs for tokens at `position`.. ; `before` and `after` are the positions the
+        ring's slots hold before and after these rows are written."""
+        total = self.shape.tokens
+        queries = np.arange(position, position + total, dtype=np.int64)
+        self.embedding.array().reshape(total, -1)[...] = embedding
+        self.positions.array()[...] = queries
+        if self.full_ids is not None and self.full_mask is not None:
+            self.full_ids.array()[...] = queries
+            mask = self.full_mask.array().reshape(total, -1)
+            mask[:, :position] = 0
+            held = np.arange(position, mask.shape[1], dtype=np.int64)
+            _fill_causal(mask[:, position:], held, queries, 1 << 62)
+        if self.ring_ids is not None and self.ring_mask is not None:
+            kept = self.ring_ids.ne[0]
+            self.ring_ids.array()[...] = queries[total - kept :] % after.size
+            held = {
+                "in_place": after,
+                "fresh": queries,
+                "append": np.concatenate([before, queries]),
+            }[self.shape.ring]
+            mask = self.ring_mask.array().reshape(total, -1)
+            _fill_causal(mask, held, queries, self.config.sliding_window)
+
+
+class MtpPass(_Pass):
+    """One MTP block on n rows: every row leaves its K/V, the newest gives logits."""
+
+    def __init__(
+        self, device: Device, model: ModelWeights, cache: GgmlCache, shape: MtpShape
+    ) -> None:
+        super().__init__(device, cache.config, 1)
+        try:
+            self._build(model, cache, shape)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, model: ModelWeights, cache: GgmlCache, shape: MtpShape) -> None:
+        c, new, g = self.config, self._inputs.new, self._graph
+        self.shape = shape
+        n, w, kv = shape.tokens, model.mtp[shape.depth], cache.mtp[shape.depth]
+        assert w.mtp is not None
+        self.embedding = new(TYPE_F32, c.hidden_size, n)
+        self.hidden = new(TYPE_F32, c.hidden_size, n)
+        self.positions = new(TYPE_I32, n)
+        self.ids = new(TYPE_I64, n)
+        self.mask = new(TYPE_F16, shape.read_rows, n)
+        self._inputs.allocate()
+        z = blocks.mtp_input(g, w.mtp, c, self.embedding, self.hidden)
+        shared = blocks.BlockInputs(c, self.positions, model.value_scale, n)
+        access = blocks.KvAccess(kv, self.ids, self.mask, shape.read_rows, False)
+        z_last = blocks.block(g, w, shared, access, z, 1)
+        assert z_last is not None
+        logits = blocks.head(g, model.output, w.mtp.output_norm, c.layernorm_epsilon, z_last)
+        self.logits_tensor = g.output(logits)
+        g.finish()
+
+    def fill(self, embedding: F32, hidden: F32, position: int, held: Positions) -> None:
+        """Set the inputs; `held` is what the block's rows hold once these are written."""
+        n = self.shape.tokens
+        rows = np.arange(position, position + n, dtype=np.int64)
+        self.embedding.array().reshape(n, -1)[...] = embedding
+        self.hidden.array().reshape(n, -1)[...] = hidden
+        self.positions.array()[...] = rows
+        self.ids.array()[...] = rows % held.size
+        spec_window = self.config.layer(self.config.num_hidden_layers + self.shape.depth).window
+        mask = self.mask.array().reshape(n, -1)
+        # Only the last row queries; the others' masks are never read.
+        window = 1 << 62 if spec_window is None else spec_window
+        _fill_causal(mask[-1:], held[: mask.shape[1]], rows[-1:], window)
+
+
+def trunk_shape(cache: GgmlCache, tokens: int, logits_rows: int, hidden_rows: int) -> TrunkShape:
+    """The shape of a pass of `tokens` at the cache's current length."""
+    c, position = cache.config, cache.length
+    has_full = not all(c.hybrid_layer_pattern)
+    ring = "in_place"
+    if any(c.hybrid_layer_pattern) and not cache.ring.in_place(position, tokens):
+        ring = "append" if position else "fresh"
+    return TrunkShape(
+        tokens, kv_rows(position + tokens) if has_full else 0, ring, logits_rows, hidden_rows
+    )
+
+
+def mtp_shape(cache: GgmlCache, depth: int, tokens: int, position: int) -> MtpShape:
+    """The shape of an MTP pass over rows position.. ."""
+    kv = cache.mtp[depth]
+    ring = isinstance(cache.mtp_index[depth], RingIndex)
+    return MtpShape(depth, tokens, kv.rows if ring else kv_rows(position + tokens))

@@ -1,0 +1,261 @@
+"""Weights that stay in RAM: every tensor of a model in ggml buffers, in the order that suits it.
+
+Matrices go where ggml multiplies them fastest: the REPACK (on other CPUs KleidiAI, AMX) buffer
+type when it takes their type and shape, plain memory otherwise. q, k and v are stored as one
+matrix when their formats agree, so that a token quantises its activations once and waits for
+the other threads once; where only some rows need a query (MTP blocks, the last layer) q stays
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mimo_edge.config import LayerSpec
+from mimo_edge.errors import BackendError, BundleError
+from mimo_edge.gguf_meta import expected_shapes
+from mimo_edge.runtimes.ggml import bindings as ggml
+from mimo_edge.runtimes.ggml.device import BufferType, Device
+from mimo_edge.runtimes.ggml.graph import Context, Tensor
+from mimo_edge.runtimes.ggml.raw import RawTensor, RawTensors, raw_tensor, unpack
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One matrix holding the rows of `parts` ("q", "k", "v") below each other, and its bias."""
+
+    parts: tuple[str, ...]
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class SwiGlu:
+    """gate, up {M, F} and down {F, M}; of routed experts {.., E}."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class MtpWeights:
+    """What an MTP block has besides a decoder layer."""
+
+    eh_proj: Tensor
+    enorm: Tensor
+    hnorm: Tensor
+    output_norm: Tensor
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One decoder layer or MTP block."""
+
+    spec: LayerSpec
+    attn_norm: Tensor
+    projections: tuple[Projection, ...]
+    attn_output: Tensor
+    sinks: Tensor | None
+    ffn_norm: Tensor
+    dense: SwiGlu | None
+    router: Tensor | None
+    router_bias: Tensor | None
+    experts: SwiGlu | None
+    mtp: MtpWeights | None
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """The model as tensors; the embedding table is not here, its rows come from the file."""
+
+    layers: tuple[BlockWeights, ...]
+    mtp: tuple[BlockWeights, ...]
+    output_norm: Tensor
+    output: Tensor
+    value_scale: Tensor | None  # [Dv] of one number, or None when it is 1
+
+
+class _Pending:
+    """A tensor to load: its bytes in parts, and the kind of memory it goes to."""
+
+    def __init__(self, tensor: Tensor, sources: Sequence[RawTensor], kind: BufferType) -> None:
+        self.tensor = tensor
+        self.sources = sources
+        self.kind = kind
+
+    def bytes(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """All bytes in one piece: a view when there is one part, a copy otherwise."""
+        parts = [np.ascontiguousarray(s.data).reshape(-1) for s in self.sources]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class ResidentWeights:
+    """Loads a whole model into buffers and owns them. `model` names the tensors."""
+
+    def __init__(self, device: Device, source: RawTensors, *, repack: bool = True) -> None:
+        """Raises BundleError on missing or misshapen tensors, BackendError when memory is short."""
+        self._device = device
+        self._source = source
+        self._repack = repack
+        self._config = source.config
+        self._shapes = expected_shapes(source.config)
+        self._pending: list[_Pending] = []
+        self._buffers: list[int] = []
+        self.nbytes: dict[str, int] = {}  # by buffer type name
+        c = self._config
+        blocks = c.num_hidden_layers + c.num_mtp_layers
+        self._context = Context(device, 32 * blocks + 64)
+        try:
+            self.model = self._describe()
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Free the buffers. Twice is harmless."""
+        for buffer in self._buffers:
+            self._device.ggml.ggml_backend_buffer_free(buffer)
+        self._buffers.clear()
+        self._context.close()
+
+    # --- describing ---
+
+    def _describe(self) -> ModelWeights:
+        c = self._config
+        trunk, total = c.num_hidden_layers, c.num_hidden_layers + c.num_mtp_layers
+        head = "token_embd.weight" if c.tie_word_embeddings else "output.weight"
+        scale = None
+        if c.attention_value_scale != 1.0:
+            values = np.full(c.v_head_dim, c.attention_value_scale, np.float32)
+            scale = self._add([raw_tensor("value scale", 0, values.shape, values.view(np.uint8))])
+        return ModelWeights(
+            layers=tuple(self._block(i) for i in range(trunk)),
+            mtp=tuple(self._block(i) for i in range(trunk, total)),
+            output_norm=self._vector("output_norm.weight"),
+            output=self._matrix(head),
+            value_scale=scale,
+        )
+
+    def _block(self, index: int) -> BlockWeights:
+        c, p = self._config, f"blk.{index}."
+        spec = c.layer(index)
+        is_mtp = index >= c.num_hidden_layers
+        crops_queries = is_mtp or index == c.num_hidden_layers - 1
+        bias = p + "exp_probs_b.bias"
+        return BlockWeights(
+            spec=spec,
+            attn_norm=self._vector(p + "attn_norm.weight"),
+            projections=tuple(self._projections(p, crops_queries)),
+            attn_output=self._matrix(p + "attn_output.weight"),
+            sinks=self._vector(p + "attn_sinks.weight") if spec.sinks else None,
+            ffn_norm=self._vector(p + "ffn_norm.weight"),
+            dense=None if spec.moe else self._swiglu(p, "", False),
+            router=self._add([self._as_f32(p + "ffn_gate_inp.weight")]) if spec.moe else None,
+            router_bias=self._vector(bias, zeros=True) if spec.moe else None,
+            experts=self._swiglu(p, "_exps", True) if spec.moe else None,
+            mtp=self._mtp(p) if is_mtp else None,
+        )
+
+    def _mtp(self, p: str) -> MtpWeights:
+        return MtpWeights(
+            eh_proj=self._matrix(p + "nextn.eh_proj.weight"),
+            enorm=self._vector(p + "nextn.enorm.weight"),
+            hnorm=self._vector(p + "nextn.hnorm.weight"),
+            output_norm=self._vector(p + "layer_output_norm.weight"),
+        )
+
+    def _swiglu(self, p: str, suffix: str, routed: bool) -> SwiGlu:
+        gate, up, down = (
+            self._matrix(f"{p}ffn_{part}{suffix}.weight", routed=routed)
+            for part in ("gate", "up", "down")
+        )
+        return SwiGlu(gate, up, down)
+
+    def _projections(self, p: str, crops_queries: bool) -> Iterator[Projection]:
+        parts = {part: self._get(f"{p}attn_{part}.weight") for part in "qkv"}
+        groups = [("q",), ("k", "v")] if crops_queries else [("q", "k", "v")]
+        for group in groups:
+            same = len({parts[part].ggml_type for part in group}) == 1
+            for members in [group] if same else [(part,) for part in group]:
+                bias = None
+                if self._config.attention_bias:
+                    bias = self._add([self._as_f32(f"{p}attn_{m}.bias") for m in members])
+                weight = self._add([parts[m] for m in members], matrix=True)
+                yield Projection(members, weight, bias)
+
+    def _matrix(self, name: str, routed: bool = False) -> Tensor:
+        return self._add([self._get(name)], matrix=True, routed=routed)
+
+    def _vector(self, name: str, zeros: bool = False) -> Tensor:
+        if zeros and not self._source.has(name):
+            values = np.zeros(self._shapes[name], np.float32)
+            return self._add([raw_tensor(name, 0, values.shape, values.view(np.uint8))])
+        return self._add([self._as_f32(name)])
+
+    def _get(self, name: str) -> RawTensor:
+        raw = self._source.tensor(name)
+        if raw.shape != self._shapes[name]:
+            raise BundleError(f"{name} has shape {list(raw.shape)}, not {list(self._shapes[name])}")
+        return raw
+
+    def _as_f32(self, name: str) -> RawTensor:
+        """Norms, sinks, biases and routers compute in f32 whatever the file stores."""
+        raw = self._get(name)
+        if raw.ggml_type == ggml.TYPE_F32:
+            return raw
+        values = unpack(raw)
+        return raw_tensor(name, ggml.TYPE_F32, raw.shape, values.view(np.uint8).reshape(-1))
+
+    def _add(
+        self, sources: Sequence[RawTensor], matrix: bool = False, routed: bool = False
+    ) -> Tensor:
+        """Describe one tensor made of `sources` stacked along their first axis."""
+        first = sources[0]
+        rows = sum(s.shape[0] for s in sources)
+        ne = tuple(reversed((rows, *first.shape[1:])))
+        kind = self._device.plain
+        if matrix and self._repack:
+            kind = self._device.best_buffer_type(first.ggml_type, ne, routed)
+        tensor = self._context.new(first.ggml_type, ne)
+        self._pending.append(_Pending(tensor, sources, kind))
+        return tensor
+
+    # --- loading ---
+
+    def _load(self) -> None:
+        g = self._device.ggml
+        for kind in {p.kind.pointer: p.kind for p in self._pending}.values():
+            mine = [p for p in self._pending if p.kind.pointer == kind.pointer]
+            offsets, size = [], 0
+            for pending in mine:
+                offsets.append(size)
+                needed = int(
+                    g.ggml_backend_buft_get_alloc_size(kind.pointer, pending.tensor.pointer)
+                )
+                size += -(-needed // kind.alignment) * kind.alignment
+            buffer = g.ggml_backend_buft_alloc_buffer(kind.pointer, size)
+            if not buffer:
+                raise BackendError(
+                    f"{size} bytes for resident weights could not be allocated",
+                    "use a smaller recipe, or stream experts",
+                )
+            self._buffers.append(buffer)
+            g.ggml_backend_buffer_set_usage(buffer, ggml.BUFFER_USAGE_WEIGHTS)
+            base = int(g.ggml_backend_buffer_get_base(buffer))
+            for pending, offset in zip(mine, offsets, strict=True):
+                pointer = pending.tensor.pointer
+                if g.ggml_backend_tensor_alloc(buffer, pointer, base + offset) != 0:
+                    raise BackendError("ggml could not place a weight")
+                data = pending.bytes()
+                if data.size != int(g.ggml_nbytes(pointer)):
+                    raise BackendError(
+                        f"{data.size} bytes for a tensor of {int(g.ggml_nbytes(pointer))}"
+                    )
+                g.ggml_backend_tensor_set(pointer, data.ctypes.data, 0, data.size)
+            self.nbytes[kind.name] = self.nbytes.get(kind.name, 0) + size
+        self._pending.clear()
