@@ -188,8 +188,7 @@ class _Cursor:
         start = self.position
         if count > len(self.data) - start:
             raise self.fail(
-                f"truncated: {what} needs {count} bytes at {start}, "
-                f"the file has {len(self.data)}",
+                f"truncated: {what} needs {count} bytes at {start}, the file has {len(self.data)}",
                 "download or export it again",
             )
         self.position = start + count
@@ -271,9 +270,7 @@ def _parse(path: Path) -> _Part:
         size = path.stat().st_size
         if not path.is_file():
             raise BundleError(f"{path} is not a file")
-        data: U8 = (
-            np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
-        )
+        data: U8 = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
     except FileNotFoundError:
         raise BundleError(f"there is no file {path}") from None
     except OSError as error:
@@ -422,9 +419,7 @@ class GgufFile:
             raise BundleError(
                 f"{path.parent} lacks {len(missing)} of {count} parts: {', '.join(missing[:8])}"
             )
-        parts = [
-            first if name == path.name else _parse(path.parent / name) for name in names
-        ]
+        parts = [first if name == path.name else _parse(path.parent / name) for name in names]
         for number, part in enumerate(parts):
             found = _split_number(part, "split.no"), _split_number(part, "split.count")
             if found != (number, count):

@@ -195,7 +195,9 @@ def _read_v2(
     global_kv, sliding_kv = (next(iter(per_kind[kind]), 1) for kind in (0, 1))
     moe = tuple(int(f"blk.{i}.ffn_gate_inp.weight" in tensors) for i in range(layers))
     sinks = [f"blk.{i}.attn_sinks.weight" in tensors for i in range(total)]
-    by_kind = {kind: {s for s, p in zip(sinks, pattern, strict=True) if p == kind} for kind in (0, 1)}
+    by_kind = {
+        kind: {s for s, p in zip(sinks, pattern, strict=True) if p == kind} for kind in (0, 1)
+    }
     if any(len(found) > 1 for found in by_kind.values()):
         raise BundleError(f"{keys.where}: only some layers of a kind have attn_sinks")
     gating = keys.optional_int("expert_gating_func", GATING_SIGMOID)

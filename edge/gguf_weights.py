@@ -70,7 +70,7 @@ class GgufWeights:
         name = "token_embd.weight"
         vocab = self._file.info(name).shape[0]
         ids = np.asarray(token_ids, dtype=np.int64).reshape(-1)
-        if ids.size and not (0 <= ids.min() and ids.max() < vocab):
+        if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
             bad = ids.min() if ids.min() < 0 else ids.max()
             raise UsageError(f"token id {bad} is outside the vocabulary of {vocab}")
         raw: U8 = self._file.raw_rows(name, 0, vocab)[ids]

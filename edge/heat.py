@@ -87,7 +87,9 @@ class Heat:
                 raise BundleError(f"{path} has {path.stat().st_size} bytes, too many for heat")
             raw: Any = json.loads(path.read_bytes())
             if raw["schema"] != SCHEMA:
-                raise BundleError(f"{path} has schema {raw['schema']!r}, this version reads {SCHEMA}")
+                raise BundleError(
+                    f"{path} has schema {raw['schema']!r}, this version reads {SCHEMA}"
+                )
             counts, mass = {}, {}
             for key, layer in raw["layers"].items():
                 counts[int(key)] = _numbers(layer["counts"], np.int64)

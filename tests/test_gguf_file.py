@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from mimo_edge.errors import BundleError
 from mimo_edge.gguf_file import GGML_TYPES, GgufFile, split_name
 
@@ -272,7 +273,7 @@ def test_split_sets_that_do_not_fit_together(tmp_path: Path) -> None:
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     paths = write_parts(tmp_path, 3)
     paths[1].unlink()
-    with pytest.raises(BundleError, match="m-00002-of-00003.gguf"):
+    with pytest.raises(BundleError, match=r"m-00002-of-00003\.gguf"):
         GgufFile.open(paths[0])
     renamed = paths[0].rename(tmp_path / "renamed.gguf")
     with pytest.raises(BundleError, match="name does not say so"):
