@@ -30,7 +30,8 @@ FORMATS: dict[str, Format] = {}
 
 
 class Format(ABC):
-    """One weight format. Instances carry no state; get one from `get_format`.
+    """One weight format. Instances carry no state; get one from `get_format`. They may be used from
+    several threads at once: the heavy part of both directions runs without the interpreter lock.
 
     Subclasses set the class attributes and implement `_pack` and `_unpack`; shapes, dtypes,
     NaN, infinities and row groups are handled here once.
@@ -152,7 +153,8 @@ class Format(ABC):
                     "calibrate first (--calibrate FILE), or choose a format that needs none",
                 )
             return None
-        if importance.dtype != np.float32 or importance.shape != (cols,):
+        wrong = not isinstance(importance, np.ndarray) or importance.dtype != np.float32
+        if wrong or importance.shape != (cols,):
             raise QuantError(f"importance is {_describe(importance)}, not f32 [{cols}]")
         # Written so that NaN fails too.
         good = (importance >= 0) & (importance <= MAX_IMPORTANCE)

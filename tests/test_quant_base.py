@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gguf
@@ -159,7 +160,9 @@ def test_bad_importance_is_an_error(fmt: Format) -> None:
     with pytest.raises(QuantError, match=r"not f32 \[512\]"):
         fmt.quantize(x, good[:511])
     with pytest.raises(QuantError, match="not f32"):
-        fmt.quantize(x, good.astype(np.float64))  # type: ignore[arg-type]
+        fmt.quantize(x, good.astype(np.float64))
+    with pytest.raises(QuantError, match="importance is list"):
+        fmt.quantize(x, good.tolist())  # type: ignore[arg-type]
     with pytest.raises(QuantError, match="zero everywhere"):
         fmt.quantize(x, np.zeros(512, dtype=np.float32))
 
@@ -202,6 +205,15 @@ def test_damaged_scales_are_found_where_ggml_finds_them(fmt: Format, bits: int) 
         assert not library.load().validate(fmt.ggml_type, damaged)
         with pytest.raises(QuantError, match=f"row 3, block {blocks_per_row - 1}"):
             fmt.dequantize(damaged, 512)
+
+
+@ALL
+def test_threads_do_not_disturb_each_other(fmt: Format) -> None:
+    parts = [sample(2, 512, seed) for seed in range(8)]
+    imp = weights(fmt, 512)
+    expected = [fmt.quantize(x, imp).tobytes() for x in parts]
+    with ThreadPoolExecutor(4) as pool:
+        assert [r.tobytes() for r in pool.map(lambda x: fmt.quantize(x, imp), parts)] == expected
 
 
 @pytest.mark.parametrize("name", ["F16", "Q8_0", "Q4_0", "MXFP4", "Q6_K"])

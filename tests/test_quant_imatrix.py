@@ -90,7 +90,7 @@ def test_wrong_calls_are_errors() -> None:
     with pytest.raises(QuantError, match=r"\[1, 95\], before \[1, 96\]"):
         imatrix.add(Q, inputs(1, 95))
     with pytest.raises(QuantError, match="float64"):
-        imatrix.add(Q, inputs(1, 96).astype(np.float64))  # type: ignore[arg-type]
+        imatrix.add(Q, inputs(1, 96).astype(np.float64))
     with pytest.raises(QuantError, match="does not fit"):
         imatrix.add("x" * 56, inputs(1, 96))
     with pytest.raises(QuantError, match="no tensor 'z'"):

@@ -23,7 +23,7 @@ def random_pair(rows: int, blocks: int, seed: int = 0) -> tuple[U8, U8]:
 
 def checkpoint_values(weight: U8, scale: U8) -> list[list[float]]:
     """The specification, one weight at a time in Python numbers."""
-    values = []
+    values: list[list[float]] = []
     for row in range(weight.shape[0]):
         values.append([])
         for col in range(weight.shape[1] * 2):
@@ -98,7 +98,7 @@ def test_shapes_and_dtypes_that_do_not_match_are_errors() -> None:
     with pytest.raises(QuantError, match="weight_scale is uint8"):
         blocks_from_checkpoint(weight, scale[0])
     with pytest.raises(QuantError, match="weight is int8"):
-        blocks_from_checkpoint(weight.view(np.int8), scale)  # type: ignore[arg-type]
+        blocks_from_checkpoint(weight.view(np.int8), scale)
     with pytest.raises(QuantError, match=r"u8 \[rows, 51\]"):
         blocks_to_checkpoint(blocks_from_checkpoint(weight, scale)[:, :50], 96)
 

@@ -28,7 +28,7 @@ def test_every_recipe_keeps_what_must_stay_f32(name: str) -> None:
 def test_every_recipe_takes_every_width(name: str) -> None:
     """Widths of the real models, of tiny ones, and odd ones: always a format that fits."""
     for family in ("mimo_v2", "mimo"):
-        recipe = Recipe.named(name, family=family)  # type: ignore[arg-type]
+        recipe = Recipe.named(name, family=family)
         for role in Role:
             for cols in (4096, 8192, 2048, 16384, 11008, 256, 96, 64, 32, 33, 1):
                 choice = recipe.format_for(role, cols)
