@@ -138,17 +138,17 @@ class Bundle:
     @property
     def tokenizer_path(self) -> Path | None:
         """tokenizer.json or tokenizer.model; None: use the tokenizer keys of `metadata`."""
-        return self._file(self.manifest and self.manifest.tokenizer_file)
+        return self._file("tokenizer_file")
 
     @property
     def imatrix_path(self) -> Path | None:
         """The importance matrix the bundle was made with, if any."""
-        return self._file(self.manifest and self.manifest.imatrix_file)
+        return self._file("imatrix_file")
 
     @cached_property
     def chat_template(self) -> str | None:
         """The chat template's text, from its file or the GGUF metadata."""
-        path = self._file(self.manifest and self.manifest.chat_template_file)
+        path = self._file("chat_template_file")
         if path is None:
             value = self.metadata.get("tokenizer.chat_template")
             return value if isinstance(value, str) else None
@@ -164,7 +164,7 @@ class Bundle:
     @cached_property
     def heat(self) -> Heat | None:
         """Use of the routed experts on the calibration text, in the bundle's expert order."""
-        path = self._file(self.manifest and self.manifest.heat_file)
+        path = self._file("heat_file")
         if path is None:
             return None
         heat = Heat.read(path)
@@ -253,7 +253,8 @@ class Bundle:
             slices.append(self.gguf.raw(name)[expert * stride : (expert + 1) * stride])
         return crc32_of(slices)
 
-    def _file(self, name: str | None) -> Path | None:
+    def _file(self, field: str) -> Path | None:
+        name = getattr(self.manifest, field) if self.manifest is not None else None
         return self.path / name if name else None
 
     def close(self) -> None:

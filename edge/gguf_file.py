@@ -178,7 +178,7 @@ class _Cursor:
         self.data = data
         self.path = path
         self.position = 0
-        self._view = memoryview(data)
+        self._view = data.data
 
     def fail(self, message: str, hint: str = "") -> BundleError:
         return BundleError(f"{self.path}: {message}", hint)

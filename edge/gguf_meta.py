@@ -166,13 +166,13 @@ def read_config(
         raise BundleError(f"{where}: {arch}.block_count leaves {layers} layers")
     common: dict[str, Any] = {
         "vocab_size": embedding[0],
-        "hidden_size": keys.int("embedding_length"),
+        "hidden_size": keys.integer("embedding_length"),
         "num_hidden_layers": layers,
-        "num_attention_heads": keys.int("attention.head_count"),
-        "intermediate_size": keys.int("feed_forward_length"),
-        "rope_theta": keys.float("rope.freq_base"),
-        "layernorm_epsilon": keys.float("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": keys.int("context_length"),
+        "num_attention_heads": keys.integer("attention.head_count"),
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "rope_theta": keys.number("rope.freq_base"),
+        "layernorm_epsilon": keys.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": keys.integer("context_length"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "num_mtp_layers": mtp,
         "eos_token_ids": _stop_ids(metadata, where),
@@ -206,17 +206,17 @@ def _read_v2(
         raise BundleError(
             f"{keys.where}: gating function {gating} with {groups} expert groups is not supported"
         )
-    head_dim = keys.int("attention.key_length")
+    head_dim = keys.integer("attention.key_length")
     return {
         "family": "mimo_v2",
         "num_key_value_heads": global_kv,
         "swa_num_key_value_heads": sliding_kv,
         "head_dim": head_dim,
-        "v_head_dim": keys.int("attention.value_length"),
-        "swa_rope_theta": keys.float("rope.freq_base_swa", keys.float("rope.freq_base")),
-        "sliding_window": keys.int("attention.sliding_window"),
-        "partial_rotary_factor": _factor(keys.int("rope.dimension_count"), head_dim),
-        "attention_value_scale": keys.float("attention.value_scale", 1.0),
+        "v_head_dim": keys.integer("attention.value_length"),
+        "swa_rope_theta": keys.number("rope.freq_base_swa", keys.number("rope.freq_base")),
+        "sliding_window": keys.integer("attention.sliding_window"),
+        "partial_rotary_factor": _factor(keys.integer("rope.dimension_count"), head_dim),
+        "attention_value_scale": keys.number("attention.value_scale", 1.0),
         "hybrid_layer_pattern": tuple(pattern[:layers]),
         "moe_layer_freq": moe,
         "add_full_attention_sink_bias": True in by_kind[0],
@@ -224,15 +224,15 @@ def _read_v2(
         "n_routed_experts": keys.optional_int("expert_count", 0),
         "num_experts_per_tok": keys.optional_int("expert_used_count", 0),
         "moe_intermediate_size": keys.optional_int("expert_feed_forward_length", 0),
-        "norm_topk_prob": keys.bool("expert_weights_norm", True),
-        "routed_scaling_factor": keys.float("expert_weights_scale", 1.0),
+        "norm_topk_prob": keys.flag("expert_weights_norm", True),
+        "routed_scaling_factor": keys.number("expert_weights_scale", 1.0),
     }
 
 
 def _read_7b(
     keys: _Keys, tensors: Mapping[str, TensorInfo], layers: int, mtp: int
 ) -> dict[str, Any]:
-    heads, hidden = keys.int("attention.head_count"), keys.int("embedding_length")
+    heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     if not heads or hidden % heads:
         raise BundleError(f"{keys.where}: {heads} heads do not divide the width {hidden}")
     head_dim = keys.optional_int("attention.key_length", hidden // heads)
@@ -251,7 +251,7 @@ def _read_7b(
 
 def _count_blocks(keys: _Keys, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
     """(blocks in the file, MTP blocks among them): all announced MTP blocks, or none."""
-    blocks = keys.int("block_count")
+    blocks = keys.integer("block_count")
     announced = keys.optional_int("nextn_predict_layers", 0)
     if not 0 <= announced <= 16:
         raise keys.wrong("nextn_predict_layers", announced)
@@ -307,7 +307,7 @@ class _Keys:
         except KeyError:
             raise BundleError(f"{self.where} lacks the key {self._prefix}{key}") from None
 
-    def int(self, key: str) -> int:
+    def integer(self, key: str) -> int:
         value = self._get(key)
         if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
             value = value[0].item()  # written per layer, the same in all
@@ -316,9 +316,9 @@ class _Keys:
         return value
 
     def optional_int(self, key: str, default: int) -> int:
-        return self.int(key) if self._prefix + key in self._metadata else default
+        return self.integer(key) if self._prefix + key in self._metadata else default
 
-    def float(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         if default is not None and self._prefix + key not in self._metadata:
             return default
         value = self._get(key)
@@ -326,7 +326,7 @@ class _Keys:
             raise self.wrong(key, value)
         return float(value)
 
-    def bool(self, key: str, default: bool) -> bool:
+    def flag(self, key: str, default: bool) -> bool:
         value = self._metadata.get(self._prefix + key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, value)

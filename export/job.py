@@ -1,0 +1,316 @@
+"""What an export is going to do, decided from names and shapes before any tensor is read."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from mimo_edge.config import MimoConfig
+from mimo_edge.errors import UsageError
+from mimo_edge.export.checkpoint import Checkpoint
+from mimo_edge.export.gguf_tokenizer import read_chat_template, tokenizer_metadata
+from mimo_edge.export.gguf_writer import GgufLayout, PlannedTensor, split_keys
+from mimo_edge.export.journal import Journal
+from mimo_edge.export.mapping import TensorMapping, TensorPlan, plan_tensors
+from mimo_edge.gguf_file import split_name
+from mimo_edge.gguf_meta import ARCH_7B_MTP, Value, architecture, config_metadata, text, u32
+from mimo_edge.heat import Heat
+from mimo_edge.manifest import FileEntry
+from mimo_edge.quant.base import Format
+from mimo_edge.quant.imatrix import Imatrix
+from mimo_edge.quant.recipe import Recipe
+from mimo_edge.quant.roles import Role
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, bytes done, bytes in all)."""
+
+_log = logging.getLogger(__name__)
+
+PART = ".partial"  # suffix of every file until the export is whole
+EXPERT_PARTS = ("gate", "up", "down")
+# f32 bytes of one piece of a resident tensor.
+_PIECE_BYTES = 32 << 20
+
+
+class Measured(Protocol):
+    """A calibration: see export/calibrate."""
+
+    @property
+    def imatrix(self) -> Imatrix: ...
+
+    @property
+    def heat(self) -> Heat: ...
+
+
+class Piece(NamedTuple):
+    """What is quantised, written and journalled at once.
+
+    For a resident tensor: rows start..stop. For experts (`expert` >= 0): the expert that goes to
+    place `expert` of the three stacks of `layer`."""
+
+    key: str
+    tensor: str
+    start: int
+    stop: int
+    layer: int
+    expert: int
+    nbytes: int
+
+
+@dataclass
+class Export:
+    """One export: what is fixed before it starts, and the open files while it runs."""
+
+    source: Checkpoint
+    target: Path
+    profile: str
+    recipe: Recipe
+    mapping: TensorMapping
+    formats: dict[str, Format]
+    layouts: list[GgufLayout]
+    file_names: list[str]
+    file_of: dict[str, int]
+    pieces: list[Piece]
+    side_files: dict[str, bytes | Path | Imatrix]
+    imatrix: Imatrix | None
+    permutation: dict[int, tuple[int, ...]]
+    progress: Progress | None
+    threads: int
+    journal: Journal | None = None
+    fds: list[int] = field(default_factory=list)
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    tensor_crcs: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def config(self) -> MimoConfig:
+        return self.source.config
+
+    @property
+    def staging(self) -> Path:
+        return self.target.parent / f".{self.target.name}{PART}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the bundle grows."""
+        return self.staging / "bundle"
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(layout.size for layout in self.layouts)
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+    def close(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
+
+
+def prepare(
+    source: Checkpoint,
+    target: Path,
+    profile: str,
+    recipe: Recipe | str | None,
+    calibration: Measured | Imatrix | str | Path | None,
+    permute_by_heat: bool,
+    progress: Progress | None,
+    threads: int,
+) -> Export:
+    """Decide everything from names and shapes; no tensor data is read."""
+    config = source.config
+    mapping = plan_tensors(source)
+    chosen = _choose_recipe(recipe, profile, config)
+    if unused := chosen.unused_overrides(plan.name for plan in mapping.tensors):
+        raise UsageError(f"the recipe's overrides {unused} match no tensor of {source.name}")
+    formats = {}
+    for plan in mapping.tensors:
+        choice = chosen.format_for(plan.role, plan.shape[-1], plan.name)
+        if choice.fallback:
+            _log.warning("%s: %s", plan.name, choice.reason)
+        formats[plan.name] = choice.format
+    imatrix, heat = _measured(calibration)
+    if permute_by_heat and (heat is None or not any(config.moe_layer_freq)):
+        raise UsageError(
+            "there is no expert heat to order experts by", "calibrate first (--calibrate FILE)"
+        )
+    if heat is not None:
+        _check_heat(heat, config)
+    if chosen.requires_importance and imatrix is None:
+        raise UsageError(f"recipe {chosen.name} needs an importance matrix", "add --calibrate FILE")
+    if not config.norm_topk_prob or config.routed_scaling_factor != 1.0:
+        _log.warning(
+            "stock llama.cpp ignores norm_topk_prob = %s and routed_scaling_factor = %s for this "
+            "architecture; mimo-edge applies them",
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+        )
+    permutation = (
+        {n: tuple(map(int, heat.order(n))) for n in sorted(heat.counts)}
+        if permute_by_heat and heat is not None
+        else {}
+    )
+    template = read_chat_template(source.tokenizer_files, source.chat_template)
+    names, layouts = _layouts(source, mapping, formats, chosen, template)
+    file_of = {name: i for i, layout in enumerate(layouts) for name in layout.tensors}
+    side: dict[str, bytes | Path | Imatrix] = {}
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if name in source.tokenizer_files:
+            side[name] = source.tokenizer_files[name]
+            break
+    if template is not None:
+        side["chat_template.jinja"] = template.encode()
+    if heat is not None:
+        side["experts.json"] = heat.permuted(permutation).to_bytes()
+    if imatrix is not None:
+        side["imatrix.gguf"] = imatrix
+    return Export(
+        source=source,
+        target=target,
+        profile=profile,
+        recipe=chosen,
+        mapping=mapping,
+        formats=formats,
+        layouts=layouts,
+        file_names=names,
+        file_of=file_of,
+        pieces=list(_pieces(mapping, formats, permutation)),
+        side_files=side,
+        imatrix=imatrix,
+        permutation=permutation,
+        progress=progress,
+        threads=threads,
+    )
+
+
+def _choose_recipe(recipe: Recipe | str | None, profile: str, config: MimoConfig) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe is not None:
+        return Recipe.named(recipe, family=config.family)
+    default = Recipe.for_profile(profile, family=config.family)
+    if config.quantization.expert_store == "mxfp4":
+        # The release is 4-bit already: requantising it to another 4-bit code only loses.
+        return Recipe.named("mxfp4", family=config.family)
+    return default
+
+
+def _measured(
+    calibration: Measured | Imatrix | str | Path | None,
+) -> tuple[Imatrix | None, Heat | None]:
+    if calibration is None:
+        return None, None
+    if isinstance(calibration, Imatrix):
+        return calibration, None
+    if isinstance(calibration, (str, Path)):
+        path = Path(calibration)
+        heat = path.parent / "experts.json"
+        return Imatrix.read(path), Heat.read(heat) if heat.is_file() else None
+    return calibration.imatrix, calibration.heat
+
+
+def _check_heat(heat: Heat, config: MimoConfig) -> None:
+    layers = [n for n in range(config.num_hidden_layers) if config.layer(n).moe]
+    sizes = {len(counts) for counts in heat.counts.values()}
+    if sorted(heat.counts) != layers or sizes - {config.n_routed_experts}:
+        raise UsageError(
+            f"the expert heat covers {len(heat.counts)} layers of {sorted(sizes)} experts, the "
+            f"model has {len(layers)} of {config.n_routed_experts}",
+            "it was measured on another model",
+        )
+
+
+def _layouts(
+    source: Checkpoint,
+    mapping: TensorMapping,
+    formats: Mapping[str, Format],
+    recipe: Recipe,
+    template: str | None,
+) -> tuple[list[str], list[GgufLayout]]:
+    """File names and layouts: resident tensors, then routed experts, then MiMo-7B's MTP block."""
+    config = source.config
+    planned = {
+        plan.name: PlannedTensor(plan.name, formats[plan.name].ggml_type, plan.shape)
+        for plan in mapping.tensors
+    }
+    experts = [p for p in mapping.tensors if p.is_expert_stack]
+    side = [p for p in mapping.tensors if config.family == "mimo" and _is_mtp(p, config)]
+    apart = {p.name for p in (*experts, *side)}
+    resident = [p for p in mapping.tensors if p.name not in apart]
+    general = {
+        "general.architecture": text(architecture(config)),
+        "general.type": text("model"),
+        "general.name": text(source.name),
+        "general.file_type": u32(recipe.file_type),
+        "general.quantization_version": u32(2),
+    }
+    tokenizer = tokenizer_metadata(
+        source.tokenizer_files, config.vocab_size, config.eos_token_ids, template
+    )
+    main = general | config_metadata(config)
+    if tokenizer["tokenizer.ggml.model"].value == "none":
+        main[f"{architecture(config)}.vocab_size"] = u32(config.vocab_size)
+    main |= tokenizer
+    parts: list[tuple[dict[str, Value], list[TensorPlan]]] = [(main, resident)]
+    if experts:
+        parts.append(({"general.architecture": general["general.architecture"]}, experts))
+    count, tensors = len(parts), len(resident) + len(experts)
+    names, layouts = [], []
+    for number, (keys, plans) in enumerate(parts):
+        split = split_keys(number, count, tensors) if count > 1 else {}
+        names.append(split_name("model", number, count) if count > 1 else "model.gguf")
+        layouts.append(GgufLayout(keys | split, [planned[p.name] for p in plans]))
+    if side:
+        keys = general | {"general.architecture": text(ARCH_7B_MTP)}
+        keys[f"{ARCH_7B_MTP}.nextn_predict_layers"] = u32(config.num_mtp_layers)
+        names.append("model-mtp.gguf")
+        layouts.append(GgufLayout(keys, [planned[p.name] for p in side]))
+    return names, layouts
+
+
+def _is_mtp(plan: TensorPlan, config: MimoConfig) -> bool:
+    return plan.layer is not None and plan.layer >= config.num_hidden_layers
+
+
+def _pieces(
+    mapping: TensorMapping,
+    formats: Mapping[str, Format],
+    permutation: Mapping[int, tuple[int, ...]],
+) -> Iterator[Piece]:
+    """Every piece, in a fixed order: tensors as planned, the experts of a layer together."""
+    for plan in mapping.tensors:
+        if plan.is_expert_stack:
+            if not plan.name.endswith(".ffn_gate_exps.weight"):
+                continue
+            assert plan.layer is not None
+            stacks = [mapping[stack_name(plan.layer, part)] for part in EXPERT_PARTS]
+            nbytes = sum(s.shape[1] * formats[s.name].row_bytes(s.shape[2]) for s in stacks)
+            for e in range(plan.shape[0]):
+                key = f"blk.{plan.layer}.expert.{e}"
+                yield Piece(key, plan.name, 0, 0, plan.layer, e, nbytes)
+            continue
+        rows = plan.shape[0] if len(plan.shape) > 1 else 1
+        size = formats[plan.name].row_bytes(plan.shape[-1])
+        step = max(1, _PIECE_BYTES // (4 * plan.shape[-1]))
+        if plan.layer in permutation and follows_experts(plan):
+            step = rows  # rows move, so they are loaded together (a router is small)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            key = f"{plan.name}.{start}"
+            yield Piece(key, plan.name, start, stop, -1, -1, (stop - start) * size)
+
+
+def stack_name(layer: int, part: str) -> str:
+    return f"blk.{layer}.ffn_{part}_exps.weight"
+
+
+def follows_experts(plan: TensorPlan) -> bool:
+    return plan.role in (Role.ROUTER, Role.ROUTER_BIAS)
