@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from mimo_edge.errors import GenerationError, UsageError
 from mimo_edge.runtimes.base import F32, Backend, TokenIds
+from mimo_edge.tool_calls import OPEN
 
 F64 = NDArray[np.float64]
 
 # Logits of one segment, source and candidate each, stay within this many bytes.
 _SEGMENT_LOGITS_BYTES = 64 << 20
 _MAX_SEGMENT_ROWS = 512
-_MAX_ANSWER_TOKENS = 256
+MAX_ANSWER_TOKENS = 256
 
 
 # --- teacher-forced text ---------------------------------------------------------------------
@@ -193,7 +194,7 @@ def _check_ids(ids: TokenIds, vocab: int) -> None:
 # --- commands --------------------------------------------------------------------------------
 
 
-class ToolCallLike(Protocol):
+class CallLike(Protocol):
     """What a session reports for one tool call."""
 
     @property
@@ -203,7 +204,208 @@ class ToolCallLike(Protocol):
     def arguments(self) -> Mapping[str, Any]: ...
 
 
-def same_call(got: ToolCallLike, want: Mapping[str, Any]) -> bool:
+class StatsLike(Protocol):
+    """Counters of one generation, as edge/engine.GenerationStats."""
+
+    tokens: int
+    verifies: int
+    drafted_by_depth: list[int]
+    accepted_by_depth: list[int]
+
+
+class ReplyLike(Protocol):
+    """What a session answers."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def tool_calls(self) -> Sequence[CallLike]: ...
+
+    @property
+    def finish_reason(self) -> str | None: ...
+
+    @property
+    def stats(self) -> StatsLike: ...
+
+
+class SessionLike(Protocol):
+    """A conversation."""
+
+    def generate(self, prompt: str, *, max_tokens: int, temperature: float) -> ReplyLike: ...
+
+
+class RuntimeLike(Protocol):
+    """What `evaluate_commands` needs of a Runtime."""
+
+    def session(self, *, tools: Sequence[Mapping[str, Any]]) -> SessionLike: ...
+
+
+@dataclass
+class Tally:
+    """Right answers out of all of one group."""
+
+    commands: int = 0
+    exact: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Share that is right, 0 when there are none."""
+        return self.exact / self.commands if self.commands else 0.0
+
+
+@dataclass(frozen=True)
+class CommandFailure:
+    """One wrong answer: the calls wanted and made, and the text of the answer."""
+
+    id: str
+    text: str
+    want: list[dict[str, Any]]
+    got: list[dict[str, Any]]
+    answer: str
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class CommandQuality:
+    """Result of `evaluate_commands`. `verifies` are target passes after prefill; drafting by
+    depth counts the drafts proposed and those kept (a draft behind a wrong one is not kept, nor
+    is one past the end of the answer)."""
+
+    total: Tally
+    by_language: dict[str, Tally]
+    by_domain: dict[str, Tally]
+    by_kind: dict[str, Tally]  # single, double (or more) calls, refusal
+    failures: list[CommandFailure]
+    tokens: int
+    verifies: int
+    drafted_by_depth: list[int]
+    accepted_by_depth: list[int]
+    seconds: float
+
+    @property
+    def tokens_per_verify(self) -> float:
+        """Tokens gained per target pass: the first token of each answer is prefill's."""
+        return (self.tokens - self.total.commands) / self.verifies if self.verifies else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """Share of the drafts at each depth that were kept."""
+        pairs = zip(self.accepted_by_depth, self.drafted_by_depth, strict=True)
+        return [kept / drafted if drafted else 0.0 for kept, drafted in pairs]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        groups = {
+            name: {key: asdict(tally) | {"rate": tally.rate} for key, tally in table.items()}
+            for name, table in (
+                ("by_language", self.by_language),
+                ("by_domain", self.by_domain),
+                ("by_kind", self.by_kind),
+            )
+        }
+        return {
+            "commands": self.total.commands,
+            "exact": self.total.exact,
+            "exact_rate": self.total.rate,
+            **groups,
+            "tokens": self.tokens,
+            "verifies": self.verifies,
+            "tokens_per_verify": self.tokens_per_verify,
+            "drafted_by_depth": self.drafted_by_depth,
+            "accepted_by_depth": self.accepted_by_depth,
+            "acceptance_by_depth": self.acceptance_by_depth,
+            "seconds": self.seconds,
+            "failures": [asdict(failure) for failure in self.failures],
+        }
+
+
+def evaluate_commands(
+    runtime: RuntimeLike,
+    commands: Sequence[Mapping[str, Any]],
+    tools: Mapping[str, Mapping[str, Any]],
+    *,
+    max_tokens: int = MAX_ANSWER_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> CommandQuality:
+    """Ask every command as a user would and compare the tool calls with the right ones.
+
+    A command is {"text", "tools" (names in `tools`), "calls" (name and arguments, in order),
+    "lang", "domain", "id"}; no calls means that the right answer is to call nothing. Each gets a
+    new session with its own tools in the system turn, thinking off, greedy; drafting is as the
+    runtime was opened. Right is what `same_calls` says of an answer that ended by itself.
+    Prompts with the same tools in a row share the cache of their common beginning.
+
+    Raises UsageError on a malformed command.
+    """
+    for index, command in enumerate(commands):
+        _check_command(index, command, tools)
+    if not commands:
+        raise UsageError("no commands to evaluate")
+    began = time.perf_counter()
+    total = Tally()
+    groups: tuple[dict[str, Tally], ...] = ({}, {}, {})
+    failures: list[CommandFailure] = []
+    tokens = verifies = 0
+    drafted: list[int] = []
+    accepted: list[int] = []
+    for index, command in enumerate(commands):
+        session = runtime.session(tools=[tools[name] for name in command["tools"]])
+        reply = session.generate(command["text"], max_tokens=max_tokens, temperature=0)
+        want = command["calls"]
+        # A call that is begun but malformed is a call the user would see fail.
+        right = (
+            same_calls(reply.tool_calls, want)
+            and reply.finish_reason == "stop"
+            and OPEN not in reply.text
+        )
+        kind = ("refusal", "single")[len(want)] if len(want) < 2 else "double"
+        for table, key in zip(groups, (command["lang"], command["domain"], kind), strict=True):
+            tally = table.setdefault(key, Tally())
+            tally.commands += 1
+            tally.exact += right
+        total.commands += 1
+        total.exact += right
+        if not right:
+            got = [{"name": c.name, "arguments": dict(c.arguments)} for c in reply.tool_calls]
+            failures.append(
+                CommandFailure(
+                    command["id"], command["text"], list(want), got, reply.text, reply.finish_reason
+                )
+            )
+        stats = reply.stats
+        tokens += stats.tokens
+        verifies += stats.verifies
+        _add(drafted, stats.drafted_by_depth)
+        _add(accepted, stats.accepted_by_depth)
+        if progress is not None:
+            progress(index + 1, len(commands))
+    return CommandQuality(
+        total, *groups, failures, tokens, verifies, drafted, accepted, time.perf_counter() - began
+    )
+
+
+def _add(total: list[int], more: Sequence[int]) -> None:
+    total.extend([0] * (len(more) - len(total)))
+    for depth, count in enumerate(more):
+        total[depth] += count
+
+
+def _check_command(
+    index: int, command: Mapping[str, Any], tools: Mapping[str, Mapping[str, Any]]
+) -> None:
+    shapes = {"id": str, "text": str, "lang": str, "domain": str, "tools": list, "calls": list}
+    for key, kind in shapes.items():
+        if not isinstance(command.get(key), kind):
+            raise UsageError(f"command {index}: {key!r} is missing or no {kind.__name__}")
+    if unknown := [name for name in command["tools"] if name not in tools]:
+        raise UsageError(f"command {index} ({command['id']}): unknown tools {unknown}")
+    for call in command["calls"]:
+        if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
+            raise UsageError(f"command {index} ({command['id']}): malformed call {call!r}")
+
+
+def same_call(got: CallLike, want: Mapping[str, Any]) -> bool:
     """Whether a call is exactly the wanted {"name", "arguments"}: same name, same set of
     arguments, every value equal and of the same JSON type (5 is not "5", 1 is not true).
     The order of the arguments does not matter."""
@@ -212,7 +414,7 @@ def same_call(got: ToolCallLike, want: Mapping[str, Any]) -> bool:
     return all(_same_value(got.arguments[key], value) for key, value in want["arguments"].items())
 
 
-def same_calls(got: Sequence[ToolCallLike], want: Sequence[Mapping[str, Any]]) -> bool:
+def same_calls(got: Sequence[CallLike], want: Sequence[Mapping[str, Any]]) -> bool:
     """Whether an answer makes exactly the wanted calls, in order. Nothing wanted is a refusal:
     right when no call was made."""
     return len(got) == len(want) and all(same_call(a, b) for a, b in zip(got, want, strict=True))

@@ -11,7 +11,7 @@ the residual stream of every token (4 * hidden_size bytes each), whatever the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,11 +21,14 @@ from numpy.typing import NDArray
 
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import BundleError, ExportError, GenerationError, UsageError
+from mimo_edge.export.checkpoint import Checkpoint
+from mimo_edge.export.weights import CheckpointWeights
 from mimo_edge.heat import Heat
 from mimo_edge.kv_cache import FullCache
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.runtimes.base import F32, TokenIds, Weights
 from mimo_edge.runtimes.reference import ReferenceBackend, rms_norm
+from mimo_edge.tokenizer import Tokenizer
 
 IMATRIX_NAME = "imatrix.gguf"
 HEAT_NAME = "experts.json"
@@ -245,6 +248,46 @@ def calibrate(
     _walk(Walker(weights, collector), ids[: spans[-1][1]], spans, progress)
     heat = Heat(spans[-1][1], collector.counts, collector.mass, name)
     return Calibration(collector.imatrix, heat, len(spans))
+
+
+def calibrate_checkpoint(
+    checkpoint: str | Path,
+    file: str | Path,
+    *,
+    chunk_tokens: int = 512,
+    max_tokens: int | None = None,
+    window: int | None = None,
+    ignore_config_keys: Iterable[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Calibrate a checkpoint folder on `file`, with the checkpoint's own tokenizer.
+
+    `window` and `ignore_config_keys` as for the export, the rest as `calibrate`, which says
+    what it raises; also CheckpointError, ConfigError and TokenizerError.
+    """
+    opened = Checkpoint.open(checkpoint, window=window, ignore_config_keys=ignore_config_keys)
+    weights = CheckpointWeights(opened)
+    try:
+        return calibrate(
+            weights,
+            read_tokenizer(opened),
+            Path(file),
+            chunk_tokens=chunk_tokens,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+    finally:
+        weights.close()
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer a checkpoint brings, None without one. Raises TokenizerError."""
+    files = checkpoint.tokenizer_files
+    if "tokenizer.json" in files:
+        return Tokenizer.from_file(files["tokenizer.json"])
+    if "tokenizer.model" in files:
+        return Tokenizer.from_sentencepiece(files["tokenizer.model"])
+    return None
 
 
 def _spans(length: int, chunk_tokens: int) -> list[Span]:

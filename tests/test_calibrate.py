@@ -11,13 +11,18 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from checkpoint_factory import Kind, write_checkpoint
+from llamacpp_imatrix import measure
 from naive_model import NaiveModel
 from tiny import random_weights, tiny_config, tiny_mimo7b_config
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BundleError, ExportError, GenerationError, UsageError
 from mimo_edge.export import calibrate as module
-from mimo_edge.export.calibrate import MIN_TOKENS, calibrate
+from mimo_edge.export.calibrate import MIN_TOKENS, calibrate, calibrate_checkpoint
+from mimo_edge.export.checkpoint import Checkpoint
+from mimo_edge.export.pipeline import export_bundle
+from mimo_edge.export.weights import CheckpointWeights
 from mimo_edge.heat import Heat
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.runtimes.base import ExpertWeights
@@ -393,3 +398,95 @@ def test_other_gguf_files_are_refused(tmp_path: Path) -> None:
     lone.write(path)
     with pytest.raises(BundleError, match="another model"):
         calibrate(weights, None, path)
+
+
+# --- checkpoints, and what an export makes of it ---------------------------------------------
+
+K_QUANT_WIDTHS = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "num_attention_heads": 4,
+    "v_head_dim": 64,
+    "head_dim": 96,
+}
+
+
+@pytest.mark.parametrize("kind", ["flash", "v25"])
+def test_stock_llama_cpp_measures_the_same(kind: Kind, tmp_path: Path) -> None:
+    """Weight by weight and expert by expert, on the very file we export."""
+    path, _ = write_checkpoint(tmp_path / "checkpoint", kind, sliding_window=17)
+    bundle = export_bundle(path, tmp_path / "bundle", recipe="f32")
+    weights = bundle.weights()
+    config = bundle.config
+    ids = some_ids(config, 100)
+    theirs = measure(bundle.gguf.files[0], [ids[:60], ids[60:]])
+    ours = calibrate(weights, None, ids, chunk_tokens=60).imatrix
+    names = {name.removesuffix(".sums") for name in theirs if name.endswith(".sums")}
+    trunk = {n for n in ours.names if not n.startswith(("blk.4.", "blk.5.", "blk.6."))}
+    split = {n for n in trunk if ".attn_q." in n} if config.fused_qkv else set()
+    for name in sorted(names):
+        if name == "output.weight":
+            continue  # ours also counts what the MTP blocks send through the head
+        noted = name.replace(".attn_qkv.", ".attn_q.")
+        np.testing.assert_array_equal(ours.counts(noted), theirs[name + ".counts"], name)
+        for e, count in enumerate(theirs[name + ".counts"]):
+            mean = ours.importance(noted, e)
+            if count == 0:
+                assert mean is None
+                continue
+            assert mean is not None
+            want = theirs[name + ".sums"][e] / count
+            if name.endswith(".attn_output.weight"):
+                # llama.cpp scales the values after this product, we before they are cached:
+                # one factor for the whole matrix, which no quantiser sees.
+                want = want * config.attention_value_scale**2
+            # Both are f32 passes; llama.cpp rounds nothing else in this set-up.
+            np.testing.assert_allclose(mean, want, rtol=1e-3, atol=1e-5 * want.max())
+    # And nothing is measured that llama.cpp does not have.
+    fused = {n.replace(".attn_q.", f".attn_{p}.") for n in split for p in "qkv"}
+    assert trunk - fused == names - {n for n in names if ".attn_qkv." in n}
+    bundle.close()
+
+
+def test_an_export_uses_the_measured_importance(tmp_path: Path) -> None:
+    path, _ = write_checkpoint(
+        tmp_path / "checkpoint", tokenizer=True, num_mtp_layers=1, **K_QUANT_WIDTHS
+    )
+    text = tmp_path / "words.txt"
+    text.write_text(
+        "turn on the light in the living room 把客厅的灯调暗一点<|im_end|>" * 8, "utf-8"
+    )
+    made = calibrate_checkpoint(path, text)
+    plain = export_bundle(path, tmp_path / "plain", recipe="q3_k")
+    weighted = export_bundle(path, tmp_path / "weighted", recipe="q3_k", calibration=made)
+    assert weighted.manifest is not None
+    assert set(weighted.manifest.unweighted) == {
+        f"{stack}[{e}]" for stack, e in made.imatrix.unseen_experts()
+    }
+    assert weighted.heat is not None
+    np.testing.assert_array_equal(weighted.heat.counts[1], made.heat.counts[1])
+    # What the importance is for: the error as the inputs see it gets smaller.
+    source = CheckpointWeights(Checkpoint.open(path))
+    a, b = plain.weights(), weighted.weights()
+    errors = np.zeros(2)
+    for layer in (1, 2, 3):
+        for expert in range(8):
+            for kind in ("gate", "up", "down"):
+                mean = made.imatrix.importance(f"blk.{layer}.ffn_{kind}_exps.weight", expert)
+                if mean is not None:
+                    true = getattr(source.expert(layer, expert), kind)
+                    for i, weights in enumerate((a, b)):
+                        got = getattr(weights.expert(layer, expert), kind)
+                        errors[i] += (mean * (got - true) ** 2).sum()
+    assert errors[1] < 0.95 * errors[0]
+    plain.close()
+    weighted.close()
+
+
+def test_checkpoint_without_a_tokenizer_needs_an_imatrix(tmp_path: Path) -> None:
+    path, _ = write_checkpoint(tmp_path / "checkpoint")
+    text = tmp_path / "words.txt"
+    text.write_text("turn on the light " * 20)
+    with pytest.raises(UsageError, match="without a tokenizer"):
+        calibrate_checkpoint(path, text)
