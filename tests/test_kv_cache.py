@@ -54,9 +54,15 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(window=st.integers(1, 12), verify=st.integers(1, 5), steps=steps)
-def test_sliding_cache_equals_keeping_every_row(window, verify, steps):
+@settings(max_examples=200, deadline=None)
+@given(
+    window=st.integers(1, 12),
+    verify=st.integers(1, 5),
+    steps=steps,
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_sliding_cache_equals_keeping_every_row(window, verify, steps, share):
+    """`share` of the rows of a write query it: the newest alone, some, or all of them."""
     cache = SlidingCache(G, D, DV, window, window - 1 + verify)
     model, highest = EveryRow(window), 0
     for kind, n in steps:
@@ -64,7 +70,8 @@ def test_sliding_cache_equals_keeping_every_row(window, verify, steps):
         if kind == "write":
             keys, values, tags = model.new(n)
             model.rows += tags
-            model.check(cache.write(length, keys, values, n), n)
+            queries = max(1, int(n * share))
+            model.check(cache.write(length, keys, values, queries), queries)
             highest = max(highest, length + n)
             continue
         target = max(0, length - n)
@@ -145,6 +152,20 @@ def test_rollback_past_the_ring_raises_and_changes_nothing():
     cache.check_rollback(0)  # the first position sees nothing before it
     with pytest.raises(CacheError, match="31"):
         cache.check_rollback(31)
+
+
+def test_rows_written_and_undone_still_count_as_lost():
+    """Four drafts, all undone, overwrote four old rows: the promise shrinks by what they took."""
+    window, verify = 5, 4
+    cache, model = SlidingCache(G, D, DV, window, window - 1 + verify), EveryRow(window)
+    cache.write(0, *model.new(30)[:2], 1)
+    cache.write(30, *model.new(4)[:2], 4)
+    cache.check_rollback(30)
+    cache.truncate(30)
+    cache.write(30, *model.new(1)[:2], 1)  # 31 rows, but row 33 was there: rows below 26 are gone
+    cache.check_rollback(30)
+    with pytest.raises(CacheError, match="from 31 rows to 29"):
+        cache.check_rollback(29)
 
 
 def test_starting_again_from_zero_after_wrapping():

@@ -84,6 +84,17 @@ def test_equals_the_definition(name):
         assert_same(mtp_full_logits(weights, ids, depth), naive.mtp(ids, hidden, depth))
 
 
+def test_a_sink_far_above_every_score_takes_all_the_mass_without_overflow():
+    config = tiny_config()
+    weights = random_weights(config, seed=4)
+    tensors = {n: weights.tensor(n) for n in weights._tensors}
+    for layer, sinks in ((1, [200.0, -200.0, 95.0, 0.0]), (2, [0.0, 1e4, -1e4, 3.0])):
+        tensors[f"blk.{layer}.attn_sinks.weight"] = np.array(sinks, np.float32)
+    extreme = DictWeights(config, tensors)
+    ids = tokens(config, 20)
+    assert_same(full_logits(extreme, ids), NaiveModel(extreme).run(ids)[0])
+
+
 def test_rotary_angles_are_exact_enough_and_start_at_zero():
     cos, sin = rotary_angles(np.arange(2000), 64, 5e6)
     assert cos.dtype == sin.dtype == np.float32
@@ -104,6 +115,11 @@ def test_router_bias_chooses_sigmoid_weighs_and_ties_take_the_lowest_index():
     assert ids.tolist() == [[4, 1]]
     s = 1 / (1 + np.exp(-np.array([-9.0, 1.0])))
     np.testing.assert_allclose(weights, [s / s.sum()], rtol=1e-6)
+    many = tiny_config(n_routed_experts=100, num_experts_per_tok=7)
+    levels = np.random.default_rng(0).integers(0, 3, (20, 100)).astype(np.float32)
+    ids, _ = route(levels, np.zeros(100, np.float32), many)
+    for row, chosen in zip(levels, ids.tolist(), strict=True):
+        assert chosen == [e for level in (2, 1) for e in np.flatnonzero(row == level)][:7]
     # all sigmoids underflow: 1e-20 keeps the weights finite
     with np.errstate(over="ignore"):
         _, weights = route(np.full((1, 5), -1e4, np.float32), np.zeros(5, np.float32), config)
@@ -283,12 +299,13 @@ def test_rolled_back_mtp_rows_cannot_be_read():
     config, _, backend = small()
     ids = tokens(config, 12)
     cache = backend.new_cache(20)
-    hidden = backend.forward(ids[:10], cache, hidden_rows=10).hidden
-    backend.mtp_forward(0, ids[1:11], hidden, 0, cache)
+    hidden = backend.forward(ids[:8], cache, hidden_rows=8).hidden
+    backend.mtp_forward(0, ids[1:9], hidden, 0, cache)
     cache.rollback(3)
-    backend.forward(ids[7:9], cache)
-    with pytest.raises(CacheError, match=r"rows 0\.\.7 are needed by position 8"):
-        backend.mtp_forward(0, ids[9:10], hidden[8:9], 8, cache)
+    hidden[5:7] = backend.forward(ids[5:7], cache, hidden_rows=2).hidden
+    with pytest.raises(CacheError, match=r"by position 6, but only rows below 5 were written"):
+        backend.mtp_forward(0, ids[7:8], hidden[6:7], 6, cache)
+    backend.mtp_forward(0, ids[6:8], hidden[5:7], 5, cache)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -443,6 +460,8 @@ def test_observer_sees_every_matmul_and_route():
     for name, calls in seen.inputs.items():
         width = weights.tensor(name).shape[1]
         assert all(x.shape[1] == width for x in calls)
+    for (name, _), calls in seen.experts.items():
+        assert all(x.shape[1] == weights.tensor(name).shape[2] for x in calls)
     for name, rows in (("blk.0.attn_q.weight", 16), ("blk.6.ffn_down.weight", 13)):
         assert sum(len(x) for x in seen.inputs[name]) == rows
 
