@@ -344,7 +344,9 @@ def evaluate_commands(
         raise UsageError("no commands to evaluate")
     began = time.perf_counter()
     total = Tally()
-    groups: tuple[dict[str, Tally], ...] = ({}, {}, {})
+    by_language: dict[str, Tally] = {}
+    by_domain: dict[str, Tally] = {}
+    by_kind: dict[str, Tally] = {}
     failures: list[CommandFailure] = []
     tokens = verifies = 0
     drafted: list[int] = []
@@ -360,12 +362,14 @@ def evaluate_commands(
             and OPEN not in reply.text
         )
         kind = ("refusal", "single")[len(want)] if len(want) < 2 else "double"
-        for table, key in zip(groups, (command["lang"], command["domain"], kind), strict=True):
-            tally = table.setdefault(key, Tally())
+        for tally in (
+            total,
+            by_language.setdefault(command["lang"], Tally()),
+            by_domain.setdefault(command["domain"], Tally()),
+            by_kind.setdefault(kind, Tally()),
+        ):
             tally.commands += 1
             tally.exact += right
-        total.commands += 1
-        total.exact += right
         if not right:
             got = [{"name": c.name, "arguments": dict(c.arguments)} for c in reply.tool_calls]
             failures.append(
@@ -381,7 +385,16 @@ def evaluate_commands(
         if progress is not None:
             progress(index + 1, len(commands))
     return CommandQuality(
-        total, *groups, failures, tokens, verifies, drafted, accepted, time.perf_counter() - began
+        total=total,
+        by_language=by_language,
+        by_domain=by_domain,
+        by_kind=by_kind,
+        failures=failures,
+        tokens=tokens,
+        verifies=verifies,
+        drafted_by_depth=drafted,
+        accepted_by_depth=accepted,
+        seconds=time.perf_counter() - began,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ from mimo_edge import evaluate
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import GenerationError, UsageError
 from mimo_edge.evaluate import (
+    Tally,
     TextChunk,
+    evaluate_commands,
     evaluate_text,
     kl_divergence,
     same_calls,
@@ -264,3 +268,126 @@ def test_order_number_and_name_of_calls_matter() -> None:
     assert not same_calls([FakeCall("timer", first.arguments)], [WANT])
     assert same_calls([], [])
     assert not same_calls([first], [])
+
+
+@dataclass
+class FakeStats:
+    tokens: int
+    verifies: int
+    drafted_by_depth: list[int]
+    accepted_by_depth: list[int]
+
+
+@dataclass
+class FakeReply:
+    tool_calls: list[FakeCall]
+    text: str = ""
+    finish_reason: str | None = "stop"
+    stats: FakeStats = field(default_factory=lambda: FakeStats(9, 4, [4, 4, 4], [3, 1, 0]))
+
+
+class FakeRuntime:
+    """Answers from a table and notes what it was asked with which tools."""
+
+    def __init__(self, replies: dict[str, FakeReply]) -> None:
+        self.replies = replies
+        self.asked: list[tuple[str, list[str], int, float]] = []
+
+    def session(self, *, tools: Sequence[Mapping[str, Any]]) -> FakeSession:
+        return FakeSession(self, [tool["function"]["name"] for tool in tools])
+
+
+@dataclass
+class FakeSession:
+    runtime: FakeRuntime
+    tools: list[str]
+
+    def generate(self, prompt: str, *, max_tokens: int, temperature: float) -> FakeReply:
+        self.runtime.asked.append((prompt, self.tools, max_tokens, temperature))
+        return self.runtime.replies[prompt]
+
+
+TOOLS = {name: {"function": {"name": name}} for name in ("set_timer", "call_contact", "lock_door")}
+TIMER = FakeCall("set_timer", {"duration": 5, "unit": "minutes"})
+CALL = FakeCall("call_contact", {"contact": "mom"})
+
+
+def a_command(text: str, *calls: FakeCall, lang: str = "en", domain: str = "phone") -> Any:
+    return {
+        "id": f"id of {text}",
+        "text": text,
+        "lang": lang,
+        "domain": domain,
+        "tools": ["lock_door", "set_timer"],
+        "calls": [{"name": c.name, "arguments": c.arguments} for c in calls],
+    }
+
+
+def test_commands_are_asked_as_a_user_would_and_counted() -> None:
+    wrong = FakeCall("set_timer", {"duration": 6, "unit": "minutes"})
+    runtime = FakeRuntime(
+        {
+            "right": FakeReply([TIMER]),
+            "two": FakeReply([TIMER, CALL], stats=FakeStats(30, 8, [8, 8], [7, 5])),
+            "wrong": FakeReply([wrong], text="hm"),
+            "no": FakeReply([], "Sorry"),
+            "must not": FakeReply([TIMER]),
+            "begun": FakeReply([], "<tool_call>\n<function=", stats=FakeStats(5, 0, [], [])),
+            "endless": FakeReply([TIMER], finish_reason="length"),
+        }
+    )
+    commands = [
+        a_command("right", TIMER),
+        a_command("two", TIMER, CALL, lang="zh"),
+        a_command("wrong", TIMER, domain="home"),
+        a_command("no"),
+        a_command("must not", lang="zh"),
+        a_command("begun"),
+        a_command("endless", TIMER),
+    ]
+    seen: list[tuple[int, int]] = []
+    got = evaluate_commands(
+        runtime, commands, TOOLS, max_tokens=77, progress=lambda *at: seen.append(at)
+    )
+    assert runtime.asked[0] == ("right", ["lock_door", "set_timer"], 77, 0)
+    assert got.total == Tally(7, 3)
+    assert got.by_language == {"en": Tally(5, 2), "zh": Tally(2, 1)}
+    assert got.by_domain == {"phone": Tally(6, 3), "home": Tally(1, 0)}
+    assert got.by_kind == {"single": Tally(3, 1), "double": Tally(1, 1), "refusal": Tally(3, 1)}
+    assert [f.text for f in got.failures] == ["wrong", "must not", "begun", "endless"]
+    assert got.failures[0].got == [{"name": wrong.name, "arguments": wrong.arguments}]
+    assert got.failures[0].want == commands[2]["calls"]
+    assert got.failures[0].answer == "hm"
+    assert (got.tokens, got.verifies) == (9 * 5 + 30 + 5, 4 * 5 + 8)
+    assert got.drafted_by_depth == [28, 28, 20]
+    assert got.accepted_by_depth == [22, 10, 0]
+    # Seven first tokens came from prefill.
+    assert got.tokens_per_verify == pytest.approx((80 - 7) / 28)
+    assert got.acceptance_by_depth == pytest.approx([22 / 28, 10 / 28, 0])
+    assert seen == [(i, 7) for i in range(1, 8)]
+
+
+def test_the_report_is_json() -> None:
+    runtime = FakeRuntime({"right": FakeReply([TIMER]), "no": FakeReply([TIMER])})
+    got = evaluate_commands(runtime, [a_command("right", TIMER), a_command("no")], TOOLS)
+    raw = json.loads(json.dumps(got.to_dict()))
+    assert raw["exact_rate"] == 0.5
+    assert raw["by_kind"]["refusal"] == {"commands": 1, "exact": 0, "rate": 0.0}
+    assert raw["failures"][0]["id"] == "id of no"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": None}, "'text' is missing or no str"),
+        ({"tools": ["unlock"]}, r"unknown tools \['unlock'\]"),
+        ({"calls": [{"name": "set_timer"}]}, "malformed call"),
+        ({"calls": ["set_timer"]}, "malformed call"),
+    ],
+)
+def test_malformed_commands_are_refused(change: dict[str, Any], message: str) -> None:
+    command = a_command("right", TIMER) | change
+    with pytest.raises(UsageError, match=message):
+        evaluate_commands(FakeRuntime({}), [command], TOOLS)
+    with pytest.raises(UsageError, match="no commands"):
+        evaluate_commands(FakeRuntime({}), [], TOOLS)
