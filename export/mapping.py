@@ -95,9 +95,8 @@ class TensorPlan:
             first, last = max(start, offset), min(stop, offset + size)
             if first < last:
                 shift = part.start - offset
-                values[first - start : last - start] = checkpoint.read_rows(
-                    part.source, first + shift, last + shift
-                )
+                target = values[first - start : last - start]
+                checkpoint.read_rows(part.source, first + shift, last + shift, target)
             offset += size
         return values
 
@@ -176,7 +175,8 @@ def plan_tensors(checkpoint: Checkpoint) -> TensorMapping:
         )
     plans = [_plan(want, checkpoint) for want in wanted]
     scales = {s.name for w in wanted for n in w.sources if (s := checkpoint.scale_of(n))}
-    if stray := [n for n in checkpoint.tensors if n not in used | scales | skipped.keys()]:
+    known = used | scales | skipped.keys()
+    if stray := [name for name in checkpoint.tensors if name not in known]:
         raise CheckpointError(f"{len(stray)} scales belong to no scaled weight: {_list(stray)}")
     return TensorMapping(plans, skipped)
 
