@@ -2,7 +2,9 @@
 norm, rotary embedding, attention, feed-forward, router, experts, block, model, MTP block.
 
 Source: MiMo-V2-Flash technical report section 2; transformers models/mimo_v2_flash (f32, eager)
-is matched within 1e-4. MiMo-7B: transformers Qwen2 for the trunk, vLLM mimo_mtp.py for its MTP.
+is matched within 1e-4. MiMo-7B: transformers Qwen2 for the trunk; its MTP block follows the
+vendor's modeling code, which feeds the true embedding in row 0 where vLLM's mimo_mtp.py feeds
+zeros (one row of one draft block: tokens never depend on it).
 
 How speculative decoding must call `mtp_forward`
 ------------------------------------------------
