@@ -175,9 +175,12 @@ def _computed(
 
 def write_side_files(export: Export) -> None:
     """Tokenizer, chat template, heat and importance matrix."""
+    ours = {name + PART for name in export.file_names}
+    for stray in export.folder.iterdir():  # of a run killed while it wrote these, or later
+        if stray.name not in ours:
+            stray.unlink()
     for name, content in export.side_files.items():
         path = export.folder / (name + PART)
-        (export.folder / name).unlink(missing_ok=True)  # killed between the last renames
         if isinstance(content, Imatrix):
             content.write(path)
         else:
@@ -283,7 +286,6 @@ def write_manifest(export: Export) -> None:
         unweighted=tuple(unweighted),
         skipped=reasons,
     )
-    (export.folder / MANIFEST_NAME).unlink(missing_ok=True)
     _write_file(export.folder / (MANIFEST_NAME + PART), manifest.to_bytes())
 
 
