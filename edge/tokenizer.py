@@ -168,15 +168,19 @@ class Tokenizer:
         Raises TokenizerError on text that is not valid Unicode (a lone surrogate).
         """
         check_unicode(text)
-        if self._cut is None or not allow_special:
+        if not allow_special:
             return self._encode_plain(text, True)
+        return self.encode_parts(self.split_special(text))
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Ids of parts as `split_special` gives them: text becomes plain ids, ids stay."""
         ids: list[int] = []
-        at = 0
-        for match in self._cut.finditer(text):
-            ids += self._encode_plain(text[at : match.start()], at == 0)
-            ids.append(self.special[match[0]])
-            at = match.end()
-        return ids + self._encode_plain(text[at:], at == 0)
+        for index, part in enumerate(parts):
+            if isinstance(part, str):
+                ids += self._encode_plain(part, index == 0)
+            else:
+                ids.append(part)
+        return ids
 
     def split_special(self, text: str) -> list[str | int]:
         """Cut `text` at special tokens: the text between them, and the ids of the tokens."""

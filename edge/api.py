@@ -1,0 +1,475 @@
+"""What an application embeds: a Runtime over one model, and Sessions that talk with it.
+
+    with Runtime.open("bundle/") as runtime:
+        session = runtime.session(tools=tools)
+        for piece in session.stream("turn on the light"):
+            print(piece.text, end="")
+
+Sessions of one runtime may be used from several threads; they take turns token by token.
+One session serves one generation at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import sys
+import threading
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeGuard
+
+from mimo_edge.answer_reader import THINK_OPEN, AnswerReader, Fragment
+from mimo_edge.chat_template import Message, check_messages
+from mimo_edge.config import MimoConfig
+from mimo_edge.engine import Engine, Generation, GenerationStats
+from mimo_edge.errors import TokenizerError, UsageError
+from mimo_edge.model_source import Model, open_model
+from mimo_edge.runtimes.base import F32
+from mimo_edge.sampling import Mask, Sampler, SamplingParams
+from mimo_edge.speculative import DraftSetting
+from mimo_edge.tokenizer import Tokenizer, check_unicode
+from mimo_edge.tool_calls import Malformed, ToolCall, tool_schemas
+from mimo_edge.units import parse_bytes
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+DEFAULT_CONTEXT = 4096
+DEFAULT_MAX_TOKENS = 256
+
+Prompt = str | Sequence[Message] | Sequence[int] | None
+"""A user's text, several messages, raw token ids, or None to answer what is there."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer. `text` is what to show: reasoning and tool calls come apart.
+
+    The last piece of an answer, and only that, has a `finish_reason`.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer. `malformed` lists tool calls that could not be read; their text is in
+    `text`. `token_ids` holds every generated id, the stop token included."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: FinishReason
+    stats: GenerationStats
+    reasoning: str = ""
+    malformed: tuple[Malformed, ...] = ()
+
+
+@dataclass
+class _Totals:
+    """Sums over the generations of a runtime."""
+
+    generations: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    tokens: int = 0
+    verifies: int = 0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    drafted_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+    draft_why: str = ""
+
+    def add(self, stats: GenerationStats) -> None:
+        self.generations += 1
+        for name in ("prompt_tokens", "reused_tokens", "tokens", "verifies"):
+            setattr(self, name, getattr(self, name) + getattr(stats, name))
+        self.prefill_ms += stats.prefill_ms
+        self.decode_ms += stats.decode_ms
+        for sums, counts in (
+            (self.drafted_by_depth, stats.drafted_by_depth),
+            (self.accepted_by_depth, stats.accepted_by_depth),
+        ):
+            sums.extend([0] * (len(counts) - len(sums)))
+            for depth, count in enumerate(counts):
+                sums[depth] += count
+        self.draft_why = stats.draft_why or self.draft_why
+
+
+class Runtime:
+    """One loaded model. Open with `Runtime.open`; a context manager; `close` may be repeated."""
+
+    def __init__(self, model: Model, context: int, draft: DraftSetting = "auto") -> None:
+        self._model = model
+        self._engine = Engine(model.backend, context, draft)
+        self._totals = _Totals()
+        self._banned: Mask | None = None
+        if model.tokenizer is not None:
+            self._banned = model.tokenizer.padding_mask(model.backend.config.vocab_size)
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path,
+        profile: str | None = None,
+        ram: int | str | None = None,
+        context: int | None = None,
+        backend: str = "auto",
+        threads: int | None = None,
+        draft: DraftSetting = "auto",
+    ) -> Runtime:
+        """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
+
+        `ram` is a bound in bytes (or "900MiB"), `context` the most tokens of a conversation
+        (default 4,096 or what the model has), `draft` 0 to 3 or "auto". "mimo-nano" is the
+        built-in model. Raises a MimoEdgeError: BundleError, CheckpointError, DeviceError when
+        the model does not fit `ram`, BackendError, UsageError.
+        """
+        if profile is not None:
+            raise UsageError(
+                f"profile {profile!r}: device profiles are not in this build", "use ram and context"
+            )
+        limit = None if ram is None else parse_bytes(ram)
+        if context is not None and (isinstance(context, bool) or context < 1):
+            raise UsageError(f"context = {context!r}", "use 1 or more")
+        model = open_model(bundle, backend, limit, context or DEFAULT_CONTEXT, threads)
+        positions = model.backend.config.max_position_embeddings
+        try:
+            return cls(model, min(DEFAULT_CONTEXT, positions) if context is None else context, draft)
+        except BaseException:
+            model.backend.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return self._model.name
+
+    @property
+    def config(self) -> MimoConfig:
+        """The model's configuration."""
+        return self._model.backend.config
+
+    @property
+    def context(self) -> int:
+        """Most tokens of one session."""
+        return self._engine.context
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None when it works on token ids only."""
+        return self._model.tokenizer
+
+    def session(
+        self,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+    ) -> Session:
+        """A new conversation. `enable_thinking` None leaves it to the chat template.
+
+        Raises UsageError on malformed tools, TokenizerError when texts are given to a model
+        without a tokenizer.
+        """
+        self._engine.check_open()
+        return Session(self, system, tools or (), enable_thinking)
+
+    def logits(self, token_ids: Sequence[int]) -> F32:
+        """Logits f32 [T, V] after every one of token_ids [T], for evaluation and tests."""
+        return self._engine.logits(token_ids)
+
+    def stats(self) -> dict[str, Any]:
+        """JSON-ready totals of this runtime and the peak memory of the process."""
+        totals = self._totals
+        new = totals.tokens - totals.generations
+        return {
+            "model": self.name,
+            "backend": self._model.backend.name,
+            "context": self.context,
+            "draft": self._engine.draft,
+            **vars(totals),
+            "tokens_per_verify": new / totals.verifies if totals.verifies else 0.0,
+            "decode_tps": new / totals.decode_ms * 1e3 if totals.decode_ms else 0.0,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+    def close(self) -> None:
+        """Release the model, after the token that is being computed."""
+        self._engine.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Session:
+    """A conversation: its messages, and the processed tokens that make the next turn cheap."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        system: str | None,
+        tools: Sequence[Mapping[str, Any]],
+        enable_thinking: bool | None,
+    ) -> None:
+        if runtime.tokenizer is None and (system is not None or tools):
+            raise TokenizerError(
+                f"{runtime.name} has no tokenizer: it takes no system text and no tools",
+                "give token ids, or put the model's tokenizer.json beside it",
+            )
+        tool_schemas(tools)
+        self._runtime = runtime
+        self._tools = tuple(tools)
+        self._enable_thinking = enable_thinking
+        self._sequence = runtime._engine.sequence()
+        self._cancel = threading.Event()
+        self._active: Generator[Piece, None, None] | None = None
+        self._token_ids: list[int] | None = None  # set once a session runs on raw ids
+        self._last: Reply | None = None
+        self.messages: list[dict[str, Any]] = []
+        """The conversation so far, as the chat template sees it."""
+        if system is not None:
+            self.messages = check_messages([{"role": "system", "content": system}])
+
+    @property
+    def last_reply(self) -> Reply | None:
+        """The newest answer, complete or as far as it got."""
+        return self._last
+
+    def tool_result(self, text: str, name: str | None = None) -> None:
+        """Add what a tool returned; `stream()` without a prompt goes on from there."""
+        message: dict[str, Any] = {"role": "tool", "content": text}
+        if name is not None:
+            message["name"] = name
+        self._check_texts()
+        self.messages.extend(check_messages([message]))
+
+    def stream(
+        self,
+        prompt: Prompt = None,
+        *,
+        max_tokens: int | None = DEFAULT_MAX_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        json_schema: Mapping[str, Any] | None = None,
+    ) -> Iterator[Piece]:
+        """Answer `prompt`, piece by piece; `max_tokens` None goes on to the context's end.
+
+        Everything is checked before this returns: UsageError, TokenizerError,
+        ContextLengthError when the prompt does not fit. Leaving the iterator early keeps what
+        was generated. A stream left unfinished is closed by the next one.
+        """
+        if json_schema is not None:
+            raise UsageError("json_schema: structured output is not in this build")
+        stops = _checked_stops(stop)
+        params = SamplingParams(temperature, top_p, min_p, top_k, seed)
+        self._close_active()
+        messages, ids = self._prepare(prompt)
+        model = self._runtime._model
+        thinking = bool(
+            model.tokenizer is not None
+            and messages is not None
+            and ids[-1] == model.tokenizer.special.get(THINK_OPEN)
+        )
+        reader = AnswerReader(model.tokenizer, model.eos_ids, stops, self._tools, thinking)
+        self._cancel.clear()
+        generation = self._runtime._engine.generate(
+            self._sequence,
+            ids,
+            Sampler(params, self._runtime._banned),
+            max_tokens=max_tokens,
+            is_last=reader.add,
+            cancel=self._cancel,
+        )
+        pieces = self._run(generation, reader, messages, ids)
+        self._active = pieces
+        return pieces
+
+    def generate(self, prompt: Prompt = None, **options: Any) -> Reply:
+        """Answer `prompt` at once. Options and errors as in `stream`."""
+        for _ in self.stream(prompt, **options):
+            pass
+        assert self._last is not None
+        return self._last
+
+    async def astream(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[Piece]:
+        """`stream` for asyncio: the model runs in a thread, the event loop stays free.
+
+        Cancelling the task cancels the generation and waits for the token in the works.
+        """
+        pieces = self.stream(prompt, **options)
+        try:
+            while True:
+                step = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+                try:
+                    piece = await asyncio.shield(step)
+                except asyncio.CancelledError:
+                    self.cancel()
+                    await asyncio.wait([step])
+                    raise
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            pieces.close()  # type: ignore[attr-defined]
+
+    def cancel(self) -> None:
+        """End the running generation after the current step; from any thread."""
+        self._cancel.set()
+
+    # --- inside -------------------------------------------------------------------------
+
+    def _run(
+        self,
+        generation: Generation,
+        reader: AnswerReader,
+        messages: list[dict[str, Any]] | None,
+        prompt: list[int],
+    ) -> Generator[Piece, None, None]:
+        before = (self.messages, self._token_ids)
+        if messages is not None:
+            self.messages = messages
+        token_ids: list[int] = []
+        whole = Fragment()
+        failed = True
+        try:
+            for gained in generation:
+                token_ids += gained
+                part = reader.take()
+                whole.add(part)
+                yield _piece(part, gained, None)
+            failed = False
+        except GeneratorExit:
+            failed = False
+            raise
+        finally:
+            if failed:
+                self.messages, self._token_ids = before
+            else:
+                rest = reader.finish()
+                whole.add(rest)
+                reason = _finish_reason(generation, reader, whole)
+                self._keep(reader, whole, messages, prompt, token_ids)
+                self._last = Reply(
+                    whole.text,
+                    tuple(token_ids),
+                    tuple(whole.tool_calls),
+                    reason,
+                    generation.stats,
+                    whole.reasoning,
+                    tuple(whole.malformed),
+                )
+                self._runtime._totals.add(generation.stats)
+        yield _piece(rest, [], reason)
+
+    def _keep(
+        self,
+        reader: AnswerReader,
+        whole: Fragment,
+        messages: list[dict[str, Any]] | None,
+        prompt: list[int],
+        token_ids: list[int],
+    ) -> None:
+        """Add the answer to the history, as it was written: its tokens are in the cache."""
+        if messages is None:
+            self._token_ids = prompt + token_ids
+        elif token_ids:
+            message = {"role": "assistant", "content": reader.content}
+            if whole.reasoning:
+                message["reasoning_content"] = whole.reasoning
+            self.messages = [*messages, message]
+
+    def _prepare(self, prompt: Prompt) -> tuple[list[dict[str, Any]] | None, list[int]]:
+        """The messages with this turn added (None for raw ids) and the whole prompt's ids."""
+        if _are_ids(prompt):
+            if self.messages:
+                raise UsageError("token ids cannot follow messages", "use a new session for ids")
+            return None, [*(self._token_ids or []), *(int(token) for token in prompt)]
+        self._check_texts()
+        if prompt is None:
+            turn: Sequence[Message] = ()
+        elif isinstance(prompt, str):
+            turn = [{"role": "user", "content": prompt}]
+        else:
+            turn = prompt  # type: ignore[assignment]
+        messages = [*self.messages, *check_messages(turn)]
+        if not any(message["role"] != "system" for message in messages):
+            raise UsageError("there is no message to answer", "give a prompt")
+        model = self._runtime._model
+        assert model.tokenizer is not None
+        return messages, model.template.encode(
+            model.tokenizer, messages, self._tools, enable_thinking=self._enable_thinking
+        )
+
+    def _check_texts(self) -> None:
+        if self._runtime.tokenizer is None:
+            raise TokenizerError(
+                f"{self._runtime.name} has no tokenizer", "give a list of token ids"
+            )
+        if self._token_ids is not None:
+            raise UsageError("messages cannot follow token ids", "use a new session for messages")
+
+    def _close_active(self) -> None:
+        active, self._active = self._active, None
+        if active is None:
+            return
+        try:
+            active.close()
+        except ValueError:  # "generator already executing"
+            self._active = active
+            raise UsageError(
+                "this session is generating in another thread", "cancel it or use another session"
+            ) from None
+
+
+def _piece(part: Fragment, token_ids: Sequence[int], reason: FinishReason | None) -> Piece:
+    return Piece(part.text, tuple(token_ids), reason, part.reasoning, tuple(part.tool_calls))
+
+
+def _finish_reason(generation: Generation, reader: AnswerReader, whole: Fragment) -> FinishReason:
+    reason = generation.finish_reason or "cancelled"
+    if reason == "stop" and whole.tool_calls and not reader.hit_stop:
+        return "tool_calls"
+    return reason
+
+
+def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
+    """Whether a prompt is raw token ids. An empty list is neither and counts as messages."""
+    if prompt is None or isinstance(prompt, (str, bytes, Mapping)):
+        return False
+    try:
+        first = prompt[0]
+    except (IndexError, TypeError, KeyError):
+        return False
+    return not isinstance(first, (str, Mapping)) and hasattr(first, "__index__")
+
+
+def _checked_stops(stop: Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in stops:
+        if not isinstance(text, str) or not text:
+            raise UsageError(f"stop = {text!r} is not a text")
+        check_unicode(text)
+    return stops
+
+
+def peak_rss_bytes() -> int:
+    """Most memory this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

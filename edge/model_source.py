@@ -1,0 +1,209 @@
+"""Find out what a path is and open it: backend, tokenizer and chat template of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimo_edge.bundle import Bundle
+from mimo_edge.chat_template import ChatTemplate
+from mimo_edge.config import MimoConfig
+from mimo_edge.errors import BackendError, BundleError, DeviceError, UsageError
+from mimo_edge.manifest import MANIFEST_NAME
+from mimo_edge.runtimes.base import Backend, Weights
+from mimo_edge.tokenizer import Tokenizer
+from mimo_edge.units import format_bytes
+
+BACKENDS = ("auto", "reference")
+BUILT_IN = "mimo-nano"
+# Python, NumPy and our own code, before any weight; a little above what is measured.
+_PROCESS_BYTES = 160 << 20
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model. `tokenizer` is None when it works on token ids only."""
+
+    name: str
+    backend: Backend
+    tokenizer: Tokenizer | None
+    template: ChatTemplate
+    eos_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Opened weights and where their texts are."""
+
+    name: str
+    weights: Weights
+    tokenizer: Tokenizer | None
+    template: str | None
+
+
+def open_model(
+    path: str | Path, backend: str, ram: int | None, context: int, threads: int | None
+) -> Model:
+    """Open a bundle folder, a GGUF file or a checkpoint folder; "mimo-nano" is the built-in one.
+
+    Raises UsageError, BundleError, CheckpointError, BackendError, or DeviceError when the
+    backend would need more than `ram` bytes.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
+    if threads is not None:
+        set_blas_threads(threads)
+    source = _open_source(path)
+    try:
+        config = source.weights.config
+        if source.tokenizer is not None:
+            source.tokenizer.padding_mask(config.vocab_size)  # raises when they do not belong together
+        if ram is not None:
+            _check_ram(config, ram, context)
+        template = ChatTemplate(source.template)
+    except BaseException:
+        source.weights.close()
+        raise
+    from mimo_edge.runtimes.reference import ReferenceBackend
+
+    eos = set(config.eos_token_ids)
+    if source.tokenizer is not None:
+        eos |= source.tokenizer.eos_ids
+    reference: Backend = ReferenceBackend(source.weights)
+    return Model(source.name, reference, source.tokenizer, template, frozenset(eos))
+
+
+def _open_source(path: str | Path) -> _Source:
+    place = Path(path)
+    if not place.exists():
+        if str(path) != BUILT_IN:
+            raise BundleError(
+                f"there is no model {path}", "give a bundle, a .gguf file or a checkpoint folder"
+            )
+        from mimo_edge.nano.commands import checkpoint_dir
+
+        place = checkpoint_dir()
+    if place.is_dir() and not (place / MANIFEST_NAME).exists():
+        if (place / "config.json").exists():
+            return _open_checkpoint(place, BUILT_IN if str(path) == BUILT_IN else None)
+        raise UsageError(
+            f"{place} holds neither {MANIFEST_NAME} nor config.json",
+            "give a bundle, a .gguf file or a checkpoint folder",
+        )
+    bundle = Bundle.open(place)
+    try:
+        tokenizer = _bundle_tokenizer(bundle.tokenizer_path, bundle.metadata)
+        return _Source(bundle.name, bundle.weights(), tokenizer, bundle.chat_template)
+    except BaseException:
+        bundle.close()
+        raise
+
+
+def _open_checkpoint(folder: Path, name: str | None) -> _Source:
+    # The runtime needs the exporter's reader only for unconverted checkpoints.
+    from mimo_edge.export.checkpoint import Checkpoint
+    from mimo_edge.export.gguf_tokenizer import read_chat_template
+    from mimo_edge.export.weights import CheckpointWeights
+
+    checkpoint = Checkpoint.open(folder)
+    try:
+        files = checkpoint.tokenizer_files
+        path = files.get("tokenizer.json") or files.get("tokenizer.model")
+        tokenizer = open_tokenizer(path) if path is not None else None
+        template = read_chat_template(files, checkpoint.chat_template)
+        return _Source(name or checkpoint.name, CheckpointWeights(checkpoint), tokenizer, template)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """A tokenizer from tokenizer.json or a SentencePiece .model. Raises TokenizerError."""
+    if Path(path).suffix == ".model":
+        return Tokenizer.from_sentencepiece(path)
+    return Tokenizer.from_file(path)
+
+
+def _bundle_tokenizer(path: Path | None, metadata: Mapping[str, Any]) -> Tokenizer | None:
+    if path is not None:
+        return open_tokenizer(path)
+    if metadata.get("tokenizer.ggml.model", "none") == "none":
+        return None
+    return Tokenizer.from_gguf(metadata)
+
+
+# --- what the reference backend needs ---------------------------------------------------
+
+
+def parameter_count(config: MimoConfig) -> int:
+    """Parameters of the text model, MTP blocks included."""
+    m, h = config.hidden_size, config.num_attention_heads
+    total = config.vocab_size * m * (1 if config.tie_word_embeddings else 2) + m
+    for index in range(config.num_hidden_layers + config.num_mtp_layers):
+        spec = config.layer(index)
+        g = spec.num_key_value_heads
+        heads = (h + g) * config.head_dim + g * config.v_head_dim
+        total += heads * m + h * config.v_head_dim * m + 2 * m
+        total += heads if config.attention_bias else 0
+        total += h if spec.sinks else 0
+        if spec.moe:
+            experts = config.n_routed_experts
+            total += experts * (m + 1) + 3 * experts * m * config.moe_intermediate_size
+        else:
+            total += 3 * m * config.intermediate_size
+        if index >= config.num_hidden_layers:
+            total += 2 * m * m + 3 * m
+    return total
+
+
+def kv_bytes(config: MimoConfig, context: int) -> int:
+    """Bytes of an f32 cache of `context` tokens."""
+    total = 0
+    for index in range(config.num_hidden_layers + config.num_mtp_layers):
+        spec = config.layer(index)
+        rows = context if spec.window is None else min(context, spec.window + 3)
+        total += 4 * rows * spec.num_key_value_heads * (config.head_dim + config.v_head_dim)
+    return total
+
+
+def _check_ram(config: MimoConfig, ram: int, context: int) -> None:
+    weights, cache = 4 * parameter_count(config), kv_bytes(config, context)
+    need = weights + cache + _PROCESS_BYTES
+    if need > ram:
+        raise DeviceError(
+            f"the reference backend needs {format_bytes(need)} ({format_bytes(weights)} for the "
+            f"weights as f32, {format_bytes(cache)} for a context of {context}), "
+            f"--ram allows {format_bytes(ram)}",
+            f"it keeps every weight in memory: allow {format_bytes(need)}, or use a smaller model",
+        )
+
+
+def set_blas_threads(threads: int) -> None:
+    """Let NumPy's matrix products use `threads` threads, in the whole process.
+
+    Raises BackendError when NumPy's library cannot be told.
+    """
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise UsageError(f"threads = {threads!r}", "use 1 or more")
+    import ctypes
+
+    import numpy as np
+
+    folder = Path(np.__file__).parent.parent / "numpy.libs"
+    for library in sorted(folder.glob("*openblas*")):
+        loaded = ctypes.CDLL(str(library))
+        for name in (
+            "scipy_openblas_set_num_threads64_",
+            "scipy_openblas_set_num_threads",
+            "openblas_set_num_threads64_",
+            "openblas_set_num_threads",
+        ):
+            function = getattr(loaded, name, None)
+            if function is not None:
+                function(ctypes.c_int(threads))
+                return
+    raise BackendError(
+        "this NumPy does not let its threads be set", "set OMP_NUM_THREADS before starting instead"
+    )

@@ -1,0 +1,48 @@
+"""Sizes as people write them: "900MiB", "2.5 GB", "4096"."""
+
+from __future__ import annotations
+
+import re
+
+from mimo_edge.errors import UsageError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "K": 1 << 10,
+    "KIB": 1 << 10,
+    "KB": 1000,
+    "M": 1 << 20,
+    "MIB": 1 << 20,
+    "MB": 1000**2,
+    "G": 1 << 30,
+    "GIB": 1 << 30,
+    "GB": 1000**3,
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of a size; K, M and G are powers of 1024, KB, MB and GB of 1000.
+
+    Raises UsageError when it is no positive size.
+    """
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        value = int(float(match[1]) * unit) if match and unit else 0
+    else:
+        value = 0 if isinstance(size, bool) else int(size)
+    if value <= 0:
+        raise UsageError(f"{size!r} is no size in bytes", 'write for instance "900MiB" or "4GiB"')
+    return value
+
+
+def format_bytes(size: int) -> str:
+    """A size for people, in powers of 1024."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
