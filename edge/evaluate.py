@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mimo_edge.errors import GenerationError, UsageError
+from mimo_edge.chat_template import ChatTemplate
+from mimo_edge.errors import GenerationError, TokenizerError, UsageError
 from mimo_edge.runtimes.base import F32, Backend, TokenIds
+from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.tool_calls import OPEN
 
 F64 = NDArray[np.float64]
@@ -334,7 +336,6 @@ def evaluate_commands(
     "lang", "domain", "id"}; no calls means that the right answer is to call nothing. Each gets a
     new session with its own tools in the system turn, thinking off, greedy; drafting is as the
     runtime was opened. Right is what `same_calls` says of an answer that ended by itself.
-    Prompts with the same tools in a row share the cache of their common beginning.
 
     Raises UsageError on a malformed command.
     """
@@ -396,6 +397,44 @@ def evaluate_commands(
         accepted_by_depth=accepted,
         seconds=time.perf_counter() - began,
     )
+
+
+def answer_chunks(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    commands: Sequence[Mapping[str, Any]],
+    tools: Mapping[str, Mapping[str, Any]],
+) -> list[TextChunk]:
+    """Each command with its right answer as one text, of which only the answer is scored.
+
+    The prompt is a session's; the answer is the right calls as the template writes them, or the
+    command's "reply". Raises UsageError on a malformed command, TokenizerError when the template
+    does not continue its own prompt.
+    """
+    chunks = []
+    for index, command in enumerate(commands):
+        _check_command(index, command, tools)
+        listed = [tools[name] for name in command["tools"]]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": command["text"]}]
+        prompt = template.encode(tokenizer, messages, listed, enable_thinking=False)
+        answer: dict[str, Any] = {"role": "assistant", "content": command.get("reply") or ""}
+        if command["calls"]:
+            answer["tool_calls"] = [{"function": call} for call in command["calls"]]
+        ids = template.encode(
+            tokenizer,
+            [*messages, answer],
+            listed,
+            enable_thinking=False,
+            add_generation_prompt=False,
+        )
+        if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
+            raise TokenizerError(
+                f"the chat template writes the answer of command {command['id']} other than its "
+                "prompt begins",
+                "this model cannot be scored on right answers; use a text file",
+            )
+        chunks.append(TextChunk(np.asarray(ids, dtype=np.int32), len(prompt)))
+    return chunks
 
 
 def _add(total: list[int], more: Sequence[int]) -> None:

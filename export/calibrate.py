@@ -25,6 +25,7 @@ from mimo_edge.export.checkpoint import Checkpoint
 from mimo_edge.export.weights import CheckpointWeights
 from mimo_edge.heat import Heat
 from mimo_edge.kv_cache import FullCache
+from mimo_edge.model_source import open_tokenizer
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.runtimes.base import F32, TokenIds, Weights
 from mimo_edge.runtimes.reference import ReferenceBackend, rms_norm
@@ -283,11 +284,8 @@ def calibrate_checkpoint(
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """The tokenizer a checkpoint brings, None without one. Raises TokenizerError."""
     files = checkpoint.tokenizer_files
-    if "tokenizer.json" in files:
-        return Tokenizer.from_file(files["tokenizer.json"])
-    if "tokenizer.model" in files:
-        return Tokenizer.from_sentencepiece(files["tokenizer.model"])
-    return None
+    path = files.get("tokenizer.json") or files.get("tokenizer.model")
+    return None if path is None else open_tokenizer(path)
 
 
 def _spans(length: int, chunk_tokens: int) -> list[Span]:

@@ -6,27 +6,33 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_factory import write_tokenizer
 from tiny import random_weights, tiny_config
 
 from mimo_edge import evaluate
+from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
-from mimo_edge.errors import GenerationError, UsageError
+from mimo_edge.errors import GenerationError, TokenizerError, UsageError
 from mimo_edge.evaluate import (
     Tally,
     TextChunk,
+    answer_chunks,
     evaluate_commands,
     evaluate_text,
     kl_divergence,
     same_calls,
     split_chunks,
 )
+from mimo_edge.nano import commands as nano
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
 from mimo_edge.runtimes.reference import ReferenceBackend, full_logits
 from mimo_edge.runtimes.weights import DictWeights
+from mimo_edge.tokenizer import Tokenizer
 
 
 def brute_force(p_logits: F32, q_logits: F32, targets: list[int]) -> dict[str, float]:
@@ -391,3 +397,52 @@ def test_malformed_commands_are_refused(change: dict[str, Any], message: str) ->
         evaluate_commands(FakeRuntime({}), [command], TOOLS)
     with pytest.raises(UsageError, match="no commands"):
         evaluate_commands(FakeRuntime({}), [], TOOLS)
+
+
+# --- right answers as text -------------------------------------------------------------------
+
+
+def test_only_the_right_answer_is_scored(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer, template = Tokenizer.from_file(tmp_path / "tokenizer.json"), ChatTemplate()
+    commands = [
+        a_command("turn on the light", TIMER, CALL),
+        a_command("你好") | {"reply": "Sorry."},
+    ]
+    chunks = answer_chunks(tokenizer, template, commands, TOOLS)
+    prompts = [tokenizer.decode(c.token_ids[: c.scored_from].tolist()) for c in chunks]
+    answers = [tokenizer.decode(c.token_ids[c.scored_from :].tolist()) for c in chunks]
+    assert all(p.endswith("<|im_start|>assistant\n<think></think>") for p in prompts)
+    assert "<name>lock_door</name>" in prompts[0]
+    assert "turn on the light<|im_end|>" in prompts[0]
+    assert answers[0] == (
+        "<tool_call>\n<function=set_timer>\n<parameter=duration>5</parameter>\n"
+        "<parameter=unit>minutes</parameter>\n</function>\n</tool_call>"
+        "<tool_call>\n<function=call_contact>\n<parameter=contact>mom</parameter>\n"
+        "</function>\n</tool_call><|im_end|>"
+    )
+    assert answers[1] == "Sorry.<|im_end|>"
+    assert [c.rows for c in chunks] == [len(c.token_ids) - c.scored_from for c in chunks]
+
+
+def test_a_template_that_rewrites_its_prompt_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    template = ChatTemplate(
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(TokenizerError, match="answer of command id of hi"):
+        answer_chunks(tokenizer, template, [a_command("hi")], TOOLS)
+
+
+def test_nano_answers_are_written_as_in_training() -> None:
+    """The built-in tokenizer and template give the text the model was trained on, exactly."""
+    folder = nano.checkpoint_dir()
+    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    template = ChatTemplate((folder / "chat_template.jinja").read_text("utf-8"))
+    commands = nano.held_out()[::40]
+    for command, chunk in zip(
+        commands, answer_chunks(tokenizer, template, commands, nano.TOOLS), strict=True
+    ):
+        answer = tokenizer.decode(chunk.token_ids[chunk.scored_from :].tolist())
+        assert answer == nano.answer(command) + "<|im_end|>"
