@@ -21,7 +21,6 @@ from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.errors import GenerationError, TokenizerError, UsageError
 from mimo_edge.runtimes.base import F32, Backend, TokenIds
 from mimo_edge.tokenizer import Tokenizer
-from mimo_edge.tool_calls import OPEN
 
 F64 = NDArray[np.float64]
 
@@ -29,6 +28,8 @@ F64 = NDArray[np.float64]
 _SEGMENT_LOGITS_BYTES = 64 << 20
 _MAX_SEGMENT_ROWS = 512
 MAX_ANSWER_TOKENS = 256
+# Finish reasons of an answer that ended by itself.
+ENDED = ("stop", "tool_calls")
 
 
 # --- teacher-forced text ---------------------------------------------------------------------
@@ -225,7 +226,10 @@ class ReplyLike(Protocol):
     def tool_calls(self) -> Sequence[CallLike]: ...
 
     @property
-    def finish_reason(self) -> str | None: ...
+    def malformed(self) -> Sequence[object]: ...
+
+    @property
+    def finish_reason(self) -> str: ...
 
     @property
     def stats(self) -> StatsLike: ...
@@ -240,7 +244,9 @@ class SessionLike(Protocol):
 class RuntimeLike(Protocol):
     """What `evaluate_commands` needs of a Runtime."""
 
-    def session(self, *, tools: Sequence[Mapping[str, Any]]) -> SessionLike: ...
+    def session(
+        self, *, tools: Sequence[Mapping[str, Any]], enable_thinking: bool
+    ) -> SessionLike: ...
 
 
 @dataclass
@@ -265,7 +271,7 @@ class CommandFailure:
     want: list[dict[str, Any]]
     got: list[dict[str, Any]]
     answer: str
-    finish_reason: str | None
+    finish_reason: str
 
 
 @dataclass(frozen=True)
@@ -353,14 +359,15 @@ def evaluate_commands(
     drafted: list[int] = []
     accepted: list[int] = []
     for index, command in enumerate(commands):
-        session = runtime.session(tools=[tools[name] for name in command["tools"]])
+        listed = [tools[name] for name in command["tools"]]
+        session = runtime.session(tools=listed, enable_thinking=False)
         reply = session.generate(command["text"], max_tokens=max_tokens, temperature=0)
         want = command["calls"]
-        # A call that is begun but malformed is a call the user would see fail.
+        # A malformed call is a call the user would see fail, also where none was wanted.
         right = (
             same_calls(reply.tool_calls, want)
-            and reply.finish_reason == "stop"
-            and OPEN not in reply.text
+            and not reply.malformed
+            and reply.finish_reason in ENDED
         )
         kind = ("refusal", "single")[len(want)] if len(want) < 2 else "double"
         for tally in (

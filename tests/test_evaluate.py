@@ -288,7 +288,8 @@ class FakeStats:
 class FakeReply:
     tool_calls: list[FakeCall]
     text: str = ""
-    finish_reason: str | None = "stop"
+    finish_reason: str = "tool_calls"
+    malformed: list[str] = field(default_factory=list)
     stats: FakeStats = field(default_factory=lambda: FakeStats(9, 4, [4, 4, 4], [3, 1, 0]))
 
 
@@ -299,7 +300,8 @@ class FakeRuntime:
         self.replies = replies
         self.asked: list[tuple[str, list[str], int, float]] = []
 
-    def session(self, *, tools: Sequence[Mapping[str, Any]]) -> FakeSession:
+    def session(self, *, tools: Sequence[Mapping[str, Any]], enable_thinking: bool) -> FakeSession:
+        assert not enable_thinking
         return FakeSession(self, [tool["function"]["name"] for tool in tools])
 
 
@@ -336,9 +338,9 @@ def test_commands_are_asked_as_a_user_would_and_counted() -> None:
             "right": FakeReply([TIMER]),
             "two": FakeReply([TIMER, CALL], stats=FakeStats(30, 8, [8, 8], [7, 5])),
             "wrong": FakeReply([wrong], text="hm"),
-            "no": FakeReply([], "Sorry"),
+            "no": FakeReply([], "Sorry", "stop"),
             "must not": FakeReply([TIMER]),
-            "begun": FakeReply([], "<tool_call>\n<function=", stats=FakeStats(5, 0, [], [])),
+            "begun": FakeReply([], malformed=["<tool_call>"], stats=FakeStats(5, 0, [], [])),
             "endless": FakeReply([TIMER], finish_reason="length"),
         }
     )

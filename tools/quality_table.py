@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import mimo_edge
+from mimo_edge.api import Runtime
 from mimo_edge.errors import MimoEdgeError, UsageError
 from mimo_edge.evaluate import answer_chunks, evaluate_commands, evaluate_text
 from mimo_edge.export.calibrate import Calibration, calibrate_checkpoint
@@ -138,16 +139,16 @@ def _measure(
         text = evaluate_text(
             source.backend, candidate.backend, chunks, progress=_counter(f"{row.key}: text")
         )
+        _say(f"{row.key}: perplexity {text.perplexity:.4f}, KL {text.mean_kl:.5f}")
+        answers = evaluate_commands(
+            Runtime(candidate, CONTEXT, DRAFT),
+            commands,
+            nano.TOOLS,
+            progress=_counter(f"{row.key}: commands"),
+        )
     finally:
         source.backend.close()
         candidate.backend.close()
-    _say(f"{row.key}: perplexity {text.perplexity:.4f}, KL {text.mean_kl:.5f}")
-    with mimo_edge.Runtime.open(
-        model, backend="reference", context=CONTEXT, draft=DRAFT
-    ) as runtime:
-        answers = evaluate_commands(
-            runtime, commands, nano.TOOLS, progress=_counter(f"{row.key}: commands")
-        )
     _say(
         f"{row.key}: {answers.total.exact} of {answers.total.commands} exact, "
         f"{answers.tokens_per_verify:.2f} tokens per verify, "
