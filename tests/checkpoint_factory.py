@@ -118,10 +118,10 @@ def config_of(kind: Kind, **overrides: Any) -> MimoConfig:
         return tiny_mimo7b_config(**overrides)
     values: dict[str, Any] = {"num_mtp_layers": 3}
     if kind in ("v25", "v26"):
-        # As in the real models, a global layer's scale rows allow T = 4 alone (8 rows, 6 for
-        # T = 1 or 2), a sliding layer's allow 1, 2 and 4 (8 rows each).
+        # As in the real models a global layer's scale rows (12) allow T = 4 alone, and a sliding
+        # layer's (12) allow 1, 2 and 4; llama.cpp, which tries 8 before 4, is not misled either.
         values |= {"num_attention_heads": 8, "num_key_value_heads": 4}
-        values |= {"swa_num_key_value_heads": 8, "head_dim": 48, "v_head_dim": 32}
+        values |= {"swa_num_key_value_heads": 8, "head_dim": 80, "v_head_dim": 32}
         values |= {"rope_theta": 1e7, "fused_qkv": True}
     if kind == "v26":
         values["layernorm_epsilon"] = 1e-6

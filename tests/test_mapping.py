@@ -334,13 +334,13 @@ REFUSED: dict[str, tuple[Kind, dict[str, Any], str]] = {
     ),
     "fused rows missing": (
         "v25",
-        {"model.layers.1.self_attn.qkv_proj.weight": ("F8_E4M3", (1023, 64), bytes(1023 * 64))},
-        r"shape \[1023, 64\], expected \[1024, 64\]",
+        {"model.layers.1.self_attn.qkv_proj.weight": ("F8_E4M3", (1535, 64), bytes(1535 * 64))},
+        r"shape \[1535, 64\], expected \[1536, 64\]",
     ),
     "fused scale of the plain layout": (
         "v25",
-        {"model.layers.0.self_attn.qkv_proj.weight_scale_inv": stored(np.ones((6, 1), F32))},
-        r"layers.3.* is stored in \[4\] shards, the global layers before it in \[1, 2\]",
+        {"model.layers.0.self_attn.qkv_proj.weight_scale_inv": stored(np.ones((9, 1), F32))},
+        r"layers.3.* is stored in \[4\] shards, the global layers before it in \[1\]",
     ),
     "fused scale that fits nothing": (
         "v25",
@@ -350,7 +350,7 @@ REFUSED: dict[str, tuple[Kind, dict[str, Any], str]] = {
     "sliding scale that contradicts T": (
         "v25",
         {"model.layers.1.self_attn.qkv_proj.weight_scale_inv": stored(np.ones((9, 1), F32))},
-        r"shape \[9, 1\], but F8_E4M3 \[1024, 64\] needs \[8, 1\]",
+        r"shape \[9, 1\], but F8_E4M3 \[1536, 64\] needs \[12, 1\]",
     ),
 }
 
