@@ -181,7 +181,6 @@ def hf_config(config: MimoConfig, kind: Kind) -> dict[str, Any]:
         "swa_v_head_dim": config.v_head_dim,
         "partial_rotary_factor": config.partial_rotary_factor,
         "swa_rope_theta": config.swa_rope_theta,
-        "rope_scaling": None,
         "sliding_window": before,
         "sliding_window_size": before,
         "attention_chunk_size": before,

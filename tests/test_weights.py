@@ -61,3 +61,63 @@ def test_refuses_what_is_not_there(tmp_path: Path) -> None:
     weights.close()
     with pytest.raises(CheckpointError, match="is closed"):
         weights.tensor("output_norm.weight")
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_transformers_reads_the_same_values(tmp_path: Path) -> None:
+    """The factory's folder is one that transformers loads whole, and it holds our values.
+
+    The layer pattern is transformers' own, which does not read hybrid_layer_pattern; it
+    ignores the MTP blocks."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder, _ = write_checkpoint(
+        tmp_path,
+        "flash_bf16",
+        num_hidden_layers=6,
+        hybrid_layer_pattern=(0, 1, 1, 1, 1, 0),
+        moe_layer_freq=(0, 1, 1, 1, 1, 1),
+    )
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    names = {
+        "input_layernorm.weight": "attn_norm.weight",
+        "post_attention_layernorm.weight": "ffn_norm.weight",
+        "self_attn.q_proj.weight": "attn_q.weight",
+        "self_attn.k_proj.weight": "attn_k.weight",
+        "self_attn.v_proj.weight": "attn_v.weight",
+        "self_attn.o_proj.weight": "attn_output.weight",
+        "self_attn.sinks": "attn_sinks.weight",
+        "mlp.gate.weight": "ffn_gate_inp.weight",
+        "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+        "mlp.gate_proj.weight": "ffn_gate.weight",
+        "mlp.up_proj.weight": "ffn_up.weight",
+        "mlp.down_proj.weight": "ffn_down.weight",
+    }
+    top = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    weights = CheckpointWeights(Checkpoint.open(folder))
+    seen = 0
+    for name, tensor in model.state_dict().items():
+        theirs = tensor.float().numpy()
+        if name in top:
+            ours = weights.tensor(top[name])
+        else:
+            layer, part = name.removeprefix("model.layers.").split(".", 1)
+            if part.startswith("mlp.experts."):
+                experts = [weights.expert(int(layer), e) for e in range(8)]
+                down = part.endswith("down_proj")
+                ours = np.stack(
+                    [x.down if down else np.concatenate([x.gate, x.up]) for x in experts]
+                )
+            else:
+                ours = weights.tensor(f"blk.{layer}.{names[part]}")
+        assert np.array_equal(ours, theirs), name
+        seen += 1
+    assert seen == 66
