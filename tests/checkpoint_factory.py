@@ -450,7 +450,7 @@ def write_checkpoint(
     if shards == 1 or kind == "mimo7b":
         write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, part in enumerate(_shards(tensors, shards)):
             file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
             write_safetensors(folder / file, part, {"format": "pt"})
@@ -553,5 +553,5 @@ def write_tokenizer(folder: Path) -> tuple[int, tuple[int, int]]:
         "tokenizer_class": "Qwen2Tokenizer",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    eos = (tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>"))
-    return tokenizer.get_vocab_size(), eos
+    vocabulary = tokenizer.get_vocab()
+    return len(vocabulary), (vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"])

@@ -130,7 +130,7 @@ def test_transformers_reads_flash_the_same_way() -> None:
 
 # --- What must be refused -----------------------------------------------------------------
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"surprise": 1, "attention_k_scale": 2}, r"\['attention_k_scale', 'surprise'\]"),
     ({"num_hidden_layers": 0, "hybrid_layer_pattern": [], "moe_layer_freq": []}, "outside 1"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),

@@ -492,7 +492,7 @@ def test_plans_the_real_v25_in_seconds(tmp_path: Path) -> None:
     assert groups == V25_CENSUS  # the table this test uses is the released model
     for i in range(73_081 - counts[0]):  # the towers: names are made up, the count is real
         add(f"{'visual.blocks' if i % 2 else 'audio_encoder.layers'}.{i}.w", "BF16", (8,), i % 16)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, header in enumerate(headers):
         file = (
             "model_mtp.safetensors" if i == 16 else f"model_pp0_ep{i // 2}_shard{i % 2}.safetensors"
