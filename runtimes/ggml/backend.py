@@ -95,7 +95,9 @@ class GgmlBackend:
         the final norm f32 [hidden_rows, M] of the last rows come back.
 
         When it fails, `cache.length` says how many tokens are complete: those before the chunk
-        that failed. Raises UsageError, ContextLengthError (before anything is touched),
+        that failed. A chunk of at most `verify_rows` tokens that failed can be repeated; after a
+        longer one the rows sliding layers need are gone and the next call raises CacheError.
+        Raises UsageError, ContextLengthError (before anything is touched),
         CacheError, GenerationError (NaN or Inf, or aborted), BackendError.
         """
         self._check_open()
@@ -123,6 +125,9 @@ class GgmlBackend:
         self, cache: GgmlCache, ids: TokenIds, logits_rows: int, hidden_rows: int
     ) -> tuple[F32, F32]:
         position, total = cache.length, len(ids)
+        if any(self.config.hybrid_layer_pattern):
+            # Fails when an earlier pass was stopped while it overwrote the ring.
+            cache.ring.check(position, total, total)
         embedding = self._source.embedding(ids)
         shape = trunk_shape(cache, total, logits_rows, hidden_rows)
         trunk = self._trunk(cache, shape)

@@ -41,7 +41,6 @@ class BlockInputs:
 
     config: MimoConfig
     positions: Tensor  # i32 {T}
-    value_scale: Tensor | None
     total: int  # T
 
 
@@ -94,13 +93,12 @@ def attention(
 ) -> Tensor | None:
     """h {M, T} -> attention output {M, queries} of its last rows; every row leaves its K/V.
 
-    The value scale is applied here, to V before it is cached, and nowhere else.
+    The value scale is applied once, after the output projection as llama.cpp does: rows then
+    equal llama.cpp's bit for bit, which 8-bit activations do not when V is scaled before.
     """
     c, groups = inputs.config, w.spec.num_key_value_heads
     x = g.norm(h, w.attn_norm, c.layernorm_epsilon)
     q, k, v = _project(g, w, c, x, queries)
-    if inputs.value_scale is not None:
-        v = g.mul(v, inputs.value_scale)
     k = g.rope(k, inputs.positions, c.rotary_dim, w.spec.rope_theta)
     k = g.reshape(k, groups * c.head_dim, inputs.total)
     if not access.append:
@@ -122,6 +120,8 @@ def attention(
         )  # {Dv, H, queries}
         mixed = g.reshape(mixed, c.num_attention_heads * c.v_head_dim, queries)
         mixed = g.mul_mat(w.attn_output, mixed)
+        if c.attention_value_scale != 1.0:
+            mixed = g.scale(mixed, c.attention_value_scale)
     if access.append:
         if mixed is not None:
             g.run_now(mixed)  # the ring is read before the chunk overwrites it

@@ -62,7 +62,8 @@ class Tensor:
             shape.pop(0)
         size = int(np.prod(shape)) * dtype.itemsize
         memory = (ctypes.c_uint8 * size).from_address(struct.data)
-        return np.frombuffer(memory, dtype).reshape(shape)
+        view: NDArray[Any] = np.ctypeslib.as_array(memory).view(dtype)
+        return view.reshape(shape)
 
     @property
     def contiguous(self) -> bool:

@@ -23,6 +23,7 @@ from mimo_edge.runtimes.ggml.resident import ModelWeights
 
 # Node room: a MoE block takes about 45 tensors plus two per chosen expert.
 _BLOCK_TENSORS = 64
+UNLIMITED = 1 << 40  # a window longer than any context, shorter than the way to EMPTY
 LARGE_TOKENS = 16  # passes of more tokens than this are kept in smaller number
 
 
@@ -122,7 +123,7 @@ class TrunkPass(_Pass):
         self.ring_ids = new(TYPE_I64, kept) if has_ring else None
         self.ring_mask = new(TYPE_F16, columns, total) if has_ring else None
         self._inputs.allocate()
-        shared = blocks.BlockInputs(c, self.positions, model.value_scale, total)
+        shared = blocks.BlockInputs(c, self.positions, total)
         wanted = max(shape.logits_rows, shape.hidden_rows)
         h: Tensor | None = self.embedding
         for index, w in enumerate(model.layers):
@@ -165,7 +166,7 @@ class TrunkPass(_Pass):
             mask = self.full_mask.array().reshape(total, -1)
             mask[:, :position] = 0
             held = np.arange(position, mask.shape[1], dtype=np.int64)
-            _fill_causal(mask[:, position:], held, queries, 1 << 62)
+            _fill_causal(mask[:, position:], held, queries, UNLIMITED)
         if self.ring_ids is not None and self.ring_mask is not None:
             kept = self.ring_ids.ne[0]
             self.ring_ids.array()[...] = queries[total - kept :] % after.size
@@ -203,7 +204,7 @@ class MtpPass(_Pass):
         self.mask = new(TYPE_F16, shape.read_rows, n)
         self._inputs.allocate()
         z = blocks.mtp_input(g, w.mtp, c, self.embedding, self.hidden)
-        shared = blocks.BlockInputs(c, self.positions, model.value_scale, n)
+        shared = blocks.BlockInputs(c, self.positions, n)
         access = blocks.KvAccess(kv, self.ids, self.mask, shape.read_rows, False)
         z_last = blocks.block(g, w, shared, access, z, 1)
         assert z_last is not None
@@ -222,7 +223,7 @@ class MtpPass(_Pass):
         spec_window = self.config.layer(self.config.num_hidden_layers + self.shape.depth).window
         mask = self.mask.array().reshape(n, -1)
         # Only the last row queries; the others' masks are never read.
-        window = 1 << 62 if spec_window is None else spec_window
+        window = UNLIMITED if spec_window is None else spec_window
         _fill_causal(mask[-1:], held[: mask.shape[1]], rows[-1:], window)
 
 

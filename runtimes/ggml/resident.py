@@ -76,7 +76,6 @@ class ModelWeights:
     mtp: tuple[BlockWeights, ...]
     output_norm: Tensor
     output: Tensor
-    value_scale: Tensor | None  # [Dv] of one number, or None when it is 1
 
 
 class _Pending:
@@ -129,16 +128,11 @@ class ResidentWeights:
         c = self._config
         trunk, total = c.num_hidden_layers, c.num_hidden_layers + c.num_mtp_layers
         head = "token_embd.weight" if c.tie_word_embeddings else "output.weight"
-        scale = None
-        if c.attention_value_scale != 1.0:
-            values = np.full(c.v_head_dim, c.attention_value_scale, np.float32)
-            scale = self._add([raw_tensor("value scale", 0, values.shape, values.view(np.uint8))])
         return ModelWeights(
             layers=tuple(self._block(i) for i in range(trunk)),
             mtp=tuple(self._block(i) for i in range(trunk, total)),
             output_norm=self._vector("output_norm.weight"),
             output=self._matrix(head),
-            value_scale=scale,
         )
 
     def _block(self, index: int) -> BlockWeights:

@@ -1,0 +1,661 @@
+"""The ggml backend against the reference (f32 and dequantised weights) and stock llama.cpp."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import llamacpp_runner
+import numpy as np
+import pytest
+import tiny
+
+from mimo_edge.config import MimoConfig
+from mimo_edge.engine import Engine
+from mimo_edge.errors import (
+    BackendError,
+    BundleError,
+    CacheError,
+    ContextLengthError,
+    GenerationError,
+    UsageError,
+)
+from mimo_edge.gguf_file import GgufFile
+from mimo_edge.gguf_meta import read_config
+from mimo_edge.quant.base import FORMATS
+from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
+from mimo_edge.runtimes.ggml.backend import GgmlBackend
+from mimo_edge.runtimes.ggml.raw import GgufTensors, PackedTensors, RawTensor
+from mimo_edge.runtimes.reference import ReferenceBackend
+from mimo_edge.sampling import Sampler, SamplingParams
+
+ROOT = Path(__file__).parent.parent
+F32_TOLERANCE = 1e-5  # f32 against f32, another order of additions; measured 6e-7
+
+RNG = np.random.default_rng(0)
+
+
+def ids_of(config: MimoConfig, count: int, seed: int = 0) -> TokenIds:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, count).astype(np.int32)
+
+
+@functools.cache
+def _packed(config: MimoConfig, fmt: str, seed: int) -> dict[str, RawTensor]:
+    return PackedTensors.pack(tiny.random_weights(config, seed), lambda name: fmt)._tensors
+
+
+def packed(config: MimoConfig, fmt: str = "F32", seed: int = 0) -> PackedTensors:
+    return PackedTensors(config, _packed(config, fmt, seed))
+
+
+@contextmanager
+def pair(
+    config: MimoConfig, fmt: str = "F32", seed: int = 0, **options: Any
+) -> Iterator[tuple[GgmlBackend, ReferenceBackend]]:
+    """Our backend and the oracle on the same (dequantised) weights."""
+    source = packed(config, fmt, seed)
+    oracle = ReferenceBackend(source.unpacked())
+    options = {"threads": 1, "kv_type": "f32", **options}
+    backend = GgmlBackend(source, **options)
+    try:
+        yield backend, oracle
+    finally:
+        backend.close()
+
+
+def error(found: F32, want: F32) -> float:
+    """Largest difference relative to the largest value."""
+    assert found.shape == want.shape
+    assert found.dtype == np.float32
+    return float(np.abs(found - want).max() / np.abs(want).max()) if want.size else 0.0
+
+
+CONFIGS = {
+    "v2": tiny.tiny_config(),
+    "7b": tiny.tiny_mimo7b_config(),
+    "no value scale": tiny.tiny_config(attention_value_scale=1.0),
+    "sinks everywhere": tiny.tiny_config(add_full_attention_sink_bias=True),
+    "no sinks": tiny.tiny_config(add_swa_attention_sink_bias=False),
+    "weights not normalised, scaled": tiny.tiny_config(
+        norm_topk_prob=False, routed_scaling_factor=2.5
+    ),
+    "all experts chosen": tiny.tiny_config(num_experts_per_tok=8),
+    "one expert": tiny.tiny_config(n_routed_experts=1, num_experts_per_tok=1),
+    "only sliding layers": tiny.tiny_config(hybrid_layer_pattern=(1, 1, 1, 1)),
+    "only global layers": tiny.tiny_config(hybrid_layer_pattern=(0, 0, 0, 0)),
+    "one layer": tiny.tiny_config(
+        num_hidden_layers=1, hybrid_layer_pattern=(1,), moe_layer_freq=(1,)
+    ),
+    "window 1": tiny.tiny_config(sliding_window=1),
+    "odd sizes": tiny.tiny_config(
+        hidden_size=52, intermediate_size=70, head_dim=18, v_head_dim=10, moe_intermediate_size=18
+    ),
+}
+
+
+# --- f32: the same numbers as the reference ---
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_prefill_decode_and_verify_equal_the_reference(config: MimoConfig) -> None:
+    ids = ids_of(config, 75)  # eight windows of 9
+    steps = [1, 1, 20, 2, 4, 1, 13, 3, 12, 4, 5, 1, 8]
+    assert sum(steps) == len(ids)
+    with pair(config) as (backend, oracle):
+        ours, theirs = backend.new_cache(100), oracle.new_cache(100)
+        start = 0
+        for count in steps:
+            rows = {"logits_rows": count, "hidden_rows": count}
+            found = backend.forward(ids[start : start + count], ours, **rows)
+            want = oracle.forward(ids[start : start + count], theirs, **rows)
+            assert error(found.logits, want.logits) < F32_TOLERANCE
+            assert error(found.hidden, want.hidden) < F32_TOLERANCE
+            start += count
+            assert ours.length == theirs.length == start
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 11, 64])
+def test_internal_chunks_change_nothing(chunk: int) -> None:
+    config = CONFIGS["v2"]
+    ids = ids_of(config, 50)
+    with pair(config, chunk=chunk) as (backend, oracle):
+        found = backend.forward(ids, backend.new_cache(50), logits_rows=17, hidden_rows=50)
+        want = oracle.forward(ids, oracle.new_cache(50), logits_rows=17, hidden_rows=50)
+        assert error(found.logits, want.logits) < F32_TOLERANCE
+        assert error(found.hidden, want.hidden) < F32_TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (0, 3), (3, 0), (1, 9), (9, 1), (9, 9)])
+def test_only_the_rows_asked_for(rows: tuple[int, int]) -> None:
+    config = CONFIGS["v2"]
+    ids = ids_of(config, 30)
+    with pair(config, chunk=12) as (backend, oracle):
+        ours, theirs = backend.new_cache(40), oracle.new_cache(40)
+        found = backend.forward(ids, ours, logits_rows=rows[0], hidden_rows=rows[1])
+        want = oracle.forward(ids, theirs, logits_rows=rows[0], hidden_rows=rows[1])
+        assert error(found.logits, want.logits) < F32_TOLERANCE
+        assert error(found.hidden, want.hidden) < F32_TOLERANCE
+        # and the rows not asked for left their keys and values
+        last = backend.forward(ids[:1], ours), oracle.forward(ids[:1], theirs)
+        assert error(last[0].logits, last[1].logits) < F32_TOLERANCE
+
+
+@pytest.mark.parametrize("verify_rows", [1, 2, 4, 7])
+@pytest.mark.parametrize("name", ["v2", "7b", "only sliding layers"])
+def test_any_sequence_of_verify_and_rollback_equals_the_reference(
+    name: str, verify_rows: int
+) -> None:
+    config = CONFIGS[name]
+    rng = np.random.default_rng(verify_rows)
+    with pair(config, seed=verify_rows) as (backend, oracle):
+        ours, theirs = backend.new_cache(200, verify_rows), oracle.new_cache(200, verify_rows)
+        while ours.length < 150:
+            count = int(rng.integers(1, verify_rows + 1))
+            if rng.random() < 0.15:
+                count = int(rng.integers(1, 30))
+            ids = rng.integers(0, config.vocab_size, count)
+            found = backend.forward(ids, ours, logits_rows=count).logits
+            assert error(found, oracle.forward(ids, theirs, logits_rows=count).logits) < (
+                F32_TOLERANCE
+            )
+            undo = int(rng.integers(0, min(count, verify_rows) + 1))
+            ours.rollback(undo)
+            theirs.rollback(undo)
+            assert ours.length == theirs.length
+
+
+def test_rollback_refuses_exactly_when_the_reference_does() -> None:
+    config = CONFIGS["v2"]
+    rng = np.random.default_rng(5)
+    refused = 0
+    with pair(config) as (backend, oracle):
+        ours, theirs = backend.new_cache(400, 3), oracle.new_cache(400, 3)
+        for _ in range(60):
+            ids = ids_of(config, int(rng.integers(1, 6)))
+            backend.forward(ids, ours)
+            oracle.forward(ids, theirs)
+            for undo in (int(rng.integers(0, 8)), int(rng.integers(0, 3))):
+                results = []
+                for cache in (ours, theirs):
+                    try:
+                        cache.rollback(undo)
+                        results.append("")
+                    except CacheError as failure:
+                        results.append(str(failure))
+                assert results[0] == results[1]
+                refused += bool(results[0])
+                assert ours.length == theirs.length
+    assert refused > 10
+
+
+def test_a_context_that_fills_to_the_last_row() -> None:
+    config = CONFIGS["v2"]
+    with pair(config) as (backend, oracle):
+        for context in (1, 5, 9, 12, 13, 65):
+            ours, theirs = backend.new_cache(context), oracle.new_cache(context)
+            ids = ids_of(config, context)
+            for part in (ids[: context // 2], ids[context // 2 :]):
+                if len(part):
+                    found, want = backend.forward(part, ours), oracle.forward(part, theirs)
+                    assert error(found.logits, want.logits) < F32_TOLERANCE
+            with pytest.raises(ContextLengthError, match=f"{context} \\+ 1 tokens"):
+                backend.forward(ids[:1], ours)
+            assert ours.length == context
+
+
+def test_two_threads_give_the_same_numbers() -> None:
+    config = CONFIGS["v2"]
+    ids = ids_of(config, 40)
+    with pair(config, threads=2) as (backend, oracle):
+        found = backend.forward(ids, backend.new_cache(40), logits_rows=40)
+        want = oracle.forward(ids, oracle.new_cache(40), logits_rows=40)
+        assert error(found.logits, want.logits) < F32_TOLERANCE
+
+
+# --- MTP blocks ---
+
+
+@pytest.mark.parametrize("name", ["v2", "7b"])
+def test_mtp_blocks_equal_the_reference(name: str) -> None:
+    config = CONFIGS[name]
+    ids = ids_of(config, 64)
+    with pair(config) as (backend, oracle):
+        ours, theirs = backend.new_cache(64), oracle.new_cache(64)
+        h = oracle.forward(ids[:40], theirs, hidden_rows=40).hidden
+        backend.forward(ids[:40], ours)
+        for depth in range(config.num_mtp_layers):
+            # whole prompt, a few rows again with other tokens, one row more
+            for first, end in ((0, 30), (28, 31), (31, 32), (30, 38)):
+                tokens = ids[first + 1 + depth + end % 2 : end + 1 + depth + end % 2]
+                args = depth, tokens, h[first:end], first
+                found = backend.mtp_forward(*args, ours)
+                assert error(found, oracle.mtp_forward(*args, theirs)) < F32_TOLERANCE
+
+
+def test_mtp_rows_beyond_the_ring_are_not_needed() -> None:
+    config = CONFIGS["v2"]
+    ids = ids_of(config, 64)
+    with pair(config) as (backend, oracle):
+        ours, theirs = backend.new_cache(64), oracle.new_cache(64)
+        h = oracle.forward(ids[:50], theirs, hidden_rows=50).hidden
+        backend.forward(ids[:50], ours)
+        for first in (0, 50 - config.sliding_window):
+            found = backend.mtp_forward(1, ids[first + 2 : 52], h[first:], first, ours)
+            want = oracle.mtp_forward(1, ids[first + 2 : 52], h[first:], first, theirs)
+            assert error(found, want) < F32_TOLERANCE
+
+
+def test_mtp_calls_are_refused_as_the_reference_refuses_them() -> None:
+    config = CONFIGS["v2"]
+    with pair(config) as (backend, oracle):
+        messages = []
+        for one in (backend, oracle):
+            cache = one.new_cache(60)
+            one.forward(ids_of(config, 40), cache)
+            h = np.ones((5, config.hidden_size), np.float32)
+            tokens = np.arange(5, dtype=np.int32)
+            found = []
+            for args in (
+                (3, tokens, h, 0),
+                (-1, tokens, h, 0),
+                (0, tokens[:4], h, 0),
+                (0, tokens, h, 36),
+                (0, tokens, h, -1),
+                (0, tokens, h, 20),  # a hole before row 20
+                (0, tokens + 1000, h, 0),
+            ):
+                with pytest.raises((UsageError, CacheError)) as caught:
+                    one.mtp_forward(*args, cache)
+                found.append((type(caught.value), caught.value.message))
+            messages.append(found)
+        assert messages[0] == messages[1]
+
+
+class SomeGoodDrafts:
+    """The backend with part of its proposals replaced by the true next token: a random model
+    accepts nothing on its own."""
+
+    name = "ggml"
+
+    def __init__(self, inner: GgmlBackend, truth: list[int]) -> None:
+        self.inner, self.config, self.truth = inner, inner.config, truth
+        self.rng = np.random.default_rng(1)
+
+    def new_cache(self, context: int, verify_rows: int = 4) -> Cache:
+        return self.inner.new_cache(context, verify_rows)
+
+    def forward(self, token_ids: TokenIds, cache: Cache, **rows: int) -> ForwardResult:
+        return self.inner.forward(token_ids, cache, **rows)
+
+    def mtp_forward(
+        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+    ) -> F32:
+        logits = self.inner.mtp_forward(depth, token_ids, hidden, position, cache)
+        target = position + len(token_ids) + 1 + depth
+        if self.rng.random() < 0.75 and target < len(self.truth):
+            logits = np.zeros_like(logits)
+            logits[self.truth[target]] = 1
+        return logits
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@pytest.mark.parametrize(("name", "draft"), [("v2", 1), ("v2", 2), ("v2", 3), ("7b", 1)])
+@pytest.mark.parametrize("fmt", ["F32", "Q8_0"])
+def test_greedy_speculation_is_token_identical(name: str, draft: int, fmt: str) -> None:
+    config = replace(CONFIGS[name], eos_token_ids=())
+    prompt = ids_of(config, 20, seed=7).tolist()
+
+    def generate(backend: Any, setting: int) -> tuple[list[int], Any]:
+        engine = Engine(backend, 200, setting, prefill_chunk=9)
+        generation = engine.generate(
+            engine.sequence(), prompt, Sampler(SamplingParams()), max_tokens=60
+        )
+        return [token for step in generation for token in step], generation.stats
+
+    with pair(config, fmt, seed=2, kv_type="f16") as (backend, _):
+        plain, _ = generate(backend, 0)
+        drafted, stats = generate(SomeGoodDrafts(backend, prompt + plain), draft)
+        assert drafted == plain
+        assert stats.tokens_per_verify > 1.3
+
+
+# --- quantised weights ---
+
+# Every width a multiple of 256, as K-quants need; all experts chosen, so that a rounded
+# activation cannot flip a route (which is a different, larger effect: see the test after).
+WIDE = tiny.tiny_config(
+    hidden_size=256,
+    head_dim=96,
+    v_head_dim=64,
+    intermediate_size=512,
+    moe_intermediate_size=256,
+    n_routed_experts=4,
+    num_experts_per_tok=4,
+    swa_num_key_value_heads=2,
+)
+# Root mean square difference of logits and hidden rows over their own root mean square, against
+# f32 on the dequantised weights. ggml rounds the activations of a matmul to the partner format
+# of the weight: f16 (11 bits) for F16, bf16 (8 bits) for BF16, blocks of 8-bit integers for the
+# rest. A step is absmax / 127: for normal values 0.019 standard deviations in q8_0's blocks of 32
+# and 0.023 in q8_K's of 256, so each matmul input is off by 0.55 or 0.68 %; about six of them in a
+# row add up over four layers. Measured, worst of four seeds: F16 0.06 %, BF16 0.34 %, blocks of
+# 32 1.27 %, blocks of 256 1.90 %.
+RMS_BOUNDS = {"F32": 1e-6, "F16": 1e-3, "BF16": 5e-3}
+RMS_BLOCKS_OF_32, RMS_BLOCKS_OF_256 = 0.016, 0.023
+
+
+def rms_error(found: list[F32], want: list[F32]) -> float:
+    """Root mean square difference relative to the root mean square of `want`."""
+    a, b = np.concatenate(found), np.concatenate(want)
+    assert a.shape == b.shape
+    return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
+
+
+@pytest.mark.parametrize("fmt", sorted(set(FORMATS) - {"IQ2_XXS"}))  # that one needs calibration
+@pytest.mark.parametrize("repack", [True, False])
+def test_formats_agree_with_dequantised_weights(fmt: str, repack: bool) -> None:
+    block = FORMATS[fmt].block_size
+    bound = RMS_BOUNDS.get(fmt, RMS_BLOCKS_OF_32 if block == 32 else RMS_BLOCKS_OF_256)
+    ids = ids_of(WIDE, 41)
+    kv = "f32" if fmt == "F32" else "f16"
+    with pair(WIDE, fmt, kv_type=kv, repack=repack) as (backend, oracle):
+        caches = backend.new_cache(60), oracle.new_cache(60)
+        start = 0
+        logits: tuple[list[F32], list[F32]] = ([], [])
+        hidden: tuple[list[F32], list[F32]] = ([], [])
+        for count in (25, 1, 1, 4, 1, 8):
+            for i, one in enumerate((backend, oracle)):
+                part = ids[start : start + count]
+                rows = one.forward(part, caches[i], logits_rows=count, hidden_rows=count)
+                logits[i].append(rows.logits)
+                hidden[i].append(rows.hidden)
+            start += count
+        assert rms_error(*logits) < bound
+        assert rms_error(*hidden) < bound
+        h = np.concatenate(hidden[1])
+        drafts: tuple[list[F32], list[F32]] = ([], [])
+        for depth in range(3):
+            for first, end in ((0, 37), (36, 39)):
+                for i, one in enumerate((backend, oracle)):
+                    tokens = ids[first + 1 : end + 1]
+                    out = one.mtp_forward(depth, tokens, h[first:end], first, caches[i])
+                    drafts[i].append(out[None])
+        assert rms_error(*drafts) < bound
+
+
+def test_mixed_formats_keep_q_k_and_v_apart() -> None:
+    formats = {"attn_q.": "Q8_0", "attn_k.": "Q4_0", "attn_v.": "Q6_K", "_exps": "Q4_K"}
+
+    def choose(name: str) -> str:
+        return next((f for part, f in formats.items() if part in name), "Q8_0")
+
+    source = PackedTensors.pack(tiny.random_weights(WIDE), choose)
+    oracle = ReferenceBackend(source.unpacked())
+    backend = GgmlBackend(source, threads=1)
+    ids = ids_of(WIDE, 30)
+    found = backend.forward(ids, backend.new_cache(30), logits_rows=30).logits
+    want = oracle.forward(ids, oracle.new_cache(30), logits_rows=30).logits
+    assert error(found, want) < 0.03
+    backend.close()
+
+
+def test_a_quantised_cache_of_global_layers() -> None:
+    ids = ids_of(WIDE, 50)
+    with pair(WIDE, "F32", kv_type="q8_0") as (backend, oracle):
+        found = backend.forward(ids, backend.new_cache(50), logits_rows=50).logits
+        want = oracle.forward(ids, oracle.new_cache(50), logits_rows=50).logits
+        assert error(found, want) < 0.03  # 8-bit keys, queries and values
+    with pytest.raises(UsageError, match="head_dim = 24"):
+        GgmlBackend(packed(CONFIGS["v2"]), threads=1, kv_type="q8_0")
+    with pytest.raises(UsageError, match="kv_type"):
+        GgmlBackend(packed(CONFIGS["v2"]), threads=1, kv_type="q4_0")
+
+
+# --- stock llama.cpp on the same file ---
+
+
+@pytest.fixture(scope="module")
+def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    spec = importlib.util.spec_from_file_location(
+        "make_random_model", ROOT / "tools" / "make_random_model.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules["make_random_model"] = tool
+    spec.loader.exec_module(tool)
+    folder = tmp_path_factory.mktemp("models")
+    made = {}
+    for name, model, fmt in (
+        ("v2-q4_0", "MiMo-V2-Flash", "Q4_0"),
+        ("v2-q8_0", "MiMo-V2-Flash", "Q8_0"),
+        ("v2-f16", "MiMo-V2-Flash", "F16"),
+        ("v2-f32", "MiMo-V2-Flash", "F32"),
+        ("7b-q4_k", "MiMo-7B", "Q4_K"),
+    ):
+        config = tool.tiny_config(model, 3 if model == "MiMo-V2-Flash" else 0)
+        if config.n_routed_experts:
+            config = replace(config, num_experts_per_tok=config.n_routed_experts)
+        made[name] = folder / f"{name}.gguf"
+        tool.write_model(
+            made[name], config, experts=fmt, dense=fmt, head="F32" if fmt == "F32" else "Q6_K"
+        )
+    return made
+
+
+def open_gguf(path: Path, **options: Any) -> GgmlBackend:
+    file = GgufFile.open(path)
+    config = read_config(file.metadata, file.tensors, path)
+    return GgmlBackend(GgufTensors(config, [file]), **{"threads": 1, "kv_type": "f32", **options})
+
+
+# First rows: bit for bit, as both call the same kernels on the same numbers. Later ones: attention
+# sums in another order (1e-7), which now and then moves an 8-bit activation by one step; through
+# four layers that grows to the size of the 8-bit rounding itself (measured 1.1 % of the largest
+# logit). All experts are chosen: a moved activation would flip routes otherwise.
+@pytest.mark.parametrize(
+    ("name", "worst"),
+    [("v2-f32", 1e-6), ("v2-f16", 5e-3), ("v2-q8_0", 0.02), ("v2-q4_0", 0.02), ("7b-q4_k", 0.02)],
+)
+@pytest.mark.parametrize("repack", [True, False])
+def test_same_numbers_as_llama_cpp_on_the_same_file(
+    random_models: dict[str, Path], name: str, worst: float, repack: bool
+) -> None:
+    path = random_models[name]
+    backend = open_gguf(path, repack=repack)
+    ids = ids_of(backend.config, 100)
+    found = backend.forward(ids, backend.new_cache(100), logits_rows=100).logits
+    want = llamacpp_runner.run(path, ids.tolist())["logits"]
+    assert error(found[:1], want[:1]) < 1e-6
+    assert error(found, want) < worst
+    backend.close()
+
+
+def test_fused_and_split_q_k_v_are_one_model(random_models: dict[str, Path]) -> None:
+    backend = open_gguf(random_models["v2-q4_0"])
+    source = backend._source
+    from mimo_edge.gguf_meta import expected_shapes
+
+    split = {name: source.tensor(name) for name in expected_shapes(backend.config)}
+    other = GgmlBackend(PackedTensors(backend.config, split), threads=1, kv_type="f32")
+    ids = ids_of(backend.config, 20)
+    a, b = (x.forward(ids, x.new_cache(20), logits_rows=20).logits for x in (backend, other))
+    assert np.array_equal(a, b)
+    backend.close()
+    other.close()
+
+
+# --- memory, sessions, failures ---
+
+
+def test_two_sequences_interleaved_give_what_each_gives_alone() -> None:
+    config = CONFIGS["v2"]
+    with pair(config) as (backend, oracle):
+        sequences = [ids_of(config, 45, seed) for seed in (1, 2)]
+        caches = [backend.new_cache(60), backend.new_cache(50)]
+        found: list[list[F32]] = [[], []]
+        for start in range(0, 45, 5):
+            for i in (0, 1):
+                part = sequences[i][start : start + 5]
+                found[i].append(backend.forward(part, caches[i], logits_rows=5).logits)
+        for i in (0, 1):
+            want = oracle.forward(sequences[i], oracle.new_cache(45), logits_rows=45).logits
+            assert error(np.concatenate(found[i]), want) < F32_TOLERANCE
+
+
+def test_sliding_rows_are_constant_and_global_rows_grow() -> None:
+    sliding, full = CONFIGS["only sliding layers"], CONFIGS["only global layers"]
+    for config, grows in ((sliding, False), (full, True)):
+        backend = GgmlBackend(packed(replace(config, num_mtp_layers=0)), threads=1)
+        cache = backend.new_cache(4000)
+        sizes = []
+        for _ in range(3):
+            backend.forward(ids_of(config, 300), cache)
+            sizes.append(cache.nbytes())
+        assert (sizes[0] < sizes[1] < sizes[2]) == grows
+        assert (sizes[0] == sizes[2]) != grows
+        backend.close()
+
+
+def test_nan_weights_stop_with_an_error() -> None:
+    """In the router too, where the sort behind top-k must not meet NaN."""
+    config = CONFIGS["v2"]
+    for name in ("blk.1.ffn_gate_inp.weight", "blk.1.attn_output.weight", "output.weight"):
+        weights = tiny.random_weights(config)
+        source = PackedTensors.pack(weights, lambda name: "F32")
+        raw = source.tensor(name)
+        values = raw.data.copy().view(np.float32)
+        values[: values.shape[0] // 2] = np.nan
+        source._tensors[name] = RawTensor(raw.ggml_type, raw.shape, values.view(np.uint8))
+        backend = GgmlBackend(source, threads=1)
+        cache = backend.new_cache(40)
+        with pytest.raises(GenerationError, match="NaN or Inf at position 1"):
+            backend.forward(ids_of(config, 20), cache)
+        assert cache.length == 0
+        backend.close()
+
+
+def test_an_aborted_verify_can_be_repeated_an_aborted_prefill_says_it_cannot() -> None:
+    config = CONFIGS["v2"]
+    ids = ids_of(config, 45)
+    with pair(config, chunk=15) as (backend, oracle):
+        cache, theirs = backend.new_cache(60), oracle.new_cache(60)
+        backend.forward(ids[:20], cache)
+        backend.abort()
+        for count in (1, 4):
+            with pytest.raises(GenerationError, match="cancelled"):
+                backend.forward(ids[20 : 20 + count], cache)
+            assert cache.length == 20
+        backend.clear_abort()
+        oracle.forward(ids[:20], theirs)
+        found, want = backend.forward(ids[20:23], cache), oracle.forward(ids[20:23], theirs)
+        assert error(found.logits, want.logits) < F32_TOLERANCE
+        # A long chunk overwrites ring rows that the tokens before it would need again.
+        backend.abort()
+        with pytest.raises(GenerationError, match="cancelled"):
+            backend.forward(ids[23:], cache)
+        backend.clear_abort()
+        for _ in range(2):
+            with pytest.raises(CacheError, match="were overwritten"):
+                backend.forward(ids[23:], cache)
+            assert cache.length == 23
+
+
+def test_abort_from_another_thread_stops_a_long_prefill() -> None:
+    config = tiny.tiny_config(hidden_size=512, intermediate_size=4096)
+    backend = GgmlBackend(packed(config), threads=1, chunk=64)
+    cache = backend.new_cache(4096)
+    timer = threading.Timer(0.15, backend.abort)
+    timer.start()
+    with pytest.raises(GenerationError, match="cancelled"):
+        backend.forward(ids_of(config, 4096), cache)
+    timer.join()
+    assert cache.length % 64 == 0
+    assert cache.length < 4096
+    backend.close()
+
+
+def test_wrong_calls() -> None:
+    config = CONFIGS["v2"]
+    with pair(config) as (backend, oracle), pair(config) as (other, _):
+        cache = backend.new_cache(10)
+        for ids in ([], [[1]], [1.5], [-1], [97]):
+            with pytest.raises(UsageError):
+                backend.forward(np.array(ids), cache)
+        with pytest.raises(UsageError, match="logits_rows = 3 of 2"):
+            backend.forward(ids_of(config, 2), cache, logits_rows=3)
+        with pytest.raises(ContextLengthError):
+            backend.forward(ids_of(config, 11), cache)
+        for foreign in (oracle.new_cache(10), other.new_cache(10)):
+            with pytest.raises(CacheError, match="another backend"):
+                backend.forward(ids_of(config, 2), foreign)
+        with pytest.raises(ContextLengthError, match="positions"):
+            backend.new_cache(5000)
+        with pytest.raises(UsageError):
+            backend.new_cache(0)
+        assert cache.length == 0
+        cache.close()
+        cache.close()
+        with pytest.raises(CacheError, match="closed"):
+            backend.forward(ids_of(config, 2), cache)
+        late = backend.new_cache(10)
+        backend.close()
+        backend.close()
+        for call in (
+            lambda: backend.forward(ids_of(config, 2), late),
+            lambda: backend.new_cache(5),
+        ):
+            with pytest.raises(BackendError, match="closed"):
+                call()
+
+
+@pytest.mark.parametrize("name", ["blk.2.attn_k.weight", "output_norm.weight"])
+def test_missing_and_misshapen_tensors_are_named(name: str) -> None:
+    config = CONFIGS["v2"]
+    source = packed(config)
+    good = source._tensors.pop(name)
+    with pytest.raises(BundleError, match=name):
+        GgmlBackend(source, threads=1)
+    source._tensors[name] = RawTensor(good.ggml_type, (*good.shape[:-1], 3), good.data)
+    with pytest.raises(BundleError, match=name):
+        GgmlBackend(source, threads=1)
+
+
+def test_opening_and_closing_leaks_nothing() -> None:
+    config = CONFIGS["v2"]
+    source = packed(config, "Q4_0")
+    ids = ids_of(config, 20)
+
+    def cycle(count: int) -> None:
+        for _ in range(count):
+            backend = GgmlBackend(PackedTensors(config, source._tensors), threads=1)
+            cache = backend.new_cache(200)
+            backend.forward(ids, cache)
+            backend.forward(ids[:1], cache)
+            if count % 2:
+                cache.close()
+            del cache  # or left to the collector
+            backend.close()
+        gc.collect()
+
+    def state() -> tuple[int, int, int]:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages, len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    cycle(20)
+    before = state()
+    cycle(61)
+    after = state()
+    assert after[0] - before[0] < 1024  # 4 MiB; a model and its cache take a tenth of that
+    assert after[1:] == before[1:]
