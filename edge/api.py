@@ -151,6 +151,11 @@ class Runtime:
         return self._model.name
 
     @property
+    def chat_template(self) -> str:
+        """Source of the chat template."""
+        return self._model.template.source
+
+    @property
     def config(self) -> MimoConfig:
         """The model's configuration."""
         return self._model.backend.config
@@ -332,6 +337,10 @@ class Session:
     def cancel(self) -> None:
         """End the running generation after the current step; from any thread."""
         self._cancel.set()
+
+    def stop(self) -> None:
+        """Close the running stream, if any: what was generated stays, in `last_reply` too."""
+        self._close_active()
 
     # --- inside -------------------------------------------------------------------------
 

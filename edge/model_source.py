@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from mimo_edge.units import format_bytes
 BACKENDS = ("auto", "reference")
 BUILT_IN = "mimo-nano"
 # Python, NumPy and our own code, before any weight; a little above what is measured.
-_PROCESS_BYTES = 160 << 20
+_PROCESS_BYTES = 128 << 20
+# Below this width NumPy's threads cost more than they give; on a busy machine, far more.
+_THREADED_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ def open_model(
     source = _open_source(path)
     try:
         config = source.weights.config
+        if threads is None and config.hidden_size < _THREADED_WIDTH:
+            with suppress(BackendError):  # a speed-up only: nobody asked for it
+                set_blas_threads(1)
         if source.tokenizer is not None:
             source.tokenizer.padding_mask(config.vocab_size)  # raises when they do not belong together
         if ram is not None:

@@ -303,8 +303,9 @@ class _SentencePieceEncoder:
         try:
             self._start = SentencePieceProcessor(model_proto=data)
             # Protobuf messages merge when concatenated: this appends to normalizer_spec (3)
-            # add_dummy_prefix (3) = false.
-            self._inner = SentencePieceProcessor(model_proto=data + b"\x1a\x02\x18\x00")
+            # add_dummy_prefix (3) = false and remove_extra_whitespaces (4) = false.
+            inner = b"\x1a\x04\x18\x00\x20\x00"
+            self._inner = SentencePieceProcessor(model_proto=data + inner)
         except Exception as error:  # the library raises RuntimeError and others
             raise TokenizerError(f"{path}: {error}") from error
         self.pieces: dict[int, bytes] = {}

@@ -1,0 +1,267 @@
+"""`mimo-edge run`: one prompt, or a chat."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mimo_edge.cli.output import Output
+from mimo_edge.errors import MimoEdgeError, UsageError
+
+if TYPE_CHECKING:
+    from mimo_edge.api import Piece, Reply, Runtime, Session
+    from mimo_edge.speculative import DraftSetting
+    from mimo_edge.tool_calls import ToolCall
+
+BUILT_IN = "mimo-nano"
+INTERRUPTED = 130
+_MAX_TOOLS_BYTES = 4 << 20
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("run")(run)
+
+
+def run(
+    bundle: Annotated[
+        str | None,
+        typer.Argument(help="Bundle, .gguf file or checkpoint folder; mimo-nano when absent."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this and exit; without it, chat.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="JSON file with a list of tools (OpenAI form).")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this much of the mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    think: Annotated[
+        bool | None,
+        typer.Option("--think/--no-think", help="Let the model reason first, or not."),
+    ] = None,
+    draft: Annotated[str, typer.Option(help="Tokens drafted per step: 0, 1, 2, 3 or auto.")] = "auto",
+    context: Annotated[int | None, typer.Option(help="Most tokens of the conversation.")] = None,
+    ram: Annotated[str | None, typer.Option(help='Bound on memory, as "900MiB".')] = None,
+    profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
+    backend: Annotated[str, typer.Option(help="auto or reference.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads of the computation.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show details.")] = False,
+) -> None:
+    """Ask a model, or chat with it. Tool calls are shown, not carried out."""
+    out = Output(json=json, verbose=verbose)
+    if json and prompt is None:
+        raise UsageError("--json needs a prompt", "add -p")
+    tool_list = _read_tools(tools) if tools is not None else None
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "seed": seed,
+    }
+    from mimo_edge.api import Runtime
+
+    with Runtime.open(
+        bundle if bundle is not None else BUILT_IN,
+        profile=profile,
+        ram=ram,
+        context=context,
+        backend=backend,
+        threads=threads,
+        draft=parse_draft(draft),
+    ) as runtime:
+        if _is_nano(runtime):
+            # It was trained on commands with tools, without thinking.
+            from mimo_edge.nano.commands import DEMO_TOOLS
+
+            tool_list = DEMO_TOOLS if tool_list is None else tool_list
+            think = False if think is None else think
+        session = runtime.session(system=system, tools=tool_list, enable_thinking=think)
+        out.detail(
+            f"{runtime.name}: backend {runtime.stats()['backend']}, context {runtime.context}, "
+            f"{len(tool_list or ())} tools"
+        )
+        if prompt is not None:
+            _answer(out, runtime, session, prompt, options)
+        else:
+            _chat(out, runtime, session, options)
+
+
+def _is_nano(runtime: Runtime) -> bool:
+    """Whether this is the built-in model, or a bundle made from it: its template tells."""
+    from mimo_edge.nano.commands import checkpoint_dir
+
+    template = checkpoint_dir() / "chat_template.jinja"
+    return runtime.chat_template == template.read_text("utf-8")
+
+
+def parse_draft(text: str) -> DraftSetting:
+    """A --draft value. Raises UsageError."""
+    if text == "auto":
+        return "auto"
+    if text in ("0", "1", "2", "3"):
+        return int(text)
+    raise UsageError(f"--draft {text!r}", "use 0, 1, 2, 3 or auto")
+
+
+def _answer(
+    out: Output, runtime: Runtime, session: Session, prompt: str, options: dict[str, Any]
+) -> None:
+    """One answer, printed as it comes; an interrupt keeps what is there and exits 130."""
+    interrupted = False
+    try:
+        # Checked before the first token: errors leave no half answer.
+        _print_pieces(out, session.stream(prompt, **options))
+    except KeyboardInterrupt:
+        interrupted = True
+        session.stop()
+        out.text("")
+    reply = session.last_reply
+    if reply is not None:
+        out.result(_reply_json(runtime, reply))
+        for malformed in reply.malformed:
+            out.note(f"unreadable tool call: {malformed.why}")
+        if not out.json:
+            out.note(stats_line(reply))
+        out.detail(f"drafting: {reply.stats.draft_why}")
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _chat(out: Output, runtime: Runtime, session: Session, options: dict[str, Any]) -> None:
+    """Questions from standard input until it ends; Ctrl-C stops an answer, twice the chat."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        out.note(f"{runtime.name}; end with Ctrl-D, stop an answer with Ctrl-C")
+    for line in _lines(interactive):
+        if not line.strip():
+            continue
+        try:
+            _print_pieces(out, session.stream(line, **options))
+        except KeyboardInterrupt:
+            session.stop()
+            out.text("")
+            if not interactive:
+                raise typer.Exit(INTERRUPTED) from None
+        except MimoEdgeError as error:
+            if not interactive:
+                raise
+            out.note(f"error: {error}")
+            continue
+        reply = session.last_reply
+        if reply is not None:
+            out.note(stats_line(reply))
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    while True:
+        if interactive:
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"the input is not UTF-8 ({error.reason})") from error
+        if not line:
+            return
+        yield line.rstrip("\r\n")
+
+
+def _print_pieces(out: Output, pieces: Iterator[Piece]) -> None:
+    shown = thinking = False
+    for piece in pieces:
+        if piece.reasoning:
+            if out.verbose:
+                out.text(piece.reasoning, end="")
+                thinking = True
+        text = piece.text
+        if thinking and text:
+            out.text("\n", end="")
+            thinking = False
+        if not shown:
+            text = text.lstrip("\n")
+        if text:
+            out.text(text, end="")
+            shown = not text.endswith("\n")
+        for call in piece.tool_calls:
+            out.text(("\n" if shown else "") + show_call(call))
+            shown = False
+    if shown:
+        out.text("")
+
+
+def show_call(call: ToolCall) -> str:
+    """A tool call as one readable line."""
+    import json
+
+    arguments = ", ".join(
+        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in call.arguments.items()
+    )
+    return f"-> {call.name}({arguments})"
+
+
+def stats_line(reply: Reply) -> str:
+    """Speed and memory of one answer."""
+    from mimo_edge.api import peak_rss_bytes
+    from mimo_edge.units import format_bytes
+
+    stats = reply.stats
+    first = f"{stats.first_token_ms:.0f} ms" if stats.first_token_ms is not None else "never"
+    return (
+        f"[{stats.tokens} tokens, {stats.decode_tps:.1f} tok/s, first token {first} "
+        f"({stats.prompt_tokens - stats.reused_tokens} of {stats.prompt_tokens} prompt tokens new), "
+        f"{stats.tokens_per_verify:.2f} tokens per verify, "
+        f"peak {format_bytes(peak_rss_bytes())}, {reply.finish_reason}]"
+    )
+
+
+def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from mimo_edge.api import peak_rss_bytes
+
+    stats = reply.stats
+    return {
+        "model": runtime.name,
+        "text": reply.text,
+        "reasoning": reply.reasoning,
+        "tool_calls": [asdict(call) for call in reply.tool_calls],
+        "malformed": [asdict(bad) for bad in reply.malformed],
+        "finish_reason": reply.finish_reason,
+        "token_ids": list(reply.token_ids),
+        "stats": {
+            **asdict(stats),
+            "prefill_tps": stats.prefill_tps,
+            "decode_tps": stats.decode_tps,
+            "tokens_per_verify": stats.tokens_per_verify,
+            "peak_rss_bytes": peak_rss_bytes(),
+        },
+    }
+
+
+def _read_tools(path: Path) -> list[Any]:
+    import json
+
+    try:
+        if path.stat().st_size > _MAX_TOOLS_BYTES:
+            raise UsageError(f"{path} is larger than {_MAX_TOOLS_BYTES} bytes")
+        tools = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON in UTF-8: {error}") from error
+    if not isinstance(tools, list):
+        raise UsageError(f"{path} holds a {type(tools).__name__}, not a list of tools")
+    return tools
