@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
@@ -36,16 +36,6 @@ EXPERT_PARTS = ("gate", "up", "down")
 _PIECE_BYTES = 32 << 20
 
 
-class Measured(Protocol):
-    """A calibration: see export/calibrate."""
-
-    @property
-    def imatrix(self) -> Imatrix: ...
-
-    @property
-    def heat(self) -> Heat: ...
-
-
 class Piece(NamedTuple):
     """What is quantised, written and journalled at once.
 
@@ -67,6 +57,7 @@ class Export:
 
     source: Checkpoint
     target: Path
+    staging: Path
     profile: str
     recipe: Recipe
     mapping: TensorMapping
@@ -89,10 +80,6 @@ class Export:
     @property
     def config(self) -> MimoConfig:
         return self.source.config
-
-    @property
-    def staging(self) -> Path:
-        return self.target.parent / f".{self.target.name}{PART}"
 
     @property
     def folder(self) -> Path:
@@ -118,9 +105,12 @@ class Export:
 def prepare(
     source: Checkpoint,
     target: Path,
+    staging: Path,
     profile: str,
     recipe: Recipe | str | None,
-    calibration: Measured | Imatrix | str | Path | None,
+    overrides: tuple[tuple[str, str], ...],
+    imatrix: Imatrix | None,
+    heat: Heat | None,
     permute_by_heat: bool,
     progress: Progress | None,
     threads: int,
@@ -128,7 +118,7 @@ def prepare(
     """Decide everything from names and shapes; no tensor data is read."""
     config = source.config
     mapping = plan_tensors(source)
-    chosen = _choose_recipe(recipe, profile, config)
+    chosen = _choose_recipe(recipe, profile, config).with_overrides(overrides)
     if unused := chosen.unused_overrides(plan.name for plan in mapping.tensors):
         raise UsageError(f"the recipe's overrides {unused} match no tensor of {source.name}")
     formats = {}
@@ -137,7 +127,6 @@ def prepare(
         if choice.fallback:
             _log.warning("%s: %s", plan.name, choice.reason)
         formats[plan.name] = choice.format
-    imatrix, heat = _measured(calibration)
     if permute_by_heat and (heat is None or not any(config.moe_layer_freq)):
         raise UsageError(
             "there is no expert heat to order experts by", "calibrate first (--calibrate FILE)"
@@ -175,6 +164,7 @@ def prepare(
     return Export(
         source=source,
         target=target,
+        staging=staging,
         profile=profile,
         recipe=chosen,
         mapping=mapping,
@@ -201,20 +191,6 @@ def _choose_recipe(recipe: Recipe | str | None, profile: str, config: MimoConfig
         # The release is 4-bit already: requantising it to another 4-bit code only loses.
         return Recipe.named("mxfp4", family=config.family)
     return default
-
-
-def _measured(
-    calibration: Measured | Imatrix | str | Path | None,
-) -> tuple[Imatrix | None, Heat | None]:
-    if calibration is None:
-        return None, None
-    if isinstance(calibration, Imatrix):
-        return calibration, None
-    if isinstance(calibration, (str, Path)):
-        path = Path(calibration)
-        heat = path.parent / "experts.json"
-        return Imatrix.read(path), Heat.read(heat) if heat.is_file() else None
-    return calibration.imatrix, calibration.heat
 
 
 def _check_heat(heat: Heat, config: MimoConfig) -> None:

@@ -25,10 +25,12 @@ from typing import Any
 import mimo_edge
 from mimo_edge.bundle import Bundle
 from mimo_edge.errors import ExportError, UsageError
+from mimo_edge.export import hub
 from mimo_edge.export.checkpoint import Checkpoint
-from mimo_edge.export.job import PART, Export, Measured, Piece, Progress, prepare
+from mimo_edge.export.job import PART, Export, Piece, Progress, prepare
+from mimo_edge.export.measured import Measured, measure
 from mimo_edge.export.pieces import Chunk, Computed, compute
-from mimo_edge.export.staging import clear, disk_error, open_staging
+from mimo_edge.export.staging import check_target, clear, disk_error, open_staging, staging_of
 from mimo_edge.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.quant.recipe import Recipe
@@ -36,6 +38,7 @@ from mimo_edge.quant.recipe import Recipe
 _log = logging.getLogger(__name__)
 
 FORMATS = ("gguf",)
+BUILT_IN = "mimo-nano"
 # Written bytes after which data and journal are synced: what a crash can cost.
 _COMMIT_BYTES = 32 << 20
 _READ_BYTES = 4 << 20
@@ -52,18 +55,22 @@ def export_bundle(
     calibration: Measured | Imatrix | str | Path | None = None,
     progress: Progress | None = None,
     *,
+    overrides: Iterable[tuple[str, str]] = (),
     window: int | None = None,
     ignore_config_keys: Iterable[str] = (),
     overwrite: bool = False,
     permute_by_heat: bool = False,
     threads: int | None = None,
 ) -> Bundle:
-    """Quantise a Hugging Face checkpoint folder into a bundle folder and open it.
+    """Quantise a Hugging Face checkpoint into a bundle folder and open it.
 
+    `checkpoint` is a folder, a Hub id (owner/name), or "mimo-nano", the model that ships with us.
     `recipe` is a Recipe or the name of one; by default the profile's, with MXFP4 experts of a
     V2.6 checkpoint passed through code for code. `calibration` is a measured calibration, an
-    Imatrix, or the path of an `imatrix.gguf` (with `experts.json` beside it, if there).
-    `window` overrides W. `overwrite` replaces an existing bundle at the end of the export, not
+    Imatrix, or the path of a text to measure on, or of an `imatrix.gguf` (with `experts.json`
+    beside it, if there).
+    `overrides` are (glob on tensor names, format) that win over the recipe. `window` overrides W.
+    `overwrite` replaces an existing bundle at the end of the export, not
     before. `permute_by_heat` stores the experts of a layer hottest first. `threads` pieces are
     quantised at a time (default: up to 4).
 
@@ -77,11 +84,24 @@ def export_bundle(
         raise UsageError(f"threads = {threads}")
     threads = threads or min(4, os.cpu_count() or 1)
     target = Path(out).absolute()
+    staging = staging_of(target)
+    check_target(target, overwrite)
     with Checkpoint.open(
-        checkpoint, window=window, ignore_config_keys=ignore_config_keys
+        _folder(checkpoint), window=window, ignore_config_keys=ignore_config_keys
     ) as source:
+        imatrix, heat = measure(source, calibration, staging, progress)
         export = prepare(
-            source, target, profile, recipe, calibration, permute_by_heat, progress, threads
+            source,
+            target,
+            staging,
+            profile,
+            recipe,
+            tuple(overrides),
+            imatrix,
+            heat,
+            permute_by_heat,
+            progress,
+            threads,
         )
         try:
             if not open_staging(export, overwrite):
@@ -93,6 +113,14 @@ def export_bundle(
         finally:
             export.close()
     return Bundle.open(target)
+
+
+def _folder(checkpoint: str | Path) -> Path:
+    if str(checkpoint) == BUILT_IN and not Path(checkpoint).exists():
+        from mimo_edge.nano.commands import checkpoint_dir
+
+        return checkpoint_dir()
+    return hub.resolve(checkpoint)
 
 
 # --- The stages -----------------------------------------------------------------------------

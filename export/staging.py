@@ -22,21 +22,31 @@ from mimo_edge.quant.imatrix import Imatrix
 _log = logging.getLogger(__name__)
 
 
-def open_staging(export: Export, overwrite: bool) -> bool:
-    """Lock the staging folder and read its journal; False when there is nothing left to do."""
-    target, staging = export.target, export.staging
+def staging_of(target: Path) -> Path:
+    """The folder an export to `target` works in."""
+    return target.parent / f".{target.name}{PART}"
+
+
+def check_target(target: Path, overwrite: bool) -> bool:
+    """Refuse an output that is in the way, before any work; whether a bundle is there."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ExportError(f"{target} exists and is not a folder")
+    if target.is_dir() and os.path.ismount(target):
+        raise ExportError(f"{target} is a mount point", f"export to {target / 'model'} instead")
     occupied = target.is_dir() and any(target.iterdir())
-    resumable = (staging / JOURNAL_NAME).is_file()
-    if occupied and not overwrite and not resumable:
-        raise ExportError(f"{target} exists", "choose another name or pass --overwrite")
     if occupied and not (target / MANIFEST_NAME).is_file():
         raise ExportError(
             f"{target} is a folder with other content, not a bundle", "choose another name"
         )
-    if target.is_dir() and os.path.ismount(target):
-        raise ExportError(f"{target} is a mount point", f"export to {target / 'model'} instead")
+    if occupied and not overwrite and not (staging_of(target) / JOURNAL_NAME).is_file():
+        raise ExportError(f"{target} exists", "choose another name or pass --overwrite")
+    return occupied
+
+
+def open_staging(export: Export, overwrite: bool) -> bool:
+    """Lock the staging folder and read its journal; False when there is nothing left to do."""
+    target, staging = export.target, export.staging
+    occupied = check_target(target, overwrite)
     staging.mkdir(parents=True, exist_ok=True)
     export.journal = Journal(staging / JOURNAL_NAME)
     job = _job(export)

@@ -1,0 +1,109 @@
+"""`mimo-edge export`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mimo_edge.cli.output import Output
+from mimo_edge.errors import UsageError
+from mimo_edge.units import format_bytes
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("export")(export)
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Checkpoint folder, Hub id (owner/name), or mimo-nano.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Bundle folder to make.")],
+    profile: Annotated[str, typer.Option(help="Device profile that picks the recipe.")] = "phone",
+    recipe: Annotated[
+        str | None, typer.Option(help="Format of the bulk: q4_0, q4_k, q8_0, mxfp4, f16, ...")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="GLOB=FORMAT for tensors by name; may be given several times."),
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="Output formats; gguf is always made.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Text to measure importance and heat on, or imatrix.gguf.")
+    ] = None,
+    permute_by_heat: Annotated[
+        bool, typer.Option("--permute-by-heat", help="Store the experts of a layer hottest first.")
+    ] = False,
+    window: Annotated[
+        int | None, typer.Option(help="W: tokens a sliding layer sees, including the query.")
+    ] = None,
+    ignore_config_key: Annotated[
+        list[str] | None, typer.Option(help="A config.json key that changes nothing.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing bundle when all is done.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Pieces quantised at a time.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every role.")] = False,
+) -> None:
+    """Quantise a checkpoint into a bundle. Run it again to continue after an interruption."""
+    from mimo_edge.cli.inspect import print_roles
+    from mimo_edge.export.pipeline import export_bundle
+    from mimo_edge.inventory import inventory
+
+    output = Output(json=json, verbose=verbose)
+    notes = _Notes(output)
+    logging.getLogger("mimo_edge").addHandler(notes)
+    try:
+        with export_bundle(
+            checkpoint,
+            out,
+            profile,
+            tuple(formats or ("gguf",)),
+            recipe,
+            calibrate,
+            output.progress,
+            overrides=[_override(argument) for argument in override or ()],
+            window=window,
+            ignore_config_keys=ignore_config_key or (),
+            overwrite=overwrite,
+            permute_by_heat=permute_by_heat,
+            threads=threads,
+        ) as bundle:
+            sizes = {path.name: path.stat().st_size for path in bundle.files}
+    finally:
+        logging.getLogger("mimo_edge").removeHandler(notes)
+    made = inventory(out)
+    output.text(f"{made.name} -> {out}: {format_bytes(sum(sizes.values()))}")
+    output.table([[f"  {name}", format_bytes(size)] for name, size in sizes.items()])
+    if verbose:
+        print_roles(output, made)
+    output.result({"path": str(out), "warnings": notes.messages, **made.to_dict()})
+
+
+def _override(argument: str) -> tuple[str, str]:
+    pattern, found, name = argument.rpartition("=")
+    if not found or not pattern or not name:
+        raise UsageError(f"--override {argument!r}", "write GLOB=FORMAT, as in '*.attn_v.*=Q8_0'")
+    return pattern, name
+
+
+class _Notes(logging.Handler):
+    """Warnings of the library as remarks on stderr."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self._output = output
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        self.messages.append(message)
+        self._output.note(f"warning: {message}")

@@ -1,0 +1,115 @@
+"""`mimo-edge inspect`: what is in a bundle, a GGUF file, a checkpoint or a released model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mimo_edge.cli.output import Output
+from mimo_edge.units import format_bytes
+
+if TYPE_CHECKING:
+    from mimo_edge.inventory import Inventory
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("inspect")(inspect)
+
+
+def inspect(
+    what: Annotated[
+        str,
+        typer.Argument(help="Bundle, .gguf file, checkpoint folder, or a name: MiMo-V2-Flash, ..."),
+    ],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show layers, bytes by role, formats, MTP blocks and window. Reads headers only."""
+    from mimo_edge.inventory import inventory
+
+    output = Output(json=json)
+    found = inventory(what)
+    output.result(found.to_dict())
+    print_model(output, found)
+    print_roles(output, found)
+    if tensors:
+        output.text("")
+        output.table(
+            [
+                [t.name, "x".join(map(str, t.shape)), t.format, _size(t.nbytes)]
+                for t in found.tensors
+            ],
+            ["tensor", "shape", "format", "bytes"],
+        )
+
+
+def print_model(output: Output, found: Inventory) -> None:
+    """The model in a few lines."""
+    c = found.config
+    sliding = sum(c.hybrid_layer_pattern)
+    window = f", {sliding} sliding over {c.sliding_window} tokens" if sliding else ""
+    rows = [
+        ["model", f"{found.name} ({found.kind}, {c.family})"],
+        ["parameters", f"{found.parameters:,}"],
+        ["layers", f"{c.num_hidden_layers}: {c.num_hidden_layers - sliding} global{window}"],
+        ["width", f"{c.hidden_size}, {c.num_attention_heads} heads of {c.head_dim}/{c.v_head_dim}"],
+        ["MTP blocks", f"{c.num_mtp_layers}" if c.num_mtp_layers else "none: no drafting"],
+        ["vocabulary", f"{c.vocab_size:,}, stops on {', '.join(map(str, c.eos_token_ids)) or '-'}"],
+        ["context", f"{c.max_position_embeddings:,}"],
+    ]
+    if moe := sum(c.moe_layer_freq):
+        rows.insert(
+            4,
+            [
+                "experts",
+                f"{c.n_routed_experts} in {moe} layers, {c.num_experts_per_tok} per token, "
+                f"width {c.moe_intermediate_size}",
+            ],
+        )
+    if (m := found.manifest) is not None:
+        rows += [
+            ["made for", f"{m.profile}, recipe {m.recipe.get('name')}, by {m.tool_version}"],
+            ["calibrated", _calibrated(found)],
+        ]
+        if m.permutation:
+            rows.append(["experts are", "stored hottest first"])
+    if found.skipped:
+        rows.append(["left out", f"{found.skipped} tensors the text model does not use"])
+    for name, value in rows:
+        output.text(f"{name:<12} {value}")
+    output.text("")
+
+
+def print_roles(output: Output, found: Inventory) -> None:
+    """Tensors, parameters, bytes, formats and the largest quantisation error by role."""
+    rows: list[list[object]] = []
+    for role, total in found.roles().items():
+        error = "-" if total.worst_rms is None else f"{100 * total.worst_rms:.2f}%"
+        formats = "+".join(sorted(total.formats))
+        rows.append(
+            [
+                role.value,
+                total.tensors,
+                f"{total.parameters:,}",
+                _size(total.nbytes),
+                error,
+                formats,
+            ]
+        )
+    rows.append(["total", len(found.tensors), f"{found.parameters:,}", _size(found.nbytes), "", ""])
+    output.table(rows, ["role", "tensors", "parameters", "bytes", "error", "formats"])
+
+
+def _calibrated(found: Inventory) -> str:
+    m = found.manifest
+    if m is None or m.imatrix_file is None:
+        return "no"
+    if not m.unweighted:
+        return "yes"
+    return f"yes, but {len(m.unweighted)} tensors or experts were never reached"
+
+
+def _size(nbytes: int | None) -> str:
+    return "-" if nbytes is None else format_bytes(nbytes)
