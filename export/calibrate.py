@@ -29,6 +29,7 @@ from mimo_edge.model_source import open_tokenizer
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.runtimes.base import F32, TokenIds, Weights
 from mimo_edge.runtimes.reference import ReferenceBackend, rms_norm
+from mimo_edge.text_file import read_text
 from mimo_edge.tokenizer import Tokenizer
 
 IMATRIX_NAME = "imatrix.gguf"
@@ -234,7 +235,7 @@ def calibrate(
             return _from_imatrix(path, config)
         if tokenizer is None:
             raise UsageError(f"{path} cannot be read without a tokenizer", "give token ids")
-        content = _read_text(path, max_tokens * _BYTES_PER_TOKEN)
+        content = read_text(path, max_tokens * _BYTES_PER_TOKEN, "calibration text")
         ids = np.asarray(tokenizer.encode(content, allow_special=True), np.int32)
     else:
         ids = np.asarray(text, np.int32)
@@ -343,30 +344,6 @@ def _is_gguf(path: Path) -> bool:
             return file.read(4) == b"GGUF"
     except OSError as error:
         raise UsageError(f"cannot read calibration text {path}: {error.strerror}") from error
-
-
-def _read_text(path: Path, limit: int) -> str:
-    """The first `limit` bytes as text. Raises UsageError unless they are UTF-8 and not blank."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(limit)
-            cut = bool(file.read(1))
-    except OSError as error:
-        raise UsageError(f"cannot read calibration text {path}: {error.strerror}") from error
-    try:
-        content = raw.decode()
-    except UnicodeDecodeError as error:
-        # Reading may have stopped inside a character; that one alone is no fault of the file.
-        if not (cut and error.reason == "unexpected end of data" and error.end == len(raw)):
-            raise UsageError(
-                f"calibration text {path} is not UTF-8: byte 0x{raw[error.start]:02x} at "
-                f"{error.start}",
-                "convert it first",
-            ) from error
-        content = raw[: error.start].decode()
-    if not content.strip():
-        raise UsageError(f"calibration text {path} is empty")
-    return content
 
 
 def _from_imatrix(path: Path, config: MimoConfig) -> Calibration:

@@ -34,6 +34,7 @@ from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.model_source import open_model
 from mimo_edge.nano import commands as nano
 from mimo_edge.quant.recipe import Recipe
+from mimo_edge.suites import spread
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
@@ -71,11 +72,7 @@ def main() -> int:
     options = _options()
     os.nice(10)
     rows = [row for row in ROWS if not options.only or row.key in options.only]
-    commands = nano.held_out()
-    if options.limit:
-        # Every kind of command in a short run too: the set is sorted by language and domain.
-        step = max(1, len(commands) // options.limit)
-        commands = commands[::step][: options.limit]
+    commands = spread(nano.held_out(), options.limit)
     calibration_text = nano.calibration_text().encode()
     facts = {
         "schema": SCHEMA,
@@ -268,7 +265,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", type=Path, default=nano.checkpoint_dir(), help="default: mimo-nano")
-    add("--limit", type=int, help="evaluate only N commands, spread over the set")
+    add("--limit", type=int, help="evaluate only N of the commands")
     add("--only", nargs="*", choices=[row.key for row in ROWS], help="only these rows")
     add("--json", type=Path, default=ROOT / "docs" / "quality.json")
     add("--markdown", type=Path, default=ROOT / "docs" / "quality.md")
