@@ -88,9 +88,7 @@ class AnswerReader:
         if not text:
             return
         self._held += text
-        found = min(
-            ((at, s) for s in self._stop if (at := self._held.find(s)) >= 0), default=None
-        )
+        found = min(((at, s) for s in self._stop if (at := self._held.find(s)) >= 0), default=None)
         if found is not None:
             self.hit_stop = True
             self._release(self._held[: found[0]])

@@ -140,7 +140,9 @@ class Runtime:
         model = open_model(bundle, backend, limit, context or DEFAULT_CONTEXT, threads)
         positions = model.backend.config.max_position_embeddings
         try:
-            return cls(model, min(DEFAULT_CONTEXT, positions) if context is None else context, draft)
+            return cls(
+                model, min(DEFAULT_CONTEXT, positions) if context is None else context, draft
+            )
         except BaseException:
             model.backend.close()
             raise
@@ -364,8 +366,8 @@ class Session:
                 whole.add(part)
                 yield _piece(part, gained, None)
             failed = False
-        except GeneratorExit:
-            failed = False
+        except (GeneratorExit, KeyboardInterrupt):
+            failed = False  # the user has had enough: what was said stays
             raise
         finally:
             if failed:

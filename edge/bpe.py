@@ -50,7 +50,9 @@ class BytePairEncoder:
             raise TokenizerError(f"a merge makes {missing!r}, which is not in the vocabulary")
         absent = [byte for byte, symbol in enumerate(BYTE_SYMBOLS) if symbol not in ids]
         if absent:
-            raise TokenizerError(f"{len(absent)} of 256 bytes have no token, first 0x{absent[0]:02x}")
+            raise TokenizerError(
+                f"{len(absent)} of 256 bytes have no token, first 0x{absent[0]:02x}"
+            )
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:

@@ -152,7 +152,9 @@ def _content(content: Any, index: int) -> str:
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) else None
         if not isinstance(text, str) or part.get("type", "text") != "text":
-            raise UsageError(f"message {index} has a part that is not text", "only text is run here")
+            raise UsageError(
+                f"message {index} has a part that is not text", "only text is run here"
+            )
         texts.append(text)
     return "".join(texts)
 
@@ -167,7 +169,9 @@ def _checked_call(call: Any, index: int) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            raise UsageError(f"a tool call of message {index} has arguments that are no JSON") from None
+            raise UsageError(
+                f"a tool call of message {index} has arguments that are no JSON"
+            ) from None
     if not isinstance(arguments, Mapping):
         raise UsageError(f"a tool call of message {index} has arguments that are no object")
     return {"function": {"name": function["name"], "arguments": dict(arguments)}}

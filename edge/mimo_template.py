@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a template has no harmless place to break a line)
 """MiMo-V2's chat template, for models that came without one.
 
 Source: spec section 1.3. Turns follow each other without a newline; every assistant turn of

@@ -14,6 +14,7 @@ from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, BundleError, DeviceError, UsageError
 from mimo_edge.manifest import MANIFEST_NAME
 from mimo_edge.runtimes.base import Backend, Weights
+from mimo_edge.speculative import MAX_DRAFT
 from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.units import format_bytes
 
@@ -65,7 +66,9 @@ def open_model(
             with suppress(BackendError):  # a speed-up only: nobody asked for it
                 set_blas_threads(1)
         if source.tokenizer is not None:
-            source.tokenizer.padding_mask(config.vocab_size)  # raises when they do not belong together
+            source.tokenizer.padding_mask(
+                config.vocab_size
+            )  # raises when they do not belong together
         if ram is not None:
             _check_ram(config, ram, context)
         template = ChatTemplate(source.template)
@@ -165,12 +168,15 @@ def parameter_count(config: MimoConfig) -> int:
 
 
 def kv_bytes(config: MimoConfig, context: int) -> int:
-    """Bytes of an f32 cache of `context` tokens."""
+    """Bytes of a full f32 cache of `context` tokens with its positions."""
     total = 0
     for index in range(config.num_hidden_layers + config.num_mtp_layers):
         spec = config.layer(index)
-        rows = context if spec.window is None else min(context, spec.window + 3)
-        total += 4 * rows * spec.num_key_value_heads * (config.head_dim + config.v_head_dim)
+        # MTP rings serve one query at a time, the others a whole verify (spec section 3.5).
+        spare = MAX_DRAFT if index < config.num_hidden_layers else 0
+        rows = context if spec.window is None else min(context, spec.window + spare)
+        row = 4 * spec.num_key_value_heads * (config.head_dim + config.v_head_dim)
+        total += rows * (row + 8)
     return total
 
 

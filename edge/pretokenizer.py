@@ -12,8 +12,7 @@ import unicodedata
 
 # Unicode White_Space. str.isspace() also counts U+001C..U+001F, which \s does not.
 _SPACES = frozenset(
-    [*range(0x9, 0xE), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)]
-    + [0x2028, 0x2029, 0x202F, 0x205F, 0x3000]
+    [*range(9, 14), 32, 133, 160, 5760, *range(8192, 8203), 8232, 8233, 8239, 8287, 12288]
 )
 _CONTRACTION_LETTERS = frozenset("strevmld")
 

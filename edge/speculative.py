@@ -102,9 +102,7 @@ class Drafter:
         while self._length - len(self._hidden) < end - _SPARE_ROWS:
             self._hidden.popleft()
 
-    def draft(
-        self, tokens: Sequence[int], count: int, best: Callable[[F32], int]
-    ) -> list[int]:
+    def draft(self, tokens: Sequence[int], count: int, best: Callable[[F32], int]) -> list[int]:
         """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
 
         `best` picks from logits [V]. Fewer, down to none, come back while the H rows that the
@@ -143,9 +141,7 @@ class Drafter:
             stands = 0 if self._window is not None else max(0, min(length, known - 1 - depth))
             self._final[depth] = min(self._final[depth], stands)
 
-    def _run(
-        self, depth: int, known: Sequence[int], first: int, end: int, offset: int = 0
-    ) -> F32:
+    def _run(self, depth: int, known: Sequence[int], first: int, end: int, offset: int = 0) -> F32:
         """Rows first..end-1 of block `depth`; `known` starts at x_offset."""
         start = self._length - len(self._hidden)
         hidden = np.stack([self._hidden[row - start] for row in range(first, end)])

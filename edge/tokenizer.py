@@ -75,7 +75,9 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TokenizerError(f"{path} is not a tokenizer.json: {error!r}") from error
         if raw["model"].get("type", "BPE") != "BPE" or not isinstance(model_vocab, dict):
-            raise TokenizerError(f"{path}: model {raw['model'].get('type')!r}, only BPE is supported")
+            raise TokenizerError(
+                f"{path}: model {raw['model'].get('type')!r}, only BPE is supported"
+            )
         if not _is_byte_level(raw):
             raise TokenizerError(f"{path} is not a byte-level tokenizer")
         special, control = _added_tokens(added, path)
@@ -228,7 +230,9 @@ class Tokenizer:
     def _encode_plain(self, text: str, first: bool) -> list[int]:
         if not text:
             return []
-        return self._encoder.encode(unicodedata.normalize("NFC", text) if self._nfc else text, first)
+        return self._encoder.encode(
+            unicodedata.normalize("NFC", text) if self._nfc else text, first
+        )
 
 
 class StreamDecoder:
@@ -334,7 +338,9 @@ class _SentencePieceEncoder:
         # SentencePiece matches user-defined symbols in any text; cutting each after its first
         # character leaves plain pieces only.
         parts = re.split(
-            "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in self.special if s[1:]),
+            "|".join(
+                f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in self.special if s[1:]
+            ),
             text,
         )
         ids = []
@@ -373,7 +379,12 @@ def _added_tokens(added: Any, path: str | Path) -> tuple[dict[str, int], list[st
             text, id_ = token["content"], token["id"]
         except (KeyError, TypeError):
             raise TokenizerError(f"{path}: added token {token!r} lacks content or id") from None
-        if not isinstance(text, str) or not text or isinstance(id_, bool) or not isinstance(id_, int):
+        if (
+            not isinstance(text, str)
+            or not text
+            or isinstance(id_, bool)
+            or not isinstance(id_, int)
+        ):
             raise TokenizerError(f"{path}: added token {token!r} is malformed")
         if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
             raise TokenizerError(f"{path}: added token {text!r} strips its surroundings")

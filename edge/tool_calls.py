@@ -158,7 +158,9 @@ class ToolCallParser:
                 return Malformed(text, f"parameter {key!r} is given twice")
             arguments[key] = cast_value(value, properties.get(key))
         if _TAIL.match(body, at) is None:
-            return Malformed(text, f"unexpected text in the call of {name!r}: {body[at : at + 40]!r}")
+            return Malformed(
+                text, f"unexpected text in the call of {name!r}: {body[at : at + 40]!r}"
+            )
         return ToolCall(name, arguments)
 
 

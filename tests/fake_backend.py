@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
@@ -82,7 +83,7 @@ class FakeBackend:
         assert isinstance(cache, FakeCache)
         assert not self.closed
         assert token_ids.dtype == np.int32
-        assert 0 < len(token_ids)
+        assert len(token_ids) > 0
         self.on_call("forward", len(token_ids))
         self.forwards.append(len(token_ids))
         if self.fail_after is not None and len(self.forwards) > self.fail_after:

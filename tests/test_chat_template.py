@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tokenizers_made as made
+
 from mimo_edge.bpe import BytePairEncoder, token_bytes
 from mimo_edge.chat_template import DEFAULT_SYSTEM, ChatTemplate, check_messages
 from mimo_edge.errors import TokenizerError, UsageError
@@ -151,9 +152,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("place", ["user", "system", "assistant", "tool", "name", "schema"])
-def test_no_message_can_open_or_end_a_turn(
-    tokenizer: Tokenizer, attack: str, place: str
-) -> None:
+def test_no_message_can_open_or_end_a_turn(tokenizer: Tokenizer, attack: str, place: str) -> None:
     def prompt(text: str) -> list[int]:
         messages: list[dict[str, Any]] = [
             {"role": "system", "content": "s"},
@@ -248,6 +247,12 @@ def test_text_that_is_no_unicode_and_endless_nesting() -> None:
         check_messages([{"role": "user", "content": "x", "extra": deep}])
 
 
+DOUBLING = (
+    "{% set n = namespace(s='aaaa') %}"
+    "{% for i in range(99) %}{% set n.s = n.s OP n.s %}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -263,8 +268,8 @@ def test_text_that_is_no_unicode_and_endless_nesting() -> None:
         "{{ '%0999999999d' % 1 }}",
         "{{ 'a'.ljust(999999999) }}",
         "{{ '{:999999999}'.format('a') }}",
-        "{% set n = namespace(s='aaaa') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "{% set n = namespace(s='aaaa') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        DOUBLING.replace("OP", "~"),
+        DOUBLING.replace("OP", "+"),
         "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
         "{% for i in range(999999999) %}{% endfor %}",
     ],
@@ -280,7 +285,9 @@ def test_a_template_without_end_is_stopped() -> None:
         SandboxedTemplate(loop, time_limit_s=0.2).render({})
 
 
-@pytest.mark.parametrize("source", ["{% if %}", "{{ x | no_such_filter }}", "{{" * 5, "x" * (2 << 20)])
+@pytest.mark.parametrize(
+    "source", ["{% if %}", "{{ x | no_such_filter }}", "{{" * 5, "x" * (2 << 20)]
+)
 def test_templates_that_do_not_compile(source: str) -> None:
     with pytest.raises(TokenizerError):
         ChatTemplate(source)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from fake_backend import FakeBackend
+
 from mimo_edge.engine import Engine, Sequence
 from mimo_edge.errors import ContextLengthError, UsageError
 from mimo_edge.runtimes.reference import ReferenceBackend

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mimo_edge.errors import GenerationError, UsageError
 from mimo_edge.sampling import Sampler, SamplingParams
 
@@ -13,7 +14,9 @@ from mimo_edge.sampling import Sampler, SamplingParams
 def slow_distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     """The definition, one token at a time, on exact sorts: the oracle of the fast filters."""
     order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))
-    weights = {i: np.exp((float(logits[i]) - float(logits.max())) / params.temperature) for i in order}
+    weights = {
+        i: np.exp((float(logits[i]) - float(logits.max())) / params.temperature) for i in order
+    }
     if params.top_k:
         weights = {i: weights[i] for i in order[: params.top_k]}
     total = sum(weights.values())
@@ -55,7 +58,9 @@ def test_filters_equal_their_definition(
     params = SamplingParams(temperature, top_p, min_p, top_k)
     got = Sampler(params).distribution(logits)
     want = slow_distribution(logits, params)
-    assert (got > 0).sum() == (want > 0).sum() or abs(np.sort(want)[::-1].cumsum() - top_p).min() < 1e-9
+    assert (got > 0).sum() == (want > 0).sum() or abs(
+        np.sort(want)[::-1].cumsum() - top_p
+    ).min() < 1e-9
     if (got > 0).sum() == (want > 0).sum():
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
     assert got.sum() == pytest.approx(1.0)

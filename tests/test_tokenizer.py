@@ -12,6 +12,7 @@ import pytest
 import tokenizers_made as made
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mimo_edge.errors import TokenizerError
 from mimo_edge.pretokenizer import split_words
 from mimo_edge.tokenizer import Tokenizer
@@ -187,7 +188,7 @@ def test_missing_gguf_keys() -> None:
     for key in GGUF:
         if key.endswith((".pre", "eos_token_id")):
             continue
-        with pytest.raises(TokenizerError, match="no tokenizer.ggml"):
+        with pytest.raises(TokenizerError, match=r"no tokenizer\.ggml"):
             Tokenizer.from_gguf({k: v for k, v in GGUF.items() if k != key})
 
 
@@ -257,7 +258,7 @@ def test_sentencepiece_equals_the_library_and_guards_specials(sentencepiece_mode
 
     library = SentencePieceProcessor(model_file=str(sentencepiece_model))
     tokenizer = Tokenizer.from_sentencepiece(sentencepiece_model)
-    for text in made.CORPUS + ["把灯 💡 turn on", "x"]:
+    for text in [*made.CORPUS, "把灯 💡 turn on", "x"]:
         ids = tokenizer.encode(text)
         assert ids == library.encode(text)
         assert tokenizer.decode(ids) == library.decode(ids)
@@ -272,4 +273,7 @@ def test_sentencepiece_equals_the_library_and_guards_specials(sentencepiece_mode
         tokenizer.special["<|im_start|>"],
     ]
     assert tokenizer.decode(ids).split() == text.split()
-    assert {tokenizer.special["<|im_end|>"], tokenizer.special["<|endoftext|>"]} <= tokenizer.eos_ids
+    assert {
+        tokenizer.special["<|im_end|>"],
+        tokenizer.special["<|endoftext|>"],
+    } <= tokenizer.eos_ids

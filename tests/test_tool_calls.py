@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mimo_edge.errors import UsageError
 from mimo_edge.tool_calls import Event, Malformed, ToolCall, ToolCallParser, parse_tool_calls
 
@@ -168,8 +169,21 @@ def test_malformed_calls_stay_text_and_are_flagged(text: str, why: str) -> None:
 @given(
     st.lists(
         st.sampled_from(
-            ["<tool_call>", "</tool_call>", "<function=set>", "</function>", "<parameter=n>"]
-            + ["</parameter>", "\n", "a<", "1", "<tool", "<function=", "文", call("ping")]
+            [
+                "<tool_call>",
+                "</tool_call>",
+                "<function=set>",
+                "</function>",
+                "<parameter=n>",
+                "</parameter>",
+                "\n",
+                "a<",
+                "1",
+                "<tool",
+                "<function=",
+                "文",
+                call("ping"),
+            ]
         ),
         max_size=14,
     )

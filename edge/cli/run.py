@@ -49,7 +49,9 @@ def run(
         bool | None,
         typer.Option("--think/--no-think", help="Let the model reason first, or not."),
     ] = None,
-    draft: Annotated[str, typer.Option(help="Tokens drafted per step: 0, 1, 2, 3 or auto.")] = "auto",
+    draft: Annotated[
+        str, typer.Option(help="Tokens drafted per step: 0, 1, 2, 3 or auto.")
+    ] = "auto",
     context: Annotated[int | None, typer.Option(help="Most tokens of the conversation.")] = None,
     ram: Annotated[str | None, typer.Option(help='Bound on memory, as "900MiB".')] = None,
     profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
@@ -182,10 +184,9 @@ def _lines(interactive: bool) -> Iterator[str]:
 def _print_pieces(out: Output, pieces: Iterator[Piece]) -> None:
     shown = thinking = False
     for piece in pieces:
-        if piece.reasoning:
-            if out.verbose:
-                out.text(piece.reasoning, end="")
-                thinking = True
+        if piece.reasoning and out.verbose:
+            out.text(piece.reasoning, end="")
+            thinking = True
         text = piece.text
         if thinking and text:
             out.text("\n", end="")
@@ -218,10 +219,11 @@ def stats_line(reply: Reply) -> str:
     from mimo_edge.units import format_bytes
 
     stats = reply.stats
+    new = stats.prompt_tokens - stats.reused_tokens
     first = f"{stats.first_token_ms:.0f} ms" if stats.first_token_ms is not None else "never"
     return (
         f"[{stats.tokens} tokens, {stats.decode_tps:.1f} tok/s, first token {first} "
-        f"({stats.prompt_tokens - stats.reused_tokens} of {stats.prompt_tokens} prompt tokens new), "
+        f"({new} of {stats.prompt_tokens} prompt tokens new), "
         f"{stats.tokens_per_verify:.2f} tokens per verify, "
         f"peak {format_bytes(peak_rss_bytes())}, {reply.finish_reason}]"
     )
