@@ -43,7 +43,7 @@ Tensor._fields_ = [
 def measure(model: Path, chunks: Sequence[Sequence[int]]) -> dict[str, NDArray[Any]]:
     """`NAME.sums` f64 [matrices, cols] and `NAME.counts` i64 [matrices] over all chunks."""
     with tempfile.TemporaryDirectory() as folder:
-        request = {"model": str(model), "out": folder + "/out.npz"}
+        request: dict[str, Any] = {"model": str(model), "out": folder + "/out.npz"}
         request |= {"chunks": [list(map(int, ids)) for ids in chunks]}
         done = subprocess.run(
             [sys.executable, "-W", "ignore", __file__],

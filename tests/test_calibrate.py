@@ -29,7 +29,7 @@ from mimo_edge.runtimes.base import ExpertWeights
 from mimo_edge.runtimes.weights import DictWeights
 
 
-class Spied(np.ndarray):  # type: ignore[type-arg]
+class Spied(np.ndarray[Any, Any]):
     """An array that reports what it is multiplied with; copies keep reporting."""
 
     report: Any = None
@@ -402,7 +402,7 @@ def test_other_gguf_files_are_refused(tmp_path: Path) -> None:
 
 # --- checkpoints, and what an export makes of it ---------------------------------------------
 
-K_QUANT_WIDTHS = {
+K_QUANT_WIDTHS: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 256,
     "moe_intermediate_size": 256,

@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def built_in(model: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The tiny checkpoint plays the built-in model, with three commands."""
-    commands = [
+    commands: list[dict[str, Any]] = [
         {"lang": "en", "domain": "home", "tools": ["switch_light", "lock_door"], "text": "light on",
          "calls": [{"name": "switch_light", "arguments": {"room": "all", "state": "on"}}]},
         {"lang": "zh", "domain": "router", "tools": ["reboot_router"], "text": "重启路由器",

@@ -225,7 +225,7 @@ class FakeCall:
     arguments: dict[str, Any]
 
 
-WANT = {"name": "set_timer", "arguments": {"duration": 5, "unit": "minutes"}}
+WANT: dict[str, Any] = {"name": "set_timer", "arguments": {"duration": 5, "unit": "minutes"}}
 
 
 @pytest.mark.parametrize(
@@ -261,12 +261,8 @@ def test_values_compare_as_json() -> None:
 
 def test_order_number_and_name_of_calls_matter() -> None:
     other = {"name": "call_contact", "arguments": {"contact": "mom"}}
-    first, second = (
-        FakeCall("set_timer", dict(WANT["arguments"])),
-        FakeCall(  # type: ignore[call-overload]
-            "call_contact", {"contact": "mom"}
-        ),
-    )
+    first = FakeCall("set_timer", dict(WANT["arguments"]))
+    second = FakeCall("call_contact", {"contact": "mom"})
     assert same_calls([first, second], [WANT, other])
     assert not same_calls([second, first], [WANT, other])
     assert not same_calls([first], [WANT, other])

@@ -24,16 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import mimo_edge
 from mimo_edge.api import Runtime
 from mimo_edge.errors import MimoEdgeError, UsageError
 from mimo_edge.evaluate import answer_chunks, evaluate_commands, evaluate_text
-from mimo_edge.export.calibrate import Calibration, calibrate_checkpoint
+from mimo_edge.export.calibrate import IMATRIX_NAME, calibrate_checkpoint
 from mimo_edge.export.checkpoint import Checkpoint
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.model_source import open_model
 from mimo_edge.nano import commands as nano
 from mimo_edge.quant.recipe import Recipe
+from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
 from mimo_edge.suites import spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +71,48 @@ ROWS = (
 )
 
 
+class Remembered:
+    """The source as a backend that computes every text once: all rows compare with the same logits.
+
+    Texts must fit one call, as the right answers do; the logits of all of them take
+    4 * vocabulary bytes per scored token, 144 MB for mimo-nano.
+    """
+
+    name = "remembered"
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model = open_model(checkpoint, "reference", None, CONTEXT, None)
+        self.config = self.model.backend.config
+        self._logits: dict[bytes, F32] = {}
+
+    def new_cache(self, context: int, verify_rows: int = 4) -> Cache:
+        """A cache of the model itself."""
+        return self.model.backend.new_cache(context, verify_rows)
+
+    def forward(
+        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+    ) -> ForwardResult:
+        """The logits of a whole text, computed or remembered."""
+        if cache.length or hidden_rows:
+            raise UsageError("only whole texts, and only their logits, are remembered")
+        key = token_ids.tobytes() + logits_rows.to_bytes(8, "little")
+        if key not in self._logits:
+            result = self.model.backend.forward(token_ids, cache, logits_rows=logits_rows)
+            self._logits[key] = result.logits.copy()
+        return ForwardResult(self._logits[key], np.empty((0, self.config.hidden_size), np.float32))
+
+    def mtp_forward(
+        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+    ) -> F32:
+        """Nothing to remember."""
+        raise UsageError("only whole texts are remembered")
+
+    def close(self) -> None:
+        """Release the model and what is remembered."""
+        self.model.backend.close()
+        self._logits.clear()
+
+
 def main() -> int:
     options = _options()
     os.nice(10)
@@ -84,23 +129,34 @@ def main() -> int:
         "draft": DRAFT,
     }
     results = _finished(options.json, facts)
+    source = Remembered(options.checkpoint)
     with tempfile.TemporaryDirectory(prefix="mimo-quality-") as folder:
         work = Path(folder)
         (work / "calibration.txt").write_bytes(calibration_text)
-        calibration: Calibration | None = None
+        calibration: Path | None = None
         for row in rows:
             if _recipe_of(row) == results.get(row.key, {}).get("recipe", "missing"):
                 _say(f"{row.key}: kept from {options.json.name}")
                 continue
             if row.calibrated and calibration is None:
                 _say(f"calibrating on {len(calibration_text)} bytes of text")
-                calibration = calibrate_checkpoint(
+                # Through files, as `export --calibrate` goes, so that the bundles are the same.
+                measured = calibrate_checkpoint(
                     options.checkpoint, work / "calibration.txt", progress=_counter("calibrate")
                 )
-                _say(f"calibrated on {calibration.tokens} tokens, unseen: {calibration.unseen}")
-            results[row.key] = _measure(row, options.checkpoint, work, calibration, commands)
+                measured.save(work / "calibration")
+                calibration = work / "calibration" / IMATRIX_NAME
+                _say(f"calibrated on {measured.tokens} tokens, unseen: {measured.unseen}")
+            row_result = _measure(row, source, options.checkpoint, work, calibration, commands)
+            if _folder_hash(options.checkpoint) != facts["checkpoint_sha256"]:
+                raise UsageError(f"{options.checkpoint} changed while it was measured")
+            results[row.key] = row_result
             if not options.dry_run:
-                _write(options.json, json.dumps({"facts": facts, "rows": results}, indent=1) + "\n")
+                _write(
+                    options.json,
+                    json.dumps({"facts": facts, "rows": results}, indent=1, ensure_ascii=False)
+                    + "\n",
+                )
     table = _table(results, facts)
     print(table)
     if not options.dry_run:
@@ -110,9 +166,10 @@ def main() -> int:
 
 def _measure(
     row: Row,
+    source: Remembered,
     checkpoint: Path,
     work: Path,
-    calibration: Calibration | None,
+    calibration: Path | None,
     commands: list[dict[str, Any]],
 ) -> dict[str, Any]:
     began = time.perf_counter()
@@ -128,13 +185,16 @@ def _measure(
         )
         size = sum(p.stat().st_size for p in bundle.gguf.files)
         bundle.close()
-    source = open_model(checkpoint, "reference", None, CONTEXT, None)
     candidate = open_model(model, "reference", None, CONTEXT, None)
     try:
-        assert source.tokenizer is not None
-        chunks = answer_chunks(source.tokenizer, source.template, commands, nano.TOOLS)
+        tokenizer = source.model.tokenizer
+        assert tokenizer is not None
+        chunks = answer_chunks(tokenizer, source.model.template, commands, nano.TOOLS)
         text = evaluate_text(
-            source.backend, candidate.backend, chunks, progress=_counter(f"{row.key}: text")
+            source,
+            source if row.recipe is None else candidate.backend,
+            chunks,
+            progress=_counter(f"{row.key}: text"),
         )
         _say(f"{row.key}: perplexity {text.perplexity:.4f}, KL {text.mean_kl:.5f}")
         answers = evaluate_commands(
@@ -144,7 +204,6 @@ def _measure(
             progress=_counter(f"{row.key}: commands"),
         )
     finally:
-        source.backend.close()
         candidate.backend.close()
     _say(
         f"{row.key}: {answers.total.exact} of {answers.total.commands} exact, "
