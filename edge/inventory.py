@@ -19,7 +19,7 @@ BUILT_IN = "mimo-nano"
 
 @dataclass(frozen=True)
 class TensorLine:
-    """One tensor: `format` is a ggml type or source dtype; `nbytes` None if only its shape is known."""
+    """One tensor: `format` is a ggml type or source dtype; `nbytes` None for a known model."""
 
     name: str
     role: Role

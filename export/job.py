@@ -56,6 +56,7 @@ class Export:
     """One export: what is fixed before it starts, and the open files while it runs."""
 
     source: Checkpoint
+    name: str
     target: Path
     staging: Path
     profile: str
@@ -104,6 +105,7 @@ class Export:
 
 def prepare(
     source: Checkpoint,
+    name: str,
     target: Path,
     staging: Path,
     profile: str,
@@ -148,12 +150,12 @@ def prepare(
         else {}
     )
     template = read_chat_template(source.tokenizer_files, source.chat_template)
-    names, layouts = _layouts(source, mapping, formats, chosen, template)
-    file_of = {name: i for i, layout in enumerate(layouts) for name in layout.tensors}
+    names, layouts = _layouts(source, name, mapping, formats, chosen, template)
+    file_of = {tensor: i for i, layout in enumerate(layouts) for tensor in layout.tensors}
     side: dict[str, bytes | Path | Imatrix] = {}
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if name in source.tokenizer_files:
-            side[name] = source.tokenizer_files[name]
+    for file in ("tokenizer.json", "tokenizer.model"):
+        if file in source.tokenizer_files:
+            side[file] = source.tokenizer_files[file]
             break
     if template is not None:
         side["chat_template.jinja"] = template.encode()
@@ -163,6 +165,7 @@ def prepare(
         side["imatrix.gguf"] = imatrix
     return Export(
         source=source,
+        name=name,
         target=target,
         staging=staging,
         profile=profile,
@@ -206,6 +209,7 @@ def _check_heat(heat: Heat, config: MimoConfig) -> None:
 
 def _layouts(
     source: Checkpoint,
+    name: str,
     mapping: TensorMapping,
     formats: Mapping[str, Format],
     recipe: Recipe,
@@ -224,7 +228,7 @@ def _layouts(
     general = {
         "general.architecture": text(architecture(config)),
         "general.type": text("model"),
-        "general.name": text(source.name),
+        "general.name": text(name),
         "general.file_type": u32(recipe.file_type),
         "general.quantization_version": u32(2),
     }

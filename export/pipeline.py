@@ -92,6 +92,7 @@ def export_bundle(
         imatrix, heat = measure(source, calibration, staging, progress)
         export = prepare(
             source,
+            BUILT_IN if str(checkpoint) == BUILT_IN else source.name,
             target,
             staging,
             profile,
@@ -294,7 +295,7 @@ def write_manifest(export: Export) -> None:
     side = export.side_files
     manifest = Manifest(
         tool_version=mimo_edge.__version__,
-        source_name=export.source.name,
+        source_name=export.name,
         source_index_sha256=export.source.index_sha256,
         config=export.config,
         profile=export.profile,

@@ -164,7 +164,7 @@ def measured(folder: Path, unseen: list[tuple[int, int]]) -> Calibration:
         elif len(plan.shape) == 2 and plan.name != "token_embd.weight":
             name = plan.name.replace(".attn_qkv.", ".attn_q.")
             imatrix.add(name, rng.standard_normal((6, plan.shape[1]), dtype=np.float32))
-    for layer in (1, 2, 3):
+    for layer in (n for n in range(config.num_hidden_layers) if config.layer(n).moe):
         n = rng.permutation(config.n_routed_experts).astype(np.int64) + 1
         for unseen_layer, e in unseen:
             if unseen_layer == layer:
@@ -351,7 +351,16 @@ def die_at(step: int) -> None:
 def test_killed_anywhere_it_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
-    folder, _ = write_checkpoint(tmp_path / "source", "flash", tokenizer=True, num_mtp_layers=1)
+    folder, _ = write_checkpoint(
+        tmp_path / "source",
+        "flash",
+        tokenizer=True,
+        num_hidden_layers=2,
+        hybrid_layer_pattern=(0, 1),
+        moe_layer_freq=(0, 1),
+        n_routed_experts=4,
+        num_mtp_layers=1,
+    )
     monkeypatch.setattr(pipeline, "_COMMIT_BYTES", 20_000)
     calibration = measured(folder, [])
 
@@ -368,14 +377,14 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
     export("whole", False)
     expected = digests(tmp_path / "whole")
     rng = random.Random(4 + overwrite)
-    for trial in range(6):
+    for trial in range(5):
         out = tmp_path / f"out{trial}"
         if overwrite:
             export_bundle(folder, out, recipe="f16").close()
             before = digests(out)
         kills = 0
         while True:
-            step = rng.choice((1, 2, 3, 5, 8, 20, 60, 120, 240)) + rng.randrange(12)
+            step = rng.choice((1, 3, 6, 12, 25, 50, 90, 140)) + rng.randrange(12)
 
             def attempt(step: int = step, out: Path = out) -> None:
                 die_at(step)
@@ -405,13 +414,13 @@ def test_killed_from_outside_at_random_times(tmp_path: Path) -> None:
     )
     rng = random.Random(1)
     kills = 0
-    for _ in range(12):
+    for _ in range(5):
         with subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            time.sleep(rng.uniform(0.02, 0.2) * (1 + kills / 2))
+            time.sleep(rng.uniform(0.02, 0.3) * (1 + kills))
             process.kill()
             process.wait()
         kills += process.returncode == -signal.SIGKILL

@@ -75,15 +75,18 @@ class LikeGgml(ReferenceBackend):
         return ExpertWeights(*cast(Any, parts))
 
 
-def reference(bundle: Bundle, mtp_blocks: int, weights: Weights | None = None) -> dict[str, F32]:
-    """What llama.cpp should answer for IDS: logits, and every MTP block teacher-forced."""
+def reference(
+    bundle: Bundle, mtp_blocks: int, weights: Weights | None = None, ids: Any = IDS
+) -> dict[str, F32]:
+    """What llama.cpp should answer for `ids`: logits, and every MTP block teacher-forced."""
+    ids = np.asarray(ids)
     backend = LikeGgml(weights or bundle.weights(), bundle)
-    cache = backend.new_cache(len(IDS))
-    result = backend.forward(IDS, cache, logits_rows=len(IDS), hidden_rows=len(IDS))
+    cache = backend.new_cache(len(ids))
+    result = backend.forward(ids, cache, logits_rows=len(ids), hidden_rows=len(ids))
     answers = {"logits": result.logits}
     for k in range(mtp_blocks):
-        rows = len(IDS) - 1 - k
-        answers[f"mtp{k}"] = backend.mtp_rows(k, IDS[1 + k :], result.hidden[:rows], 0, cache)
+        rows = len(ids) - 1 - k
+        answers[f"mtp{k}"] = backend.mtp_rows(k, ids[1 + k :], result.hidden[:rows], 0, cache)
     return answers
 
 
@@ -119,6 +122,17 @@ def test_same_answers_several_windows_long(tmp_path: Path, kind: Any, recipe: st
         blocks = 3 if kind != "mimo7b" else 0
         found = run(bundle.gguf.files[0], IDS, mtp=range(blocks))
         assert_same(found, reference(bundle, blocks), recipe)
+
+
+def test_mimo_nano_with_its_own_tokenizer(tmp_path: Path) -> None:
+    text = "<|im_start|>user\n把客厅的灯调暗一点, turn on guest wifi for two hours<|im_end|>" * 6
+    with export_bundle("mimo-nano", tmp_path / "out", recipe="f16") as bundle:
+        assert bundle.name == "mimo-nano"
+        ids = Tokenizer.from_gguf(bundle.metadata).encode(text, allow_special=True)
+        assert len(ids) > bundle.config.sliding_window
+        found = run(bundle.gguf.files[0], ids, mtp=(0, 1, 2), texts=[text])
+        assert found.pop("tokens0").tolist() == ids
+        assert_same(found, reference(bundle, 3, ids=ids), "f16")
 
 
 def test_decoding_in_batches_crosses_the_window_too(tmp_path: Path) -> None:
