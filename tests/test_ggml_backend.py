@@ -34,7 +34,15 @@ from mimo_edge.gguf_meta import read_config
 from mimo_edge.quant.base import FORMATS
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
+from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.raw import GgufTensors, PackedTensors, RawTensor
+from mimo_edge.runtimes.ggml.slots import (
+    PARTS,
+    ExpertGroup,
+    ExpertLayout,
+    ExpertSlots,
+    Ids,
+)
 from mimo_edge.runtimes.reference import ReferenceBackend
 from mimo_edge.sampling import Sampler, SamplingParams
 
@@ -494,6 +502,125 @@ def test_fused_and_split_q_k_v_are_one_model(random_models: dict[str, Path]) -> 
     assert np.array_equal(a, b)
     backend.close()
     other.close()
+
+
+# --- routed experts in slots ---
+
+
+class LoopingExperts:
+    """An expert source over packed tensors: few slots, filled anew in a random order, so that a
+    slot is overwritten as soon as it may be."""
+
+    def __init__(
+        self, device: Device, source: PackedTensors, layers: list[int], count: int
+    ) -> None:
+        self.slots = ExpertSlots(device, {i: ExpertLayout.of(source, i) for i in layers}, count)
+        self._source = source
+        self._rng = np.random.default_rng(3)
+        self.asked: list[tuple[int, list[int], list[int]]] = []
+        self.fail = False
+
+    def groups(self, layer: int, experts: Ids, counts: Ids) -> Iterator[ExpertGroup]:
+        self.asked.append((layer, experts.tolist(), counts.tolist()))
+        order = self._rng.permutation(experts)
+        for start in range(0, len(order), self.slots.count):
+            if self.fail and start:
+                raise BundleError(f"layer {layer}: cannot read expert {order[start]}")
+            group = order[start : start + self.slots.count]
+            slots = self._rng.permutation(self.slots.count)[: len(group)].astype(np.int64)
+            for expert, slot in zip(group.tolist(), slots.tolist(), strict=True):
+                for index, part in enumerate(PARTS):
+                    raw = self._source.tensor(f"blk.{layer}.ffn_{part}_exps.weight")
+                    stack = raw.data.reshape(raw.shape[0], -1)
+                    self.slots.part(layer, slot, index)[...] = stack[expert]
+            yield ExpertGroup(group, slots)
+
+
+@pytest.mark.parametrize("fmt", ["F32", "Q4_0"])
+@pytest.mark.parametrize("layers", [[1], [3], [1, 2, 3]])
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_streamed_experts_change_nothing(fmt: str, layers: list[int], count: int) -> None:
+    config = CONFIGS["v2"]
+    made: list[LoopingExperts] = []
+
+    def experts(device: Device) -> LoopingExperts:
+        made.append(LoopingExperts(device, source, layers, count))
+        return made[0]
+
+    source = packed(config, fmt)
+    options: dict[str, Any] = {"threads": 1, "kv_type": "f32", "repack": False}
+    streamed = GgmlBackend(source, experts=experts, **options)
+    resident = GgmlBackend(packed(config, fmt), **options)
+    assert sum(streamed.weight_bytes.values()) < sum(resident.weight_bytes.values())
+    ids = ids_of(config, 60)
+    caches = streamed.new_cache(60), resident.new_cache(60)
+    start = 0
+    for rows, wanted in ((20, 20), (1, 1), (4, 4), (1, 1), (11, 2), (3, 0), (9, 9)):
+        part, want = ids[start : start + rows], {"logits_rows": wanted, "hidden_rows": wanted}
+        a = streamed.forward(part, caches[0], **want)
+        b = resident.forward(part, caches[1], **want)
+        assert error(a.logits, b.logits) < 1e-6
+        assert error(a.hidden, b.hidden) < 1e-6
+        start += rows
+    used = config.num_experts_per_tok
+    for layer, asked, counts in made[0].asked:
+        assert layer in layers
+        assert asked == sorted(set(asked))
+        assert sum(counts) % used == 0
+    for backend in (streamed, resident):
+        backend.close()
+    made[0].slots.close()
+
+
+def test_a_failing_expert_read_ends_the_pass_and_it_can_be_repeated() -> None:
+    config = CONFIGS["v2"]
+    source = packed(config)
+    made: list[LoopingExperts] = []
+
+    def experts(device: Device) -> LoopingExperts:
+        made.append(LoopingExperts(device, source, [1, 2, 3], 1))
+        return made[0]
+
+    backend = GgmlBackend(source, threads=1, kv_type="f32", experts=experts)
+    oracle = ReferenceBackend(packed(config).unpacked())
+    ids = ids_of(config, 30)
+    cache, theirs = backend.new_cache(40), oracle.new_cache(40)
+    backend.forward(ids[:25], cache)
+    oracle.forward(ids[:25], theirs)
+    made[0].fail = True
+    for _ in range(2):
+        with pytest.raises(BundleError, match="cannot read expert"):
+            backend.forward(ids[25:28], cache)
+        assert cache.length == 25
+    made[0].fail = False
+    found, want = backend.forward(ids[25:28], cache), oracle.forward(ids[25:28], theirs)
+    assert error(found.logits, want.logits) < F32_TOLERANCE
+    backend.close()
+    made[0].slots.close()
+
+
+@pytest.mark.parametrize("fault", ["no such slot", "left out"])
+def test_a_broken_expert_source_is_noticed(fault: str) -> None:
+    config = CONFIGS["v2"]
+    source = packed(config)
+    made: list[LoopingExperts] = []
+
+    class Broken(LoopingExperts):
+        def groups(self, layer: int, experts: Ids, counts: Ids) -> Iterator[ExpertGroup]:
+            if fault == "left out":
+                yield ExpertGroup(experts[1:], np.arange(len(experts) - 1))
+            else:
+                yield ExpertGroup(experts, np.arange(len(experts)) + 6)
+
+    def experts(device: Device) -> LoopingExperts:
+        made.append(Broken(device, source, [2], 8))
+        return made[0]
+
+    backend = GgmlBackend(source, threads=1, experts=experts)
+    with pytest.raises(BackendError, match="given no slot" if fault == "left out" else "of 8"):
+        backend.forward(ids_of(config, 20), backend.new_cache(20))
+    backend.close()
+    made[0].slots.close()
 
 
 # --- memory, sessions, failures ---

@@ -1,4 +1,4 @@
-"""GgmlBackend: the forward pass of a fully resident model on ggml.
+"""GgmlBackend: the forward pass on ggml.
 
 `GgmlBackend(RawTensors)` loads the weights; `new_cache`, `forward`, `mtp_forward` follow
 runtimes/base.Backend, with the rows and errors of runtimes/reference (read its top docstring on
@@ -8,6 +8,7 @@ how to call `mtp_forward`). Long inputs are processed in chunks of `chunk` token
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,13 +28,18 @@ from mimo_edge.runtimes.ggml.passes import (
 )
 from mimo_edge.runtimes.ggml.raw import RawTensors
 from mimo_edge.runtimes.ggml.resident import ResidentWeights
+from mimo_edge.runtimes.ggml.slots import ExpertSource
 
 KV_TYPES = {"f16": TYPE_F16, "f32": TYPE_F32, "q8_0": TYPE_Q8_0}
 DEFAULT_CHUNK = 512
 
 
 class GgmlBackend:
-    """A `Backend` with every weight in RAM. Owns `source` and closes it.
+    """A `Backend` with every weight in RAM, or with routed experts in slots. Owns `source` and
+    closes it.
+
+    `experts` makes the source of streamed experts for the device it is given: the layers of its
+    slots are streamed, all others resident. The caller closes it, after the backend.
 
     `kv_type` is the format of global layers' rows ("f16", "f32", "q8_0"); rings are f16, or f32
     with "f32". `repack=False` keeps weights in file order: slower prefill, same results within
@@ -50,6 +56,7 @@ class GgmlBackend:
         kv_type: str = "f16",
         repack: bool = True,
         chunk: int = DEFAULT_CHUNK,
+        experts: Callable[[Device], ExpertSource] | None = None,
     ) -> None:
         """Raises BackendError (library missing or of another version, memory), BundleError
         (weights), UsageError (options)."""
@@ -64,7 +71,9 @@ class GgmlBackend:
         self._source = source
         self.device = Device(threads if threads is not None else os.cpu_count() or 1)
         try:
-            self._weights = ResidentWeights(self.device, source, repack=repack)
+            self._experts = experts(self.device) if experts is not None else None
+            streamed = self._experts.slots.layouts if self._experts is not None else ()
+            self._weights = ResidentWeights(self.device, source, repack=repack, streamed=streamed)
         except BaseException:
             self.device.close()
             raise
@@ -156,7 +165,7 @@ class GgmlBackend:
     def _trunk(self, cache: GgmlCache, shape: TrunkShape) -> TrunkPass:
         found = cache.graph(shape)
         if not isinstance(found, TrunkPass):
-            found = TrunkPass(self.device, self._weights.model, cache, shape)
+            found = TrunkPass(self.device, self._weights.model, cache, shape, self._experts)
             cache.keep(shape, found, shape.large)
         return found
 

@@ -113,6 +113,7 @@ _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_mul_mat_id": (P, (P, P, P, P)),
     "ggml_scale_bias": (P, (P, P, F, F)),
     "ggml_clamp": (P, (P, P, F, F)),
+    "ggml_cpy": (P, (P, P, P)),
     "ggml_cast": (P, (P, P, N)),
     "ggml_cont": (P, (P, P)),
     "ggml_reshape_2d": (P, (P, P, L, L)),

@@ -178,21 +178,30 @@ def route(g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor) -> tuple[Tensor, 
     return ids, weights
 
 
-def routed_experts(g: Graph, w: SwiGlu, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Sum over k of weights[k] * expert ids[k] of x {M, T} -> {M, T}.
+def expert_rows(g: Graph, w: SwiGlu, x: Tensor, ids: Tensor) -> Tensor:
+    """Each row of x {M, 1, T} through the experts ids {K, T} -> {M, K, T}.
 
     `w` may be the stacked experts of a layer, or slots that hold some of them; ids index it.
     """
-    width, total, chosen = x.ne[0], x.ne[1], ids.ne[0]
-    rows = g.reshape(x, width, 1, total)
-    up = g.mul_mat_id(w.up, rows, ids)  # {F, K, T}
-    gate = g.mul_mat_id(w.gate, rows, ids)
-    y = g.mul_mat_id(w.down, g.swiglu(gate, up), ids)  # {M, K, T}
-    y = g.mul(y, g.reshape(weights, 1, chosen, total))
-    out = g.view(y, (width, total), (y.nb[2],))
+    up = g.mul_mat_id(w.up, x, ids)  # {F, K, T}
+    gate = g.mul_mat_id(w.gate, x, ids)
+    return g.mul_mat_id(w.down, g.swiglu(gate, up), ids)
+
+
+def weighted_sum(g: Graph, rows: Tensor, weights: Tensor) -> Tensor:
+    """rows {M, K, T}, weights {K, T} -> sum over K of weight * row {M, T}."""
+    width, chosen, total = rows.ne[:3]
+    rows = g.mul(rows, g.reshape(weights, 1, chosen, total))
+    out = g.view(rows, (width, total), (rows.nb[2],))
     for k in range(1, chosen):
-        out = g.add(out, g.view(y, (width, total), (y.nb[2],), k * y.nb[1]))
-    return g.contiguous(out) if chosen == 1 else out
+        out = g.add(out, g.view(rows, (width, total), (rows.nb[2],), k * rows.nb[1]))
+    return out
+
+
+def routed_experts(g: Graph, w: SwiGlu, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Sum over k of weights[k] * expert ids[k] of x {M, T} -> {M, T}."""
+    rows = expert_rows(g, w, g.reshape(x, x.ne[0], 1, x.ne[1]), ids)
+    return weighted_sum(g, rows, weights)
 
 
 def feed_forward(g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor) -> Tensor:
@@ -204,15 +213,26 @@ def feed_forward(g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor) -> Tensor:
     return routed_experts(g, w.experts, x, ids, weights)
 
 
-def block(
+def attention_half(
     g: Graph, w: BlockWeights, inputs: BlockInputs, access: KvAccess, h: Tensor, queries: int
-) -> Tensor | None:
-    """Residual stream h {M, T} -> its last `queries` rows after the block, None for no queries."""
+) -> tuple[Tensor, Tensor] | None:
+    """Residual stream h {M, T} -> its last `queries` rows after attention, and their normed FFN
+    input, both {M, queries}; None for no queries."""
     mixed = attention(g, w, inputs, access, h, queries)
     if mixed is None:
         return None
     h = g.add(last_rows(g, h, queries), mixed)
-    x = g.norm(h, w.ffn_norm, inputs.config.layernorm_epsilon)
+    return h, g.norm(h, w.ffn_norm, inputs.config.layernorm_epsilon)
+
+
+def block(
+    g: Graph, w: BlockWeights, inputs: BlockInputs, access: KvAccess, h: Tensor, queries: int
+) -> Tensor | None:
+    """Residual stream h {M, T} -> its last `queries` rows after the block, None for no queries."""
+    half = attention_half(g, w, inputs, access, h, queries)
+    if half is None:
+        return None
+    h, x = half
     return g.add(h, feed_forward(g, w, inputs.config, x))
 
 

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mimo_edge.errors import BackendError, GenerationError, UsageError
@@ -102,21 +103,28 @@ class Device:
 
     # --- running ---
 
-    def allocate(self, graph: int) -> int:
-        """Give every intermediate of `graph` its scratch address; returns the epoch it is of."""
+    def allocate(self, graphs: Sequence[int]) -> int:
+        """Give every intermediate of `graphs` its scratch address; returns the epoch they are of.
+
+        The memory grows for the largest first, so that all of them are of one epoch.
+        """
         g = self.ggml
-        before = int(g.ggml_gallocr_get_buffer_size(self._scratch, 0)) if self.epoch else -1
+        before = self.scratch_bytes if self.epoch else -1
         # alloc_graph alone would reuse the plan of the previous graph when node counts and sizes
-        # happen to agree, although lifetimes differ: reserve always plans this one.
-        if not g.ggml_gallocr_reserve(self._scratch, graph) or not g.ggml_gallocr_alloc_graph(
-            self._scratch, graph
-        ):
+        # happen to agree, although lifetimes differ: reserve always plans the graph at hand.
+        fine = all(g.ggml_gallocr_reserve(self._scratch, graph) for graph in graphs)
+        fine = fine and all(
+            g.ggml_gallocr_reserve(self._scratch, graph)
+            and g.ggml_gallocr_alloc_graph(self._scratch, graph)
+            for graph in graphs
+        )
+        if not fine or self.scratch_bytes != before:
+            self.epoch += 1
+        if not fine:
             raise BackendError(
                 "scratch memory for the graph could not be allocated",
                 "use a smaller prefill chunk or context",
             )
-        if self.scratch_bytes != before:
-            self.epoch += 1
         return self.epoch
 
     @property

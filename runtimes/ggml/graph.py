@@ -196,7 +196,7 @@ class Graph(Context):
 
     def finish(self) -> None:
         """Allocate scratch memory; afterwards `compute` may be called."""
-        self.epoch = self.device.allocate(self._graph)
+        finish_together([self])
 
     def compute(self) -> None:
         """Run the graph on the device."""
@@ -324,6 +324,11 @@ class Graph(Context):
     def contiguous(self, a: Tensor) -> Tensor:
         return Tensor(self._g.ggml_cont(self.take(), a.pointer))
 
+    def copy_to(self, target: Tensor, a: Tensor) -> None:
+        """Copy `a` into `target`, a persistent tensor of the same shape and type, now."""
+        _require(a.ne == target.ne and a.type == target.type, f"copy of {a} to {target}")
+        self.run_now(Tensor(self._g.ggml_cpy(self.take(), a.pointer, target.pointer)))
+
     def cast(self, a: Tensor, ggml_type: int) -> Tensor:
         _require(a.type in _NUMPY, f"cast of {a}")
         return Tensor(self._g.ggml_cast(self.take(), a.pointer, ggml_type))
@@ -439,3 +444,10 @@ class Graph(Context):
             and a.nb[0] == b.nb[0] == 4,
             f"{name} of {a} and {b}",
         )
+
+
+def finish_together(graphs: Sequence[Graph]) -> None:
+    """Allocate scratch memory for graphs that run one after the other in one pass."""
+    epoch = graphs[0].device.allocate([graph._graph for graph in graphs])
+    for graph in graphs:
+        graph.epoch = epoch

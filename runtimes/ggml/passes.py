@@ -1,8 +1,8 @@
 """Whole passes as one graph each: the decoder layers over T tokens, and one MTP block.
 
 A pass is built for one cache and one shape (`TrunkShape`, `MtpShape`) and reused for every call
-of that shape; only its inputs are filled anew. Its graph holds the routing too, so a resident
-model costs one call into ggml per forward pass.
+of that shape; only its inputs are filled anew. Runs of layers without a host decision are one
+graph with the routing inside, so a resident model costs one call into ggml per forward pass.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from mimo_edge.runtimes.ggml import blocks
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64
 from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions, RingIndex, kv_rows
 from mimo_edge.runtimes.ggml.device import Device
-from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor
-from mimo_edge.runtimes.ggml.resident import ModelWeights
+from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor, finish_together
+from mimo_edge.runtimes.ggml.resident import BlockWeights, ModelWeights
+from mimo_edge.runtimes.ggml.slots import ExpertSource
+from mimo_edge.runtimes.ggml.streamed import Carry, SlotExperts
 
 # Node room: a MoE block takes about 45 tensors plus two per chosen expert.
 _BLOCK_TENSORS = 64
@@ -56,31 +58,9 @@ class MtpShape:
         return self.tokens > LARGE_TOKENS
 
 
-class _Pass:
-    """A graph with inputs of its own."""
-
-    def __init__(self, device: Device, config: MimoConfig, blocks_count: int) -> None:
-        self._device = device
-        self.config = config
-        per_block = _BLOCK_TENSORS + 2 * config.num_experts_per_tok
-        self._inputs = Inputs(device)
-        self._graph = Graph(device, per_block * (blocks_count + 1))
-        self.logits_tensor: Tensor | None = None
-        self.hidden_tensor: Tensor | None = None
-
-    @property
-    def current(self) -> bool:
-        """Whether the scratch addresses are still those of the device."""
-        return self._graph.epoch == self._device.epoch
-
-    def compute(self) -> None:
-        """Run with the inputs filled before."""
-        self._graph.compute()
-
-    def close(self) -> None:
-        """Free graph and inputs."""
-        self._graph.close()
-        self._inputs.close()
+def _nodes(config: MimoConfig, blocks_count: int) -> int:
+    """Tensors a graph of that many blocks and a head may need."""
+    return (_BLOCK_TENSORS + 3 * config.num_experts_per_tok) * (blocks_count + 1)
 
 
 def _fill_causal(
@@ -95,23 +75,51 @@ def _fill_causal(
     mask[...] = np.where(visible, np.float16(0), np.float16(-np.inf))
 
 
-class TrunkPass(_Pass):
-    """The decoder layers and the head over T tokens."""
+@dataclass(frozen=True)
+class _Segment:
+    """A graph of the trunk; `ids` {K, rows} are the experts `layer` chose at its end."""
+
+    graph: Graph
+    layer: int | None = None
+    ids: Tensor | None = None
+
+
+class TrunkPass:
+    """The decoder layers and the head over T tokens.
+
+    One graph when every expert is resident; otherwise cut after the router of each layer whose
+    experts are streamed, and the chosen experts are computed in between.
+    """
 
     def __init__(
-        self, device: Device, model: ModelWeights, cache: GgmlCache, shape: TrunkShape
+        self,
+        device: Device,
+        model: ModelWeights,
+        cache: GgmlCache,
+        shape: TrunkShape,
+        experts: ExpertSource | None = None,
     ) -> None:
-        config = cache.config
-        super().__init__(device, config, len(model.layers))
+        self.config = cache.config
+        self.shape = shape
+        self._device = device
+        self._segments: list[_Segment] = []
+        self._inputs = Inputs(device)
+        self._source = experts
+        self._carry: Carry | None = None
+        self._slot_experts: SlotExperts | None = None
+        self._epoch = -1
+        self.logits_tensor: Tensor | None = None
+        self.hidden_tensor: Tensor | None = None
+        self._graph = Graph(device, _nodes(self.config, len(model.layers)))
         try:
-            self._build(model, cache, shape)
+            self._describe_inputs(cache)
+            self._build(model, cache)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, model: ModelWeights, cache: GgmlCache, shape: TrunkShape) -> None:
-        c, new, g = self.config, self._inputs.new, self._graph
-        self.shape = shape
+    def _describe_inputs(self, cache: GgmlCache) -> None:
+        c, new, shape = self.config, self._inputs.new, self.shape
         total, ring_rows = shape.tokens, cache.ring.rows
         kept = min(total, ring_rows)
         columns = {"in_place": ring_rows, "fresh": total, "append": ring_rows + total}[shape.ring]
@@ -122,17 +130,33 @@ class TrunkPass(_Pass):
         self.full_mask = new(TYPE_F16, shape.full_rows, total) if shape.full_rows else None
         self.ring_ids = new(TYPE_I64, kept) if has_ring else None
         self.ring_mask = new(TYPE_F16, columns, total) if has_ring else None
+        if self._source is not None:
+            self._carry = Carry(self._inputs, c, total)
         self._inputs.allocate()
-        shared = blocks.BlockInputs(c, self.positions, total)
+        if self._source is not None and self._carry is not None:
+            self._slot_experts = SlotExperts(self._device, c, self._source, self._carry, total)
+
+    def _build(self, model: ModelWeights, cache: GgmlCache) -> None:
+        c, shape = self.config, self.shape
+        shared = blocks.BlockInputs(c, self.positions, shape.tokens)
         wanted = max(shape.logits_rows, shape.hidden_rows)
         h: Tensor | None = self.embedding
         for index, w in enumerate(model.layers):
             # The last layer computes only the rows that are asked for.
-            queries = wanted if index == len(model.layers) - 1 else total
+            queries = wanted if index == len(model.layers) - 1 else shape.tokens
             assert h is not None
-            h = blocks.block(g, w, shared, self._access(cache, w.spec, shape), h, queries)
-            if h is not None:
-                g.run_now(h)
+            access = self._access(cache, w.spec)
+            half = blocks.attention_half(self._graph, w, shared, access, h, queries)
+            if half is None:
+                h = None
+                break
+            h, x = half
+            if w.spec.moe and w.experts is None:
+                h = self._cut(w, h, x)
+            else:
+                h = self._graph.add(h, blocks.feed_forward(self._graph, w, c, x))
+            self._graph.run_now(h)
+        g = self._graph
         if h is not None:
             if shape.hidden_rows:
                 self.hidden_tensor = g.output(blocks.last_rows(g, h, shape.hidden_rows))
@@ -142,10 +166,52 @@ class TrunkPass(_Pass):
                 eps = c.layernorm_epsilon
                 logits = blocks.head(g, model.output, model.output_norm, eps, rows)
                 self.logits_tensor = g.output(logits)
-        g.finish()
+        self._segments.append(_Segment(g))
+        graphs = [segment.graph for segment in self._segments]
+        if self._slot_experts is not None:
+            graphs += self._slot_experts.largest()
+        finish_together(graphs)
+        self._epoch = self._device.epoch
 
-    def _access(self, cache: GgmlCache, spec: LayerSpec, shape: TrunkShape) -> blocks.KvAccess:
-        kv = cache.layers[spec.index]
+    def _cut(self, w: BlockWeights, h: Tensor, x: Tensor) -> Tensor:
+        """End the graph at the router of a streamed layer; the next starts with its sum."""
+        assert self._carry is not None
+        g = self._graph
+        ids, weights = blocks.route(g, w, self.config, x)
+        ids = g.output(g.contiguous(ids))
+        self._carry.save(g, h, x, weights)
+        self._segments.append(_Segment(g, w.spec.index, ids))
+        rest = self.config.num_hidden_layers - w.spec.index
+        self._graph = Graph(self._device, _nodes(self.config, rest))
+        return self._carry.restore(self._graph, h.ne[1])
+
+    @property
+    def current(self) -> bool:
+        """Whether the scratch addresses are still those of the device."""
+        return self._epoch == self._device.epoch
+
+    def compute(self) -> None:
+        """Run with the inputs filled before."""
+        for segment in self._segments:
+            segment.graph.compute()
+            if segment.layer is not None:
+                assert segment.ids is not None
+                assert self._slot_experts is not None
+                ids = segment.ids.array().reshape(-1, segment.ids.ne[0])
+                # a copy: computing experts reuses the scratch memory they are in
+                self._slot_experts.run(segment.layer, ids.copy())
+
+    def close(self) -> None:
+        """Free graphs and inputs."""
+        self._graph.close()
+        for segment in self._segments:
+            segment.graph.close()
+        if self._slot_experts is not None:
+            self._slot_experts.close()
+        self._inputs.close()
+
+    def _access(self, cache: GgmlCache, spec: LayerSpec) -> blocks.KvAccess:
+        kv, shape = cache.layers[spec.index], self.shape
         if spec.sliding:
             assert self.ring_ids is not None
             rows = 0 if shape.ring == "fresh" else kv.rows
@@ -179,22 +245,39 @@ class TrunkPass(_Pass):
             _fill_causal(mask, held, queries, self.config.sliding_window)
 
 
-class MtpPass(_Pass):
+class MtpPass:
     """One MTP block on n rows: every row leaves its K/V, the newest gives logits."""
 
     def __init__(
         self, device: Device, model: ModelWeights, cache: GgmlCache, shape: MtpShape
     ) -> None:
-        super().__init__(device, cache.config, 1)
+        self.config = cache.config
+        self.shape = shape
+        self._device = device
+        self._inputs = Inputs(device)
+        self._graph = Graph(device, _nodes(self.config, 1))
         try:
             self._build(model, cache, shape)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def current(self) -> bool:
+        """Whether the scratch addresses are still those of the device."""
+        return self._graph.epoch == self._device.epoch
+
+    def compute(self) -> None:
+        """Run with the inputs filled before."""
+        self._graph.compute()
+
+    def close(self) -> None:
+        """Free graph and inputs."""
+        self._graph.close()
+        self._inputs.close()
+
     def _build(self, model: ModelWeights, cache: GgmlCache, shape: MtpShape) -> None:
         c, new, g = self.config, self._inputs.new, self._graph
-        self.shape = shape
         n, w, kv = shape.tokens, model.mtp[shape.depth], cache.mtp[shape.depth]
         assert w.mtp is not None
         self.embedding = new(TYPE_F32, c.hidden_size, n)

@@ -9,7 +9,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +53,7 @@ class MtpWeights:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """One decoder layer or MTP block."""
+    """One decoder layer or MTP block; a MoE layer without `experts` has them streamed."""
 
     spec: LayerSpec
     attn_norm: Tensor
@@ -95,11 +95,22 @@ class _Pending:
 class ResidentWeights:
     """Loads a whole model into buffers and owns them. `model` names the tensors."""
 
-    def __init__(self, device: Device, source: RawTensors, *, repack: bool = True) -> None:
-        """Raises BundleError on missing or misshapen tensors, BackendError when memory is short."""
+    def __init__(
+        self,
+        device: Device,
+        source: RawTensors,
+        *,
+        repack: bool = True,
+        streamed: Collection[int] = (),
+    ) -> None:
+        """`streamed`: layers whose routed experts are left out.
+
+        Raises BundleError on missing or misshapen tensors, BackendError when memory is short.
+        """
         self._device = device
         self._source = source
         self._repack = repack
+        self._streamed = frozenset(streamed)
         self._config = source.config
         self._shapes = expected_shapes(source.config)
         self._pending: list[_Pending] = []
@@ -141,6 +152,7 @@ class ResidentWeights:
         is_mtp = index >= c.num_hidden_layers
         crops_queries = is_mtp or index == c.num_hidden_layers - 1
         bias = p + "exp_probs_b.bias"
+        resident = spec.moe and index not in self._streamed
         return BlockWeights(
             spec=spec,
             attn_norm=self._vector(p + "attn_norm.weight"),
@@ -151,7 +163,7 @@ class ResidentWeights:
             dense=None if spec.moe else self._swiglu(p, "", False),
             router=self._add([self._as_f32(p + "ffn_gate_inp.weight")]) if spec.moe else None,
             router_bias=self._vector(bias, zeros=True) if spec.moe else None,
-            experts=self._swiglu(p, "_exps", True) if spec.moe else None,
+            experts=self._swiglu(p, "_exps", True) if resident else None,
             mtp=self._mtp(p) if is_mtp else None,
         )
 
