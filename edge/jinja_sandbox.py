@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -67,6 +68,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(result, (str, list, tuple)):
             _check_size(len(result))
         return result
+
+    def wrap_str_format(self, value: Any) -> Any:
+        if super().wrap_str_format(value) is not None:
+            raise SecurityError("str.format is not allowed in a chat template")
+        return None
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, (str, bytes)) and attr in _REFUSED_METHODS:

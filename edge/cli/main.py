@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from mimo_edge import __version__
-from mimo_edge.cli import run
+from mimo_edge.cli import eval, export, inspect, run, verify
 from mimo_edge.cli.output import print_error
 from mimo_edge.errors import MimoEdgeError
 
@@ -69,7 +67,5 @@ def _main(
     pass
 
 
-run.register(app)
-for _name in ("export", "inspect", "verify", "eval"):
-    if find_spec(f"mimo_edge.cli.{_name}") is not None:
-        import_module(f"mimo_edge.cli.{_name}").register(app)
+for _module in (export, run, inspect, verify, eval):
+    _module.register(app)

@@ -133,10 +133,7 @@ def _answer(
     reply = session.last_reply
     if reply is not None:
         out.result(_reply_json(runtime, reply))
-        for malformed in reply.malformed:
-            out.note(f"unreadable tool call: {malformed.why}")
-        if not out.json:
-            out.note(stats_line(reply))
+        _remarks(out, reply)
         out.detail(f"drafting: {reply.stats.draft_why}")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -164,7 +161,14 @@ def _chat(out: Output, runtime: Runtime, session: Session, options: dict[str, An
             continue
         reply = session.last_reply
         if reply is not None:
-            out.note(stats_line(reply))
+            _remarks(out, reply)
+
+
+def _remarks(out: Output, reply: Reply) -> None:
+    for malformed in reply.malformed:
+        out.note(f"unreadable tool call: {malformed.why}")
+    if not out.json:
+        out.note(stats_line(reply))
 
 
 def _lines(interactive: bool) -> Iterator[str]:
