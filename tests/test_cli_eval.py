@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from checkpoint_factory import write_checkpoint
 from typer.testing import CliRunner
 
+from mimo_edge import suites
 from mimo_edge.cli.main import app
 from mimo_edge.evaluate import TextChunk, evaluate_text
 from mimo_edge.export.checkpoint import Checkpoint
@@ -50,6 +52,10 @@ def built_in(model: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[di
          "reply": "Sorry."},
     ]  # fmt: skip
     commands = [{"id": f"c{i}"} | c for i, c in enumerate(commands)]
+    # Random weights never end an answer.
+    monkeypatch.setattr(
+        suites, "evaluate_commands", partial(suites.evaluate_commands, max_tokens=24)
+    )
     monkeypatch.setattr(nano, "held_out", lambda: commands)
     monkeypatch.setattr(nano, "checkpoint_dir", lambda: model["checkpoint"])
     return commands
