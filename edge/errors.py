@@ -13,7 +13,8 @@ MimoEdgeError
 ├── BackendError           a backend that is missing, unsupported or failed
 ├── CacheError             a KV cache asked for what it no longer holds
 │   └── ContextLengthError more tokens than the context holds
-└── GenerationError        a generation that cannot go on (NaN logits)
+├── GenerationError        a generation that cannot go on (NaN logits)
+└── Cancelled              work given up half-way because the caller asked for it
 
 A message says what happened with numbers; `hint` says what to do instead.
 """
@@ -87,3 +88,9 @@ class ContextLengthError(CacheError):
 
 class GenerationError(MimoEdgeError):
     """A generation that cannot go on."""
+
+
+class Cancelled(MimoEdgeError):
+    """Work given up half-way because the caller asked for it."""
+
+    exit_code = 130

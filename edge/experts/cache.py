@@ -1,0 +1,581 @@
+"""The cache of routed experts: slots in RAM over experts on flash.
+
+`begin` queues the reads a layer needs and returns at once, so that experts already there can be
+computed with while the rest arrives. `stream` walks a layer that wants more experts than may be
+in RAM at once, group by group, reading ahead. An expert in a slot is either whole and checked, or
+not there: a failed read leaves its slot free and raises where the expert is waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimo_edge.errors import Cancelled, DeviceError, MimoEdgeError, UsageError
+from mimo_edge.experts.policy import FrequencyPolicy, Ids, Mask, Policy
+from mimo_edge.experts.reader import DEFAULT_LANES, ExpertRead, ExpertReader
+from mimo_edge.experts.residency import Residency, Slots
+from mimo_edge.experts.slots import SlotPool
+from mimo_edge.experts.stats import CacheStats, LayerStats
+from mimo_edge.experts.table import ExpertTable
+from mimo_edge.experts.trace import Phase, TraceWriter
+
+_log = logging.getLogger(__name__)
+
+# How often a waiting caller looks at its cancel event.
+_CANCEL_POLL_S = 0.02
+
+
+class ExpertGroup(NamedTuple):
+    """Experts `ids` i64 [g] of the streamed layer, in slots `slots` i32 [g]."""
+
+    ids: Ids
+    slots: Slots
+
+
+class Ticket:
+    """The experts of one layer in one pass, safe in their slots until `release`.
+
+    `ids` i64 [U] are the distinct experts in rising order, `slots` i32 [U] where they are or will
+    be, `resident` bool [U] which were there at once, `slot_ids` i32 the slots in the shape of the
+    ids asked for. Use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        row: int,
+        ids: Ids,
+        slots: Slots,
+        resident: Mask,
+        slot_ids: Slots,
+        cancel: threading.Event | None,
+    ) -> None:
+        self.row, self.ids, self.slots, self.resident = row, ids, slots, resident
+        self.slot_ids = slot_ids
+        self._cache = cache
+        self._cancel = cancel
+        # positions in ids that are still on their way, and those that arrived unannounced
+        self._pending = {int(e): i for i, e in enumerate(ids.tolist()) if not resident[i]}
+        self._arrived: list[int] = []
+        self._lost: set[int] = set()  # experts whose read failed: not held any more
+        self._error: MimoEdgeError | None = None
+        self._open = True
+
+    def groups(self) -> Iterator[NDArray[np.int64]]:
+        """Positions in `ids` i64 [n], each once: first those resident, then the rest in the order
+        it arrives, as many at a time as are there.
+
+        Raises what went wrong with a read, or Cancelled.
+        """
+        first = np.flatnonzero(self.resident)
+        if len(first):
+            yield first
+        while positions := self._cache._wait(self, everything=False):
+            yield np.array(positions, np.int64)
+
+    def wait(self) -> None:
+        """Return when every expert is there. Raises what went wrong with a read, or Cancelled."""
+        self._cache._wait(self, everything=True)
+
+    def release(self) -> None:
+        """The experts are no longer needed; reads not yet begun are dropped. Twice is harmless."""
+        self._cache._release(self)
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class ExpertCache:
+    """At most `slots` experts of `table` in RAM.
+
+    One forward pass at a time uses it; `release`, `grow` and `stats` may be called from other
+    threads. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        table: ExpertTable,
+        slots: int,
+        *,
+        policy: Policy | None = None,
+        lanes: int = DEFAULT_LANES,
+        paranoid: bool = False,
+        direct: bool = True,
+        trace: TraceWriter | None = None,
+    ) -> None:
+        """Slots beyond the number of experts are not made. Raises DeviceError when one token's
+        experts do not fit, BundleError when a file cannot be opened."""
+        if slots < table.chosen:
+            need = table.chosen * SlotPool.bytes_per_slot(table)
+            raise DeviceError(
+                f"{slots} expert slots, but a token uses {table.chosen} experts of a layer at once",
+                f"leave at least {need} bytes for experts",
+            )
+        count = min(slots, table.total)
+        rows = len(table.layers)
+        self.table = table
+        self.trace = trace
+        self._row_of = {entry.layer: row for row, entry in enumerate(table.layers)}
+        policy = policy or FrequencyPolicy(rows, table.experts, table.chosen, heat=table.heat)
+        self._residency = Residency(rows, table.experts, count, policy)
+        self._change = threading.Condition()
+        self._reads: dict[tuple[int, int], ExpertRead] = {}
+        self._waiting: dict[tuple[int, int], list[Ticket]] = {}
+        self._ahead: dict[int, set[int]] = {}  # experts read ahead and held for their layer
+        self._tickets = 0
+        self._closed = False
+        self._hits, self._misses, self._loads, self._nbytes = np.zeros((4, rows), np.int64)
+        self._wait_s = np.zeros(rows)
+        self.pool = SlotPool(count, table.stride_bytes)
+        try:
+            self._reader = ExpertReader(
+                table, self.pool, lanes=lanes, paranoid=paranoid, direct=direct
+            )
+        except BaseException:
+            self.pool.close()
+            raise
+
+    # --- what it is ---
+
+    @property
+    def slots(self) -> int:
+        """Slots that may be used now."""
+        return self._residency.limit
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether every expert has a place, so that nothing is ever given up."""
+        return self._residency.limit >= self.table.total
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads go past the page cache."""
+        return self._reader.direct
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of slots and read buffers when all are in use."""
+        return self._residency.limit * self.pool.slot_bytes + self._reader.buffer_bytes
+
+    def stats(self) -> CacheStats:
+        """What happened so far."""
+        with self._change:
+            rows = zip(
+                self.table.layers,
+                self._hits.tolist(),
+                self._misses.tolist(),
+                self._loads.tolist(),
+                self._nbytes.tolist(),
+                self._residency.evictions.tolist(),
+                self._wait_s.tolist(),
+                strict=True,
+            )
+            reader = self._reader.stats
+            return CacheStats(
+                tuple(LayerStats(entry.layer, *numbers) for entry, *numbers in rows),
+                self._residency.limit,
+                self._residency.used,
+                reader.nbytes,
+                reader.busy_s,
+            )
+
+    def resident(self, layer: int) -> Ids:
+        """Experts of a layer that are in a slot now, i64 [n]."""
+        with self._change:
+            found: Ids = np.flatnonzero(self._residency.settled[self._row(layer)])
+            return found
+
+    # --- using experts ---
+
+    def begin(
+        self,
+        layer: int,
+        ids: NDArray[np.integer[Any]],
+        *,
+        phase: Phase = Phase.DECODE,
+        cancel: threading.Event | None = None,
+    ) -> Ticket:
+        """Ask for the experts `ids` (any shape; [T, K] is recorded in the trace) of a layer.
+
+        Returns at once, with the missing ones queued. Raises DeviceError when they do not fit at
+        once (see `stream`), and leaves nothing half done.
+        """
+        row = self._record(layer, ids, phase)
+        with self._change:
+            values, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+            unique = values.astype(np.int64)
+            if not self.holds_everything:
+                self._residency.policy.touch(row, unique, counts, _tokens(ids))
+            return self._ticket(row, unique, inverse.reshape(ids.shape), cancel)
+
+    def acquire(
+        self,
+        layer: int,
+        ids: NDArray[np.integer[Any]],
+        *,
+        phase: Phase = Phase.DECODE,
+        cancel: threading.Event | None = None,
+    ) -> Ticket:
+        """`begin` and wait for everything."""
+        ticket = self.begin(layer, ids, phase=phase, cancel=cancel)
+        try:
+            ticket.wait()
+        except BaseException:
+            ticket.release()
+            raise
+        return ticket
+
+    def stream(
+        self,
+        layer: int,
+        ids: NDArray[np.integer[Any]],
+        group: int,
+        *,
+        phase: Phase = Phase.PREFILL,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[ExpertGroup]:
+        """All experts `ids` of a layer, at most `group` at a time, each once.
+
+        A group's slots are good until the next one is asked for. Resident experts come first,
+        while the first reads run; of the others at most two groups are in slots or on their way,
+        taken from the experts worth least, so a prefill leaves the favourites where they are.
+        Close the generator when leaving early. Raises as `Ticket.wait`.
+        """
+        if group < 1:
+            raise UsageError(f"groups of {group} experts")
+        row = self._record(layer, ids, phase)
+        here: deque[Ticket] = deque()
+        coming: deque[Ticket] = deque()
+        current: Ticket | None = None
+        try:
+            with self._change:
+                values, counts = np.unique(ids, return_counts=True)
+                unique = values.astype(np.int64)
+                if not self.holds_everything:
+                    self._residency.policy.touch(row, unique, counts, _tokens(ids))
+                found = self._residency.slot_of[row, unique] >= 0
+                ready = self._residency.settled[row, unique]
+                for part in (unique[ready], unique[found & ~ready]):
+                    for start in range(0, len(part), group):
+                        here.append(self._plain_ticket(row, part[start : start + group], cancel))
+            missing = unique[~found]
+            while here or coming or len(missing):
+                with self._change:
+                    while len(missing) and len(coming) < 2:
+                        room = self._room(row)
+                        step = min(group, len(missing), room)
+                        if not step and (here or coming):
+                            break
+                        coming.append(self._plain_ticket(row, missing[: max(step, 1)], cancel))
+                        missing = missing[max(step, 1) :]
+                current = here.popleft() if here else coming.popleft()
+                current.wait()
+                yield ExpertGroup(current.ids, current.slots)
+                current.release()
+                current = None
+        finally:
+            for ticket in (current, *here, *coming):
+                if ticket is not None:
+                    ticket.release()
+
+    def prefetch(self, layer: int, ids: NDArray[np.integer[Any]], most: int) -> int:
+        """Start reading up to `most` of the experts `ids` of a layer that runs soon, after all
+        other reads; they stay until the layer runs. Returns how many were queued.
+
+        A guess: an error shows only when the expert is really asked for. Off unless called.
+        """
+        with self._change:
+            row = self._row(layer)
+            wanted = np.unique(ids).astype(np.int64)
+            wanted = wanted[self._residency.slot_of[row, wanted] < 0]
+            wanted = wanted[: min(most, self._residency.available())]
+            if len(wanted):
+                self._residency.claim(row, wanted)
+                self._residency.hold(row, wanted)
+                self._ahead.setdefault(row, set()).update(wanted.tolist())
+                self._queue(row, wanted, ahead=True)
+            return len(wanted)
+
+    def warm(self, *, most: int | None = None, cancel: threading.Event | None = None) -> int:
+        """Fill free slots: pinned experts first, then the most valuable ones. Returns how many
+        were read. Raises as `Ticket.wait`."""
+        r = self._residency
+        with self._change:
+            value = r.policy.value()
+            value[r.pinned] = np.inf
+            value[r.slot_of >= 0] = -np.inf
+            free = r.limit - r.used
+            count = min(free if most is None else most, free, int((r.slot_of < 0).sum()))
+            order = np.argsort(-value, axis=None, kind="stable")[:count]
+            rows, experts = np.divmod(order, self.table.experts)
+        done = 0
+        for row in np.unique(rows).tolist():
+            mine = np.sort(experts[rows == row])
+            for start in range(0, len(mine), 32):
+                with self._change:
+                    ticket = self._plain_ticket(row, mine[start : start + 32], cancel)
+                with ticket:
+                    ticket.wait()
+                done += len(ticket.ids)
+        return done
+
+    def pin(self, layer: int, ids: NDArray[np.integer[Any]]) -> None:
+        """Never give up these experts once they are read (`warm` reads them now).
+
+        Raises DeviceError when too few slots would be left for a token.
+        """
+        with self._change:
+            row = self._row(layer)
+            wanted = np.unique(ids).astype(np.int64)
+            self._check_ids(wanted)
+            pinned = int(np.count_nonzero(self._residency.pinned))
+            pinned += int(np.count_nonzero(~self._residency.pinned[row, wanted]))
+            if not self.holds_everything and pinned + self.table.chosen > self.slots:
+                raise DeviceError(
+                    f"{pinned} pinned experts leave {self.slots - pinned} of {self.slots} slots, "
+                    f"a token needs {self.table.chosen}",
+                    "pin fewer experts",
+                )
+            self._residency.pin(row, wanted)
+
+    # --- memory pressure ---
+
+    def release(self, count: int, *, timeout_s: float = 1.0) -> int:
+        """Give the memory of up to `count` slots back, least valuable experts first.
+
+        Waits up to `timeout_s` for the layer in use to finish. Returns how many slots were given
+        up: never the ones a token needs at least, nor those of pinned experts or running reads.
+        """
+        with self._change:
+            if not self._change.wait_for(lambda: not self._tickets or self._closed, timeout_s):
+                return 0
+            self._check_open()
+            self._drop_ahead(None)
+            r = self._residency
+            least = self.table.chosen + int(np.count_nonzero(r.pinned))
+            count = min(count, r.limit - least)
+            if count <= 0:
+                return 0
+            given, moves = r.shrink(count)
+            for source, target in moves:
+                self.pool.copy(source, target)
+            self.pool.discard(r.limit, given)
+            return given
+
+    def grow(self, count: int) -> int:
+        """Use up to `count` slots given up before again; returns how many."""
+        with self._change:
+            self._check_open()
+            return self._residency.grow(max(count, 0))
+
+    # --- inside ---
+
+    def _row(self, layer: int) -> int:
+        self._check_open()
+        row = self._row_of.get(layer)
+        if row is None:
+            raise UsageError(f"layer {layer} has no routed experts")
+        return row
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("the expert cache is closed")
+        self._reader.check_process()
+
+    def _check_ids(self, ids: NDArray[np.integer[Any]]) -> None:
+        if not ids.size or int(ids.min()) < 0 or int(ids.max()) >= self.table.experts:
+            raise UsageError(f"expert ids must be some of 0..{self.table.experts - 1}")
+
+    def _record(self, layer: int, ids: NDArray[np.integer[Any]], phase: Phase) -> int:
+        row = self._row(layer)
+        self._check_ids(ids)
+        if self.trace is not None and ids.ndim == 2 and ids.shape[1] == self.table.chosen:
+            self.trace.route(phase, layer, ids)
+        return row
+
+    def _plain_ticket(self, row: int, ids: Ids, cancel: threading.Event | None) -> Ticket:
+        return self._ticket(row, ids, np.arange(len(ids)), cancel)
+
+    def _room(self, row: int) -> int:
+        """Slots that can be claimed for a layer; other layers' read-ahead gives way."""
+        self._check_open()
+        return self._make_room(row, 1)
+
+    def _make_room(self, row: int, wanted: int) -> int:
+        """Try to make `wanted` slots claimable; returns how many are."""
+        r = self._residency
+        if wanted > r.available():
+            self._drop_ahead(row)
+        # Reads that a cancelled or failed pass left running keep their slots until they end.
+        while wanted > r.available() and any(not r.held_by_anyone(*key) for key in self._reads):
+            self._change.wait()
+            self._check_open()
+        return r.available()
+
+    def _ticket(
+        self, row: int, ids: Ids, inverse: NDArray[np.int64], cancel: threading.Event | None
+    ) -> Ticket:
+        """Hold what is there, claim and queue the rest. The lock is held."""
+        self._check_open()
+        r = self._residency
+        slots = r.slot_of[row, ids]
+        missing = slots < 0
+        present = ids[~missing]
+        r.hold(row, present)
+        if missing.any():
+            wanted = ids[missing]
+            try:
+                self._make_room(row, len(wanted))
+                slots[missing] = r.claim(row, wanted)
+            except BaseException:
+                r.unhold(row, present)
+                raise
+            r.hold(row, wanted)
+        resident = r.settled[row, ids]
+        ticket = Ticket(self, row, ids, slots, resident, slots[inverse], cancel)
+        self._tickets += 1
+        hits = int(np.count_nonzero(resident))
+        self._hits[row] += hits
+        self._misses[row] += len(ids) - hits
+        if hits < len(ids):
+            for expert in ticket._pending:
+                self._waiting.setdefault((row, expert), []).append(ticket)
+            for expert in ids[~missing & ~resident].tolist():
+                self._reader.hurry(self._reads[row, expert])
+            if missing.any():
+                self._queue(row, ids[missing], ahead=False)
+        self._let_go_ahead(row)
+        return ticket
+
+    def _queue(self, row: int, ids: Ids, *, ahead: bool) -> None:
+        for expert in ids.tolist():
+            slot = int(self._residency.slot_of[row, expert])
+            self._reads[row, expert] = self._reader.read(
+                row, expert, slot, self._finished, ahead=ahead
+            )
+
+    def _finished(self, read: ExpertRead, error: MimoEdgeError | None) -> None:
+        """A lane reports a read."""
+        key = (read.row, read.expert)
+        with self._change:
+            self._reads.pop(key, None)
+            self._nbytes[read.row] += read.nbytes
+            tickets = self._waiting.pop(key, [])
+            if error is None:
+                self._loads[read.row] += 1
+                self._residency.settle(read.row, np.array([read.expert]))
+            else:
+                self._residency.drop(*key)
+                if read.expert in self._ahead.get(read.row, ()):
+                    self._ahead[read.row].discard(read.expert)
+                    if not tickets:
+                        _log.warning("reading ahead failed: %s", error)
+            for ticket in tickets:
+                position = ticket._pending.pop(read.expert)
+                if error is None:
+                    ticket._arrived.append(position)
+                else:
+                    ticket._lost.add(read.expert)
+                    ticket._error = ticket._error or error
+            self._change.notify_all()
+
+    def _wait(self, ticket: Ticket, *, everything: bool) -> list[int]:
+        """Wait for one more arrival or for all; the positions that arrived meanwhile."""
+        with self._change:
+            start = time.perf_counter()
+            try:
+                while True:
+                    if not ticket._open:
+                        raise UsageError("the ticket was released")
+                    if ticket._error is not None:
+                        raise ticket._error
+                    if not ticket._pending or (ticket._arrived and not everything):
+                        arrived, ticket._arrived = ticket._arrived, []
+                        return arrived
+                    if self._closed:
+                        raise UsageError("the expert cache was closed")
+                    if ticket._cancel is not None and ticket._cancel.is_set():
+                        raise Cancelled("cancelled while waiting for experts")
+                    self._change.wait(None if ticket._cancel is None else _CANCEL_POLL_S)
+            finally:
+                self._wait_s[ticket.row] += time.perf_counter() - start
+
+    def _release(self, ticket: Ticket) -> None:
+        with self._change:
+            if not ticket._open:
+                return
+            ticket._open = False
+            self._tickets -= 1
+            row = ticket.row
+            held = [e for e in ticket.ids.tolist() if e not in ticket._lost]
+            self._residency.unhold(row, np.array(held, np.int64))
+            for expert in ticket._pending:
+                self._waiting[row, expert].remove(ticket)
+                if not self._waiting[row, expert]:
+                    del self._waiting[row, expert]
+                self._abandon(row, expert)
+            self._change.notify_all()
+
+    def _abandon(self, row: int, expert: int) -> None:
+        """Drop a read nobody holds, if it has not begun."""
+        read = self._reads.get((row, expert))
+        if read is None or self._residency.held_by_anyone(row, expert):
+            return
+        if self._reader.drop(read):
+            del self._reads[row, expert]
+            self._residency.drop(row, expert)
+
+    def _let_go_ahead(self, row: int) -> None:
+        """The layer runs: what was read ahead for it needs no more protection."""
+        for expert in self._ahead.pop(row, ()):
+            self._residency.unhold(row, np.array([expert]))
+
+    def _drop_ahead(self, keep: int | None) -> None:
+        """Slots are short: stop protecting, and reading, what was read ahead for other layers."""
+        for row in [row for row in self._ahead if row != keep]:
+            experts = self._ahead[row]
+            self._let_go_ahead(row)
+            for expert in experts:
+                self._abandon(row, expert)
+
+    def close(self) -> None:
+        """Stop reading, give the memory back. Twice is harmless; waiting callers get an error."""
+        with self._change:
+            if self._closed:
+                return
+            self._closed = True
+            self._change.notify_all()
+        self._reader.close()
+        self.pool.close()
+
+    def __enter__(self) -> ExpertCache:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _tokens(ids: NDArray[np.integer[Any]]) -> int:
+    return ids.shape[0] if ids.ndim == 2 else 1

@@ -1,0 +1,407 @@
+"""Reading experts into slots with a few threads, checking what was read.
+
+An expert is three parts (gate, up, down), each its own read, so that one expert uses several
+lanes. A lane takes the oldest part and, while parts are small, the queued parts that follow it in
+the file along with it: one request for neighbours (36 KiB parts: 0.5 GB/s one by one, 1.5 GB/s
+eight at a time; above 1 MiB it makes no difference). The lane that finishes the last part checks
+the expert's checksum and reports. Lanes wait for work asleep; reads and checksums run without the
+interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mimo_edge.errors import BackendError, BundleError, IntegrityError, MimoEdgeError, UsageError
+from mimo_edge.experts.flash_file import FlashFile
+from mimo_edge.experts.policy import Mask
+from mimo_edge.experts.slots import SlotPool, round_up
+from mimo_edge.experts.table import KINDS, ExpertTable
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_LANES = 4
+COALESCE_BYTES = 1 << 20
+
+Done = Callable[["ExpertRead", MimoEdgeError | None], None]
+
+
+class ExpertRead:
+    """One expert on its way into a slot. `error` is set when it failed."""
+
+    def __init__(self, row: int, expert: int, slot: int, done: Done) -> None:
+        self.row, self.expert, self.slot = row, expert, slot
+        self.error: MimoEdgeError | None = None
+        self.nbytes = 0  # read from flash for it
+        self._done = done
+        self._parts_left = len(KINDS)
+        self._started = False
+        self._finished = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is finished, well or not; False when the time is over."""
+        return self._finished.wait(timeout)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is over."""
+        return self._finished.is_set()
+
+
+@dataclass(eq=False)
+class _Part:
+    """One matrix of one expert: `target` is its place in the slot."""
+
+    read: ExpertRead
+    kind: int
+    file: int
+    offset: int
+    target: memoryview
+
+
+@dataclass
+class ReaderStats:
+    """Totals since the reader was made. `busy_s` sums over lanes."""
+
+    reads: int = 0
+    experts: int = 0
+    nbytes: int = 0
+    busy_s: float = 0.0
+    checked: int = 0
+
+
+@dataclass
+class _Shared:
+    """What lanes and callers share. Lanes hold this and not the reader, so that a forgotten
+    reader can be collected."""
+
+    table: ExpertTable
+    pool: SlotPool
+    files: list[FlashFile]
+    paranoid: bool
+    wake: threading.Condition = field(default_factory=threading.Condition)
+    urgent: deque[_Part] = field(default_factory=deque)
+    ahead: deque[_Part] = field(default_factory=deque)
+    waiting: dict[tuple[int, int], _Part] = field(default_factory=dict)
+    flights: dict[tuple[int, int], ExpertRead] = field(default_factory=dict)
+    stats: ReaderStats = field(default_factory=ReaderStats)
+    closing: bool = False
+
+
+class ExpertReader:
+    """Lanes that read experts of `table` into slots of `pool`.
+
+    Works with checksums (each expert is checked the first time it is read, every time when
+    `paranoid`) and without. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        table: ExpertTable,
+        pool: SlotPool,
+        *,
+        lanes: int = DEFAULT_LANES,
+        paranoid: bool = False,
+        direct: bool = True,
+    ) -> None:
+        """Raises BundleError when a file cannot be opened, DeviceError without memory."""
+        if not 1 <= lanes <= 64:
+            raise UsageError(f"{lanes} reader lanes", "use 1 to 64")
+        if paranoid and any(layer.crc32 is None for layer in table.layers):
+            raise UsageError(
+                "paranoid reading needs checksums, and this model has none",
+                "export it with mimo-edge export",
+            )
+        self._pid = os.getpid()
+        self._lanes: list[threading.Thread] = []
+        self._stack = ExitStack()  # runs backwards: bounce buffers, then files
+        try:
+            files: dict[Path, int] = {}
+            opened: list[FlashFile] = []
+            for layer in table.layers:
+                for stack in layer.stacks:
+                    if stack.file not in files:
+                        files[stack.file] = len(opened)
+                        opened.append(FlashFile(stack.file, direct=direct))
+                        self._stack.callback(opened[-1].close)
+            self._file_of = files
+            self._shared = _Shared(table, pool, opened, paranoid)
+            bounce = self._bounce_bytes()
+            self.buffer_bytes = bounce * lanes
+            checked = np.zeros((len(table.layers), table.experts), np.bool_)
+            for number in range(lanes):
+                lane = _Lane(self._shared, bounce, checked)
+                self._stack.callback(lane.close)
+                thread = threading.Thread(
+                    target=lane.run, name=f"mimo-expert-lane-{number}", daemon=True
+                )
+                thread.start()
+                self._lanes.append(thread)
+        except BaseException:
+            self.close()
+            raise
+
+    def _bounce_bytes(self) -> int:
+        """Bounce buffer of a lane: 0 when every part can be read straight into its slot."""
+        shared = self._shared
+        need = 0
+        for layer in shared.table.layers:
+            for stack in layer.stacks:
+                file = shared.files[self._file_of[stack.file]]
+                if file.alignment and (
+                    stack.offset % file.alignment or stack.nbytes % file.alignment
+                ):
+                    span = max(stack.nbytes, COALESCE_BYTES)
+                    need = max(need, file.bounce_bytes(span))
+        return round_up(need, mmap.PAGESIZE)
+
+    @property
+    def direct(self) -> bool:
+        """Whether every file is read past the page cache."""
+        return all(file.alignment for file in self._shared.files)
+
+    @property
+    def stats(self) -> ReaderStats:
+        """Totals so far (a live object)."""
+        return self._shared.stats
+
+    def read(
+        self, row: int, expert: int, slot: int, done: Done, *, ahead: bool = False
+    ) -> ExpertRead:
+        """Queue a read of expert `expert` of the table's layer `row` into `slot`.
+
+        `done(read, error)` is called once, from a lane, when no lane touches the slot any more.
+        An expert already on its way is not queued twice: its running read is returned, and
+        `done` is not called. `ahead` reads wait until no other read is queued.
+        """
+        self.check_process()
+        s = self._shared
+        if not (0 <= row < len(s.table.layers) and 0 <= expert < s.table.experts):
+            raise UsageError(f"expert {expert} of row {row}")
+        with s.wake:
+            if s.closing:
+                raise UsageError("the expert reader is closed")
+            flying = s.flights.get((row, expert))
+            if flying is not None:
+                return flying
+            read = ExpertRead(row, expert, slot, done)
+            s.flights[row, expert] = read
+            queue = s.ahead if ahead else s.urgent
+            for kind, stack in enumerate(s.table.layers[row].stacks):
+                offset = stack.offset + expert * stack.nbytes
+                file = self._file_of[stack.file]
+                part = _Part(read, kind, file, offset, s.pool.view(slot, kind, stack.nbytes))
+                queue.append(part)
+                s.waiting[file, offset] = part
+            s.wake.notify(len(KINDS))
+        return read
+
+    def hurry(self, read: ExpertRead) -> None:
+        """Put what is still queued of a read-ahead before the other read-ahead."""
+        s = self._shared
+        with s.wake:
+            mine = [part for part in s.ahead if part.read is read]
+            for part in mine:
+                s.ahead.remove(part)
+                s.urgent.append(part)
+
+    def drop(self, read: ExpertRead) -> bool:
+        """Take a read out of the queue; False when it has begun. `done` is not called."""
+        s = self._shared
+        with s.wake:
+            if read._started or s.flights.get((read.row, read.expert)) is not read:
+                return False
+            for queue in (s.urgent, s.ahead):
+                for part in [part for part in queue if part.read is read]:
+                    queue.remove(part)
+                    s.waiting.pop((part.file, part.offset), None)
+                    part.target.release()
+            del s.flights[read.row, read.expert]
+        read._finished.set()
+        return True
+
+    def check_process(self) -> None:
+        """Threads do not survive a fork: refuse to work in a child."""
+        if os.getpid() != self._pid:
+            raise BackendError(
+                "expert reading was started in another process", "open the model after the fork"
+            )
+
+    def close(self) -> None:
+        """Stop the lanes once they finish the reads they are in; queued reads are dropped and
+        never reported. Twice is harmless."""
+        shared = getattr(self, "_shared", None)
+        if shared is not None:
+            with shared.wake:
+                shared.closing = True
+                for queue in (shared.urgent, shared.ahead):
+                    for part in queue:
+                        part.target.release()
+                    queue.clear()
+                shared.waiting.clear()
+                shared.wake.notify_all()
+        if os.getpid() == self._pid:
+            for thread in self._lanes:
+                if thread is not threading.current_thread():  # collected inside a lane
+                    thread.join()
+        self._lanes.clear()
+        self._stack.close()
+
+    def __enter__(self) -> ExpertReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Lane:
+    """One reading thread and its bounce buffer."""
+
+    def __init__(self, shared: _Shared, bounce_bytes: int, checked: Mask) -> None:
+        self._shared = shared
+        self._checked = checked  # [R, E]: experts whose checksum was right once
+        self._map: mmap.mmap | None = None
+        self._bounce: memoryview | None = None
+        if bounce_bytes:
+            self._map = mmap.mmap(-1, bounce_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._bounce = memoryview(self._map)
+
+    def close(self) -> None:
+        if self._bounce is not None:
+            self._bounce.release()
+            self._bounce = None
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+    def run(self) -> None:
+        shared = self._shared
+        while True:
+            with shared.wake:
+                while not (shared.urgent or shared.ahead or shared.closing):
+                    shared.wake.wait()
+                if shared.closing:
+                    return
+                parts = self._take()
+            self._read(parts)
+
+    def _take(self) -> list[_Part]:
+        """The oldest part, and its followers in the file while they are small."""
+        s = self._shared
+        parts = [s.urgent.popleft() if s.urgent else s.ahead.popleft()]
+        total = 0
+        while True:
+            part = parts[-1]
+            s.waiting.pop((part.file, part.offset), None)
+            part.read._started = True
+            total += len(part.target)
+            follower = s.waiting.get((part.file, part.offset + len(part.target)))
+            if follower is None or total + len(follower.target) > COALESCE_BYTES:
+                return parts
+            try:
+                (s.urgent if follower in s.urgent else s.ahead).remove(follower)
+            except ValueError:
+                return parts
+            parts.append(follower)
+
+    def _read(self, parts: list[_Part]) -> None:
+        shared, first = self._shared, parts[0]
+        file = shared.files[first.file]
+        start, nbytes = time.perf_counter(), 0
+        error: MimoEdgeError | None = None
+        try:
+            nbytes = self._fetch(file, parts)
+        except MimoEdgeError as failure:
+            error = failure
+        except BaseException as failure:  # a lane must never die and leave others waiting
+            _log.exception("reading experts failed")
+            error = BackendError(f"reading {file.path} failed: {failure!r}")
+        share = nbytes // len(parts)
+        finished = []
+        with shared.wake:
+            shared.stats.reads += 1
+            shared.stats.nbytes += nbytes
+            for part in parts:
+                part.target.release()
+                read = part.read
+                read.nbytes += share
+                if error is not None and read.error is None:
+                    read.error = _located(error, shared.table, read, part)
+                read._parts_left -= 1
+                if not read._parts_left:
+                    finished.append(read)
+        for read in finished:
+            self._finish(read)
+        with shared.wake:
+            shared.stats.busy_s += time.perf_counter() - start
+
+    def _fetch(self, file: FlashFile, parts: list[_Part]) -> int:
+        try:
+            nbytes = file.read(parts[0].offset, [part.target for part in parts], self._bounce)
+        except BundleError:
+            file.check()  # truncated or replaced says more than short
+            raise
+        file.check()
+        return nbytes
+
+    def _finish(self, read: ExpertRead) -> None:
+        shared = self._shared
+        if read.error is None:
+            read.error = self._check(read)
+        with shared.wake:
+            shared.flights.pop((read.row, read.expert), None)
+            shared.stats.experts += read.error is None
+        read._done(read, read.error)
+        read._finished.set()
+
+    def _check(self, read: ExpertRead) -> MimoEdgeError | None:
+        """Compare with the checksum, the first time or always."""
+        shared = self._shared
+        layer = shared.table.layers[read.row]
+        if layer.crc32 is None or (self._checked[read.row, read.expert] and not shared.paranoid):
+            return None
+        crc = 0
+        for kind, stack in enumerate(layer.stacks):
+            with shared.pool.view(read.slot, kind, stack.nbytes) as data:
+                crc = zlib.crc32(data, crc)
+        with shared.wake:
+            shared.stats.checked += 1
+        if crc == layer.crc32[read.expert]:
+            self._checked[read.row, read.expert] = True
+            return None
+        places = ", ".join(
+            f"{kind} at {stack.offset + read.expert * stack.nbytes}"
+            for kind, stack in zip(KINDS, layer.stacks, strict=True)
+        )
+        return IntegrityError(
+            f"{layer.stacks[0].file}: layer {layer.layer}, expert {read.expert} is damaged: "
+            f"CRC-32 {crc:08x}, not {layer.crc32[read.expert]:08x} ({places})",
+            "copy the file again",
+        )
+
+
+def _located(
+    error: MimoEdgeError, table: ExpertTable, read: ExpertRead, part: _Part
+) -> MimoEdgeError:
+    """The error of a read with the layer and expert it was for."""
+    layer = table.layers[read.row].layer
+    message = f"layer {layer}, expert {read.expert} ({KINDS[part.kind]}): {error.message}"
+    kind = type(error) if isinstance(error, BundleError) else BackendError
+    located = kind(message, error.hint)
+    located.__cause__ = error
+    return located
