@@ -98,7 +98,7 @@ class FakeBackend:
         cache.highest = max(cache.highest, cache.length)
         none = np.zeros((0, self.config.hidden_size), np.float32)
         return ForwardResult(
-            np.stack(logits[len(logits) - logits_rows :]) if logits_rows else np.zeros((0, 1)),
+            np.stack(logits[len(logits) - logits_rows :]) if logits_rows else none[:, :1],
             np.stack(hidden[len(hidden) - hidden_rows :]) if hidden_rows else none,
         )
 

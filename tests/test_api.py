@@ -294,13 +294,14 @@ def test_one_session_serves_one_thread_at_a_time() -> None:
 def test_wrong_calls() -> None:
     rt, _ = runtime(["x" + END])
     session = rt.session()
-    for options in (
+    wrong: list[dict[str, Any]] = [
         {"json_schema": {}},
         {"max_tokens": 0},
         {"temperature": -1},
         {"stop": [""]},
         {"stop": [3]},
-    ):
+    ]
+    for options in wrong:
         with pytest.raises(UsageError):
             session.stream("x", **options)
     with pytest.raises(UsageError, match="no message"):

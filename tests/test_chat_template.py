@@ -189,7 +189,7 @@ def test_a_special_token_cannot_be_put_together_from_parts(tokenizer: Tokenizer)
 
 
 def test_ordinary_messages_encode_as_the_plain_rendering(tokenizer: Tokenizer) -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "if a < b > c | d: 把灯调暗 💡\n\n"},
         {"role": "assistant", "content": "x", "tool_calls": [{"name": "dim", "arguments": {}}]},
         {"role": "tool", "content": "<b>ok</b>"},

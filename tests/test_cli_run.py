@@ -104,7 +104,7 @@ def test_errors_are_one_line_and_a_code(arguments: list[str], code: int, message
 def test_input_that_is_not_utf8() -> None:
     for arguments, data in ((["run"], b"caf\xe9\n"), (["run", "-p", b"caf\xe9"], b"")):
         done = subprocess.run(
-            [*COMMAND, *arguments],  # type: ignore[list-item]
+            [*COMMAND, *arguments],
             input=data,
             capture_output=True,
             env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "OMP_NUM_THREADS": "1"},

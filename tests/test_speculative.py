@@ -218,7 +218,15 @@ def test_settings_are_checked_against_the_model() -> None:
     for config in (v2, seven, none):
         check_draft("auto", config)
         check_draft(0, config)
-    for draft, config in ((4, v2), (2, seven), (2, none), (-1, v2), ("fast", v2), (True, v2)):
+    wrong: list[tuple[Any, Any]] = [
+        (4, v2),
+        (2, seven),
+        (2, none),
+        (-1, v2),
+        ("fast", v2),
+        (True, v2),
+    ]
+    for draft, config in wrong:
         with pytest.raises(UsageError):
             check_draft(draft, config)
     assert make_policy("auto", none, CostTable()).choose() == 0

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from gguf import GGUFReader
+
 from mimo_edge.bpe import BYTE_SYMBOLS
 from mimo_edge.pretokenizer import split_words
 
@@ -46,9 +48,7 @@ def main(vocabulary: Path) -> None:
     used = set()
     for word in (word for text in TEXTS for word in split_words(text)):
         parts = [BYTE_SYMBOLS[byte] for byte in word.encode()]
-        while known := [
-            (rank[p], i) for i, p in enumerate(zip(parts, parts[1:], strict=False)) if p in rank
-        ]:
+        while known := [(rank[p], i) for i, p in enumerate(pairwise(parts)) if p in rank]:
             _, at = min(known)
             used.add((parts[at], parts[at + 1]))
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
