@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,24 @@ def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ggml._CPU, "ggml_no_such_function", (None, ()))
     with pytest.raises(BackendError, match="ggml_no_such_function"):
         ggml.Bindings()
+
+
+@pytest.mark.parametrize("first", ["llama_cpp", "mimo_edge.runtimes.ggml.bindings"])
+def test_llama_cpp_in_the_same_process_shares_the_library(first: str) -> None:
+    """Whoever comes first: two copies would each have their own device registry and logs."""
+    code = f"""
+import importlib
+importlib.import_module({first!r})
+import llama_cpp
+from mimo_edge.runtimes.ggml.bindings import bindings
+bindings()
+lines = open("/proc/self/maps").read().splitlines()
+print(len({{line.split()[-1] for line in lines if "libggml-" in line}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "2"  # libggml-base and libggml-cpu, once each
 
 
 # --- operations against NumPy ---

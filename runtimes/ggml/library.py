@@ -29,6 +29,7 @@ U8 = NDArray[np.uint8]
 
 # The versions whose struct layouts and formats were read; patch releases do not change them.
 GGML_VERSION = (0, 25)
+SONAME_VERSION = 0
 INSTALL_HINT = "pip install llama-cpp-python==0.3.36"
 
 
@@ -275,6 +276,11 @@ def library_path(name: str, folder: Path | None = None) -> Path:
     else:
         file_name = f"lib{name}.so"
     path = folder / file_name
+    # A wheel holds copies where a build has links. Of those the linker, and llama_cpp with it,
+    # loads the one called like the SONAME; another copy would be a second ggml in the process.
+    soname = path.with_name(f"{path.name}.{SONAME_VERSION}")
+    if soname.is_file():
+        path = soname
     if not path.is_file():
         raise BackendError(f"{path} does not exist", INSTALL_HINT)
     return path.resolve()
