@@ -6,7 +6,7 @@ Exports the checkpoint with each recipe and measures the source and every bundle
 held-out set: the right answers teacher-forced against the source, then exact-match tool calls
 with greedy drafting. Each finished row is kept in docs/quality.json and not measured again while
 checkpoint, commands, calibration and recipe stay the same, so a run that was cut short goes on
-where it stopped. It runs at nice 10.
+where it stopped.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Remembered:
 
 def main() -> int:
     options = _options()
-    os.nice(10)
+    os.nice(options.nice)
     rows = [row for row in ROWS if not options.only or row.key in options.only]
     commands = spread(nano.held_out(), options.limit)
     calibration_text = nano.calibration_text().encode()
@@ -328,6 +328,7 @@ def _options() -> argparse.Namespace:
     add("--only", nargs="*", choices=[row.key for row in ROWS], help="only these rows")
     add("--json", type=Path, default=ROOT / "docs" / "quality.json")
     add("--markdown", type=Path, default=ROOT / "docs" / "quality.md")
+    add("--nice", type=int, default=10, help="scheduling priority; 0 where nothing else runs")
     add("--dry-run", action="store_true", help="print the table, write nothing")
     return parser.parse_args()
 
