@@ -8,6 +8,7 @@ how to call `mtp_forward`). Long inputs are processed in chunks of `chunk` token
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -77,6 +78,7 @@ class GgmlBackend:
         except BaseException:
             self.device.close()
             raise
+        self._finalizer = weakref.finalize(self, _release, self._weights, self.device, source)
 
     # --- memory ---
 
@@ -250,11 +252,7 @@ class GgmlBackend:
     def close(self) -> None:
         """Free weights and scratch, close the source. Twice is harmless. Caches keep their own
         memory until they are closed or collected, but no longer compute."""
-        if self.device.closed:
-            return
-        self._weights.close()
-        self.device.close()
-        self._source.close()
+        self._finalizer()
 
     # --- checks ---
 
@@ -292,3 +290,9 @@ class GgmlBackend:
                 f"{where} gave NaN or Inf at position {first + int(np.argmin(finite))}",
                 "the weights, or the input, are damaged",
             )
+
+
+def _release(weights: ResidentWeights, device: Device, source: RawTensors) -> None:
+    weights.close()
+    device.close()
+    source.close()

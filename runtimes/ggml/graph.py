@@ -35,7 +35,7 @@ _NO_SCALING = (1.0, 0.0, 1.0, 0.0, 0.0)
 class Tensor:
     """A handle: pointer, type, ne and nb (strides in bytes) of one ggml tensor."""
 
-    __slots__ = ("nb", "ne", "pointer", "type")
+    __slots__ = ("_view", "nb", "ne", "pointer", "type")
 
     def __init__(self, pointer: int | None) -> None:
         if not pointer:
@@ -45,6 +45,7 @@ class Tensor:
         self.type: int = struct.type
         self.ne: Ne = tuple(struct.ne)
         self.nb: Ne = tuple(struct.nb)
+        self._view: NDArray[Any] | None = None
 
     def __repr__(self) -> str:
         return f"<Tensor type {self.type} ne {list(self.ne)}>"
@@ -52,18 +53,21 @@ class Tensor:
     def array(self) -> NDArray[Any]:
         """The tensor's memory as a NumPy view, outermost dimension first, ones dropped in front.
 
-        Valid while the buffer behind it lives; only for contiguous tensors of plain types.
+        Valid while the buffer behind it lives; only for contiguous tensors of plain types that
+        have been allocated.
         """
-        struct = ggml.TensorStruct.from_address(self.pointer)
-        dtype = _NUMPY[self.type]
-        _require(self.contiguous and bool(struct.data), f"{self} has no memory of its own")
-        shape = list(reversed(self.ne))
-        while len(shape) > 1 and shape[0] == 1:
-            shape.pop(0)
-        size = int(np.prod(shape)) * dtype.itemsize
-        memory = (ctypes.c_uint8 * size).from_address(struct.data)
-        view: NDArray[Any] = np.ctypeslib.as_array(memory).view(dtype)
-        return view.reshape(shape)
+        if self._view is None:
+            struct = ggml.TensorStruct.from_address(self.pointer)
+            dtype = _NUMPY[self.type]
+            _require(self.contiguous and bool(struct.data), f"{self} has no memory of its own")
+            shape = list(reversed(self.ne))
+            while len(shape) > 1 and shape[0] == 1:
+                shape.pop(0)
+            size = int(np.prod(shape)) * dtype.itemsize
+            memory = (ctypes.c_uint8 * size).from_address(struct.data)
+            view: NDArray[Any] = np.ctypeslib.as_array(memory).view(dtype)
+            self._view = view.reshape(shape)
+        return self._view
 
     @property
     def contiguous(self) -> bool:
