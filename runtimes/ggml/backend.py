@@ -70,7 +70,7 @@ class GgmlBackend:
         check_kv_type(self._kv_type, self.config)
         self._chunk = chunk
         self._source = source
-        self.device = Device(threads if threads is not None else os.cpu_count() or 1)
+        self.device = Device(threads if threads is not None else _usable_cores())
         try:
             self._experts = experts(self.device) if experts is not None else None
             streamed = self._experts.slots.layouts if self._experts is not None else ()
@@ -296,3 +296,10 @@ def _release(weights: ResidentWeights, device: Device, source: RawTensors) -> No
     weights.close()
     device.close()
     source.close()
+
+
+def _usable_cores() -> int:
+    """Cores this process may run on, which a container or taskset can make fewer than exist."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

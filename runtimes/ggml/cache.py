@@ -169,6 +169,9 @@ class Reusable(Protocol):
     @property
     def current(self) -> bool: ...
 
+    @property
+    def nbytes(self) -> int: ...
+
     def close(self) -> None: ...
 
 
@@ -300,6 +303,11 @@ class GgmlCache:
         return total
 
     # --- graphs built for this cache ---
+
+    def graph_bytes(self) -> int:
+        """Bytes of the graphs kept for reuse, inputs included; at most SMALL_GRAPHS graphs of few
+        tokens and LARGE_GRAPHS of many."""
+        return sum(graph.nbytes for graph in self._graphs.values())
 
     def graph(self, key: object) -> Reusable | None:
         """A graph kept under `key` that is still valid."""

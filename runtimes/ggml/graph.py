@@ -98,6 +98,7 @@ class Context:
         self.pointer: int = g.ggml_init(ggml.InitParams(size, None, True)) or 0
         if not self.pointer:
             raise BackendError(f"ggml could not make a context of {size} bytes: out of memory")
+        self.context_bytes = size
 
     def take(self) -> int:
         """The context pointer, after checking that one more tensor fits."""
@@ -133,6 +134,7 @@ class Inputs:
         self._context = Context(device, 32)
         self._buffer = 0
         self._tensors: list[Tensor] = []
+        self.nbytes = 0
 
     def new(self, ggml_type: int, *ne: int) -> Tensor:
         """A tensor that gets its memory at `allocate`."""
@@ -140,10 +142,9 @@ class Inputs:
         self._tensors.append(tensor)
         return tensor
 
-    def allocate(self) -> int:
-        """Place every tensor; returns the bytes taken."""
-        size = place(self._device, self._tensors, self._make)
-        return size
+    def allocate(self) -> None:
+        """Place every tensor."""
+        self.nbytes = place(self._device, self._tensors, self._make)
 
     def _make(self, size: int) -> tuple[int, int]:
         g = self._device.ggml

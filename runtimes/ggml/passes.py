@@ -190,6 +190,12 @@ class TrunkPass:
         """Whether the scratch addresses are still those of the device."""
         return self._epoch == self._device.epoch
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of inputs and descriptions; intermediate results lie in the shared scratch."""
+        total = self._inputs.nbytes + sum(s.graph.context_bytes for s in self._segments)
+        return total + (0 if self._slot_experts is None else self._slot_experts.nbytes)
+
     def compute(self) -> None:
         """Run with the inputs filled before."""
         for segment in self._segments:
@@ -266,6 +272,11 @@ class MtpPass:
     def current(self) -> bool:
         """Whether the scratch addresses are still those of the device."""
         return self._graph.epoch == self._device.epoch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of inputs and descriptions; intermediate results lie in the shared scratch."""
+        return self._inputs.nbytes + self._graph.context_bytes
 
     def compute(self) -> None:
         """Run with the inputs filled before."""

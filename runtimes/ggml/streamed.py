@@ -70,6 +70,10 @@ class _PairsGraph:
         y = blocks.expert_rows(g, w, g.reshape(x, x.ne[0], 1, count), self.slots)
         g.set_rows(carry.y, g.reshape(y, y.ne[0], count), self.rows)
 
+    @property
+    def nbytes(self) -> int:
+        return self._inputs.nbytes + self.graph.context_bytes
+
     def close(self) -> None:
         self.graph.close()
         self._inputs.close()
@@ -140,6 +144,11 @@ class SlotExperts:
         if key not in self._graphs:
             self._graphs[key] = _PairsGraph(self._device, self._carry, w, count)
         return self._graphs[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all graphs' inputs and descriptions."""
+        return sum(graph.nbytes for graph in self._graphs.values())
 
     def close(self) -> None:
         """Free all graphs."""
