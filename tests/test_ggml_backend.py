@@ -105,6 +105,7 @@ CONFIGS = {
     "one layer": tiny.tiny_config(
         num_hidden_layers=1, hybrid_layer_pattern=(1,), moe_layer_freq=(1,)
     ),
+    "tied embeddings": tiny.tiny_config(tie_word_embeddings=True),
     "window 1": tiny.tiny_config(sliding_window=1),
     "odd sizes": tiny.tiny_config(
         hidden_size=52, intermediate_size=70, head_dim=18, v_head_dim=10, moe_intermediate_size=18
