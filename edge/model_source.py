@@ -12,18 +12,21 @@ from mimo_edge.bundle import Bundle
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, BundleError, DeviceError, UsageError
+from mimo_edge.gguf_file import GgufFile
 from mimo_edge.manifest import MANIFEST_NAME
 from mimo_edge.runtimes.base import Backend, Weights
 from mimo_edge.speculative import MAX_DRAFT
 from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.units import format_bytes
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "ggml")
 BUILT_IN = "mimo-nano"
 # Python, NumPy and our own code, before any weight; a little above what is measured.
 _PROCESS_BYTES = 128 << 20
 # Below this width NumPy's threads cost more than they give; on a busy machine, far more.
 _THREADED_WIDTH = 1024
+# Graphs, intermediate results of one chunk and packing buffers of the ggml backend.
+_GGML_SCRATCH_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class _Source:
     weights: Weights
     tokenizer: Tokenizer | None
     template: str | None
+    gguf: GgufFile | None = None  # the packed file behind `weights`, if there is one
 
 
 def open_model(
@@ -58,30 +62,58 @@ def open_model(
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
     if threads is not None:
-        set_blas_threads(threads)
+        _check_threads(threads)
     source = _open_source(path)
     try:
         config = source.weights.config
-        if threads is None and config.hidden_size < _THREADED_WIDTH:
-            with suppress(BackendError):  # a speed-up only: nobody asked for it
-                set_blas_threads(1)
         if source.tokenizer is not None:
             source.tokenizer.padding_mask(
                 config.vocab_size
             )  # raises when they do not belong together
-        if ram is not None:
-            _check_ram(config, ram, context)
         template = ChatTemplate(source.template)
+        if backend == "ggml":
+            opened = _open_ggml(source, ram, context, threads)
+        else:
+            opened = _open_reference(source, ram, context, threads)
     except BaseException:
         source.weights.close()
         raise
-    from mimo_edge.runtimes.reference import ReferenceBackend
-
     eos = set(config.eos_token_ids)
     if source.tokenizer is not None:
         eos |= source.tokenizer.eos_ids
-    reference: Backend = ReferenceBackend(source.weights)
-    return Model(source.name, reference, source.tokenizer, template, frozenset(eos))
+    return Model(source.name, opened, source.tokenizer, template, frozenset(eos))
+
+
+def _open_reference(source: _Source, ram: int | None, context: int, threads: int | None) -> Backend:
+    from mimo_edge.runtimes.reference import ReferenceBackend
+
+    config = source.weights.config
+    if threads is not None:
+        set_blas_threads(threads)
+    elif config.hidden_size < _THREADED_WIDTH:
+        with suppress(BackendError):  # a speed-up only: nobody asked for it
+            set_blas_threads(1)
+    if ram is not None:
+        _check_ram(config, ram, context)
+    return ReferenceBackend(source.weights)
+
+
+def _open_ggml(source: _Source, ram: int | None, context: int, threads: int | None) -> Backend:
+    """The ggml backend with every weight resident. It takes over the file behind `source`."""
+    if source.gguf is None:
+        raise BackendError(
+            "the ggml backend runs bundles and GGUF files, not checkpoints",
+            "export it first (mimo-edge export), or use --backend reference",
+        )
+    config = source.weights.config
+    if ram is not None:
+        weights = sum(info.nbytes for info in source.gguf.tensors.values())
+        cache = kv_bytes(config, context) // 2  # rows are f16 there
+        _check_need("ggml", "packed", weights, cache, _GGML_SCRATCH_BYTES, ram, context)
+    from mimo_edge.runtimes.ggml.backend import GgmlBackend
+    from mimo_edge.runtimes.ggml.raw import GgufTensors
+
+    return GgmlBackend(GgufTensors(config, [source.gguf]), threads=threads)
 
 
 def _open_source(path: str | Path) -> _Source:
@@ -104,7 +136,7 @@ def _open_source(path: str | Path) -> _Source:
     bundle = Bundle.open(place)
     try:
         tokenizer = _bundle_tokenizer(bundle.tokenizer_path, bundle.metadata)
-        return _Source(bundle.name, bundle.weights(), tokenizer, bundle.chat_template)
+        return _Source(bundle.name, bundle.weights(), tokenizer, bundle.chat_template, bundle.gguf)
     except BaseException:
         bundle.close()
         raise
@@ -182,11 +214,18 @@ def kv_bytes(config: MimoConfig, context: int) -> int:
 
 def _check_ram(config: MimoConfig, ram: int, context: int) -> None:
     weights, cache = 4 * parameter_count(config), kv_bytes(config, context)
-    need = weights + cache + _PROCESS_BYTES
+    _check_need("reference", "as f32", weights, cache, 0, ram, context)
+
+
+def _check_need(
+    backend: str, form: str, weights: int, cache: int, scratch: int, ram: int, context: int
+) -> None:
+    """Raises DeviceError when a backend that keeps every weight in memory exceeds `ram`."""
+    need = weights + cache + scratch + _PROCESS_BYTES
     if need > ram:
         raise DeviceError(
-            f"the reference backend needs {format_bytes(need)} ({format_bytes(weights)} for the "
-            f"weights as f32, {format_bytes(cache)} for a context of {context}), "
+            f"the {backend} backend needs {format_bytes(need)} ({format_bytes(weights)} for the "
+            f"weights {form}, {format_bytes(cache)} for a context of {context}), "
             f"--ram allows {format_bytes(ram)}",
             f"it keeps every weight in memory: allow {format_bytes(need)}, or use a smaller model",
         )
@@ -197,8 +236,7 @@ def set_blas_threads(threads: int) -> None:
 
     Raises BackendError when NumPy's library cannot be told.
     """
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise UsageError(f"threads = {threads!r}", "use 1 or more")
+    _check_threads(threads)
     import ctypes
 
     import numpy as np
@@ -219,3 +257,8 @@ def set_blas_threads(threads: int) -> None:
     raise BackendError(
         "this NumPy does not let its threads be set", "set OMP_NUM_THREADS before starting instead"
     )
+
+
+def _check_threads(threads: int) -> None:
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise UsageError(f"threads = {threads!r}", "use 1 or more")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tokenizers_made as made
+from checkpoint_factory import write_checkpoint
 from fake_backend import FakeBackend
 
 from mimo_edge.answer_reader import AnswerReader
@@ -24,6 +26,7 @@ from mimo_edge.errors import (
     TokenizerError,
     UsageError,
 )
+from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.model_source import Model, kv_bytes, parameter_count
 from mimo_edge.runtimes.reference import ReferenceBackend, full_logits
 from mimo_edge.tokenizer import Tokenizer
@@ -358,8 +361,8 @@ def test_opening_what_is_not_there(tmp_path: Path) -> None:
         Runtime.open(tmp_path / "absent")
     with pytest.raises(UsageError, match="neither"):
         Runtime.open(tmp_path)
-    with pytest.raises(BackendError, match="'ggml'"):
-        Runtime.open(tmp_path, backend="ggml")
+    with pytest.raises(BackendError, match="'onnx'"):
+        Runtime.open(tmp_path, backend="onnx")
     with pytest.raises(UsageError, match="profile"):
         Runtime.open(tmp_path, profile="car")
     with pytest.raises(UsageError, match="no size"):
@@ -379,6 +382,22 @@ def test_the_built_in_model_opens_and_respects_ram() -> None:
         assert rt.context == 4096
         reply = rt.session(enable_thinking=False).generate("hello", max_tokens=4)
         assert 1 <= len(reply.token_ids) <= 4
+
+
+def test_ggml_and_reference_agree_on_a_bundle(tmp_path: Path) -> None:
+    folder, _ = write_checkpoint(tmp_path / "source", "flash", tokenizer=True)
+    export_bundle(folder, tmp_path / "bundle", recipe="f32").close()
+    prompt = [5, 17, 3, 40, 2, 9] * 6
+    answers = set()
+    for backend, draft in itertools.product(("reference", "ggml"), (0, 3)):
+        with Runtime.open(tmp_path / "bundle", backend=backend, threads=1, draft=draft) as rt:
+            assert rt.stats()["backend"] == backend
+            answers.add(rt.session().generate(prompt, max_tokens=24).token_ids)
+    assert len(answers) == 1
+    with pytest.raises(DeviceError, match="ggml backend needs"):
+        Runtime.open(tmp_path / "bundle", backend="ggml", ram="50MiB")
+    with pytest.raises(BackendError, match="not checkpoints"):
+        Runtime.open(folder, backend="ggml")
 
 
 def test_needs_are_counted_from_the_tensors_and_caches_themselves() -> None:

@@ -55,7 +55,7 @@ def run(
     context: Annotated[int | None, typer.Option(help="Most tokens of the conversation.")] = None,
     ram: Annotated[str | None, typer.Option(help='Bound on memory, as "900MiB".')] = None,
     profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
-    backend: Annotated[str, typer.Option(help="auto or reference.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference or ggml.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of the computation.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show details.")] = False,
