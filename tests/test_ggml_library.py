@@ -182,7 +182,7 @@ def test_dequantise_validates_before_it_calls() -> None:
     base = library.load()
     x, raw = arrays()
     base.quantize(2, x, raw)
-    values = np.empty_like(x)
+    values = np.zeros_like(x)
     readonly = values.copy()
     readonly.flags.writeable = False
     bad: list[tuple[Any, ...]] = [
