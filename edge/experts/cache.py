@@ -279,7 +279,7 @@ class ExpertCache:
             while here or coming or len(missing):
                 with self._change:
                     while len(missing) and len(coming) < 2:
-                        room = self._room(row)
+                        room = self._room(row, cancel)
                         step = min(group, len(missing), room)
                         if not step and (here or coming):
                             break
@@ -413,21 +413,27 @@ class ExpertCache:
     def _plain_ticket(self, row: int, ids: Ids, cancel: threading.Event | None) -> Ticket:
         return self._ticket(row, ids, np.arange(len(ids)), cancel)
 
-    def _room(self, row: int) -> int:
+    def _room(self, row: int, cancel: threading.Event | None) -> int:
         """Slots that can be claimed for a layer; other layers' read-ahead gives way."""
         self._check_open()
-        return self._make_room(row, 1)
+        return self._make_room(row, 1, cancel)
 
-    def _make_room(self, row: int, wanted: int) -> int:
+    def _make_room(self, row: int, wanted: int, cancel: threading.Event | None) -> int:
         """Try to make `wanted` slots claimable; returns how many are."""
         r = self._residency
         if wanted > r.available():
             self._drop_ahead(row)
         # Reads that a cancelled or failed pass left running keep their slots until they end.
         while wanted > r.available() and any(not r.held_by_anyone(*key) for key in self._reads):
-            self._change.wait()
+            self._sleep(cancel)
             self._check_open()
         return r.available()
+
+    def _sleep(self, cancel: threading.Event | None) -> None:
+        """Wait for a change. Raises Cancelled."""
+        if cancel is not None and cancel.is_set():
+            raise Cancelled("cancelled while waiting for experts")
+        self._change.wait(None if cancel is None else _CANCEL_POLL_S)
 
     def _ticket(
         self, row: int, ids: Ids, inverse: NDArray[np.int64], cancel: threading.Event | None
@@ -442,7 +448,7 @@ class ExpertCache:
         if missing.any():
             wanted = ids[missing]
             try:
-                self._make_room(row, len(wanted))
+                self._make_room(row, len(wanted), cancel)
                 slots[missing] = r.claim(row, wanted)
             except BaseException:
                 r.unhold(row, present)
@@ -511,9 +517,7 @@ class ExpertCache:
                         return arrived
                     if self._closed:
                         raise UsageError("the expert cache was closed")
-                    if ticket._cancel is not None and ticket._cancel.is_set():
-                        raise Cancelled("cancelled while waiting for experts")
-                    self._change.wait(None if ticket._cancel is None else _CANCEL_POLL_S)
+                    self._sleep(ticket._cancel)
             finally:
                 self._wait_s[ticket.row] += time.perf_counter() - start
 

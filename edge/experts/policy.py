@@ -65,6 +65,7 @@ def worst(badness: F64, count: int, evictable: Mask) -> Ids:
 MEMORY_PASSES = (1.0, 4.0, 24.0, 256.0)
 # The heat of the bundle counts like this many passes already seen.
 HEAT_PASSES = 64.0
+DISTANCE_WEIGHT = 3.0
 # A pass of more tokens is a prefill: it tells how often experts are used, not what comes next.
 MOST_ROWS_OF_A_STEP = 16
 _PRIOR_WEIGHTS = (0.1, 0.1, 0.3, 0.5)
@@ -77,13 +78,16 @@ class FrequencyPolicy:
 
     For an expert used with probability p in a pass of its layer, the next use is expected after
     (1/p - 1) further passes plus the part of a cycle until its layer runs again, which is longest
-    for the layers just executed. p is a weighted sum of decayed frequencies with short and long
+    for the layers just executed. (That part counts DISTANCE_WEIGHT times: p is only estimated,
+    the distance is known.) p is a weighted sum of decayed frequencies with short and long
     memory: the routes of a layer repeat from token to token, and favourites last; how much of
     each is fitted, by least squares, to what the routes of this run turn out to be. The longest
     memory starts from the bundle's heat.
 
-    Each layer keeps at least `floor` experts (its top-k) as long as another layer has more, so
-    that no layer starves because its own use is spread evenly.
+    Each layer keeps at least `floor` experts as long as another layer has more, so that none
+    starves because its use is spread evenly. A quarter of the top-k is enough; a floor of the
+    whole top-k is an equal share when slots are few, which costs a third of the hits where
+    layers differ (tools/simulate_policies.py).
     """
 
     def __init__(
@@ -99,7 +103,7 @@ class FrequencyPolicy:
         if rows < 1 or not 1 <= chosen <= experts:
             raise UsageError(f"a policy for {rows} layers, {chosen} of {experts} experts")
         self._rows, self._experts = rows, experts
-        self.floor = chosen if floor is None else floor
+        self.floor = max(1, chosen // 4) if floor is None else floor
         self._use = np.full((rows, experts, len(MEMORY_PASSES)), chosen / experts)
         self._seen = np.zeros(rows)  # passes the longest memory stands on
         for row, share in (heat or {}).items():
@@ -118,8 +122,8 @@ class FrequencyPolicy:
         self._untold = 0
         self._passes = np.empty((rows, experts))  # 1/p: expected passes until the next use
         self._refresh(slice(None))
-        distance = np.arange(1, rows + 1) / rows
-        # until[row][r]: the part of a cycle from layer `row` to the next run of layer r
+        distance = DISTANCE_WEIGHT * np.arange(1, rows + 1) / rows
+        # until[row][r]: the (weighted) part of a cycle from layer `row` to layer r's next run
         self._until = np.stack([np.roll(distance, row + 1) for row in range(rows)])
 
     def touch(self, row: int, ids: Ids, counts: Ids, tokens: int) -> None:

@@ -117,6 +117,9 @@ class ExpertReader:
         direct: bool = True,
     ) -> None:
         """Raises BundleError when a file cannot be opened, DeviceError without memory."""
+        self._pid = os.getpid()
+        self._lanes: list[threading.Thread] = []
+        self._stack = ExitStack()  # runs backwards: bounce buffers, then files
         if not 1 <= lanes <= 64:
             raise UsageError(f"{lanes} reader lanes", "use 1 to 64")
         if paranoid and any(layer.crc32 is None for layer in table.layers):
@@ -124,9 +127,6 @@ class ExpertReader:
                 "paranoid reading needs checksums, and this model has none",
                 "export it with mimo-edge export",
             )
-        self._pid = os.getpid()
-        self._lanes: list[threading.Thread] = []
-        self._stack = ExitStack()  # runs backwards: bounce buffers, then files
         try:
             files: dict[Path, int] = {}
             opened: list[FlashFile] = []
