@@ -17,8 +17,9 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from mimo_edge.export.fp8 import encode
 from numpy.typing import NDArray
+
+from mimo_edge.export.fp8 import encode
 
 U8 = NDArray[np.uint8]
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
@@ -30,7 +31,10 @@ POOL_CODES = (64 << 20) + 12_289  # a length without small factors: repeats neve
 def linear(name: str, rows: int, cols: int) -> list[Entry]:
     """An FP8 matrix and its block scales."""
     scales = (-(-rows // 128), -(-cols // 128))
-    return [(f"{name}.weight", "F8_E4M3", (rows, cols)), (f"{name}.weight_scale_inv", "F32", scales)]
+    return [
+        (f"{name}.weight", "F8_E4M3", (rows, cols)),
+        (f"{name}.weight_scale_inv", "F32", scales),
+    ]
 
 
 def layer_entries(config: dict[str, object], index: int, experts: int) -> list[Entry]:

@@ -127,6 +127,7 @@ def main() -> int:
         "commands_sha256": _hash(json.dumps(commands, sort_keys=True).encode()),
         "calibration_sha256": _hash(calibration_text),
         "draft": DRAFT,
+        "backend": options.backend,
     }
     results = _finished(options.json, facts)
     source = Remembered(options.checkpoint)
@@ -147,7 +148,9 @@ def main() -> int:
                 measured.save(work / "calibration")
                 calibration = work / "calibration" / IMATRIX_NAME
                 _say(f"calibrated on {measured.tokens} tokens, unseen: {measured.unseen}")
-            row_result = _measure(row, source, options.checkpoint, work, calibration, commands)
+            row_result = _measure(
+                row, source, options.checkpoint, work, calibration, commands, options.backend
+            )
             if _folder_hash(options.checkpoint) != facts["checkpoint_sha256"]:
                 raise UsageError(f"{options.checkpoint} changed while it was measured")
             results[row.key] = row_result
@@ -171,6 +174,7 @@ def _measure(
     work: Path,
     calibration: Path | None,
     commands: list[dict[str, Any]],
+    backend: str,
 ) -> dict[str, Any]:
     began = time.perf_counter()
     model = checkpoint
@@ -185,7 +189,9 @@ def _measure(
         )
         size = sum(p.stat().st_size for p in bundle.gguf.files)
         bundle.close()
-    candidate = open_model(model, "reference", None, CONTEXT, None)
+    # A checkpoint has no packed weights: only the reference backend runs it.
+    runs_on = "reference" if row.recipe is None else backend
+    candidate = open_model(model, runs_on, None, CONTEXT, None)
     try:
         tokenizer = source.model.tokenizer
         assert tokenizer is not None
@@ -235,7 +241,8 @@ def _table(results: dict[str, Any], facts: dict[str, Any]) -> str:
     lines = [
         BEGIN,
         f"mimo-nano {facts['checkpoint_sha256'][:12]}, {facts['commands']} held-out commands, "
-        f"greedy, {facts['draft']} drafts, reference backend.",
+        f"greedy, {facts['draft']} drafts. "
+        f"Source on the reference backend, bundles on {facts['backend']}.",
         "",
         "| weights | MB | perplexity | mean KL | 99 % KL | same top-1 | exact match "
         "| against source | tokens per verify |",
@@ -326,6 +333,7 @@ def _options() -> argparse.Namespace:
     add("--checkpoint", type=Path, default=nano.checkpoint_dir(), help="default: mimo-nano")
     add("--limit", type=int, help="evaluate only N of the commands")
     add("--only", nargs="*", choices=[row.key for row in ROWS], help="only these rows")
+    add("--backend", choices=("ggml", "reference"), default="ggml", help="what runs the bundles")
     add("--json", type=Path, default=ROOT / "docs" / "quality.json")
     add("--markdown", type=Path, default=ROOT / "docs" / "quality.md")
     add("--nice", type=int, default=10, help="scheduling priority; 0 where nothing else runs")
