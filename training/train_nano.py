@@ -38,8 +38,18 @@ from training import data, evaluate, export, make_tokenizer, optim, quantise
 from training.model import MoE, Nano, NanoConfig
 
 DRILLS_TO, MTP_AT, QUANT_AT = 0.6, 0.75, 0.9
+"""Shares of a schedule: copying drills end (first schedule only), MTP and quantisation start."""
 SHAPES = ((6, 1024), (14, 384), (6, 1024))
 """Batch shapes in turn: long conversations, and short ones where the first answers weigh more."""
+
+
+def place(minutes: list[float], spent: float) -> tuple[int, float]:
+    """Which schedule we are in after `spent` seconds, and how far: progress 1 after the last."""
+    for i, length in enumerate(minutes):
+        if spent < 60 * length:
+            return i, spent / (60 * length)
+        spent -= 60 * length
+    return len(minutes), 1.0
 
 
 def schedule(progress: float, step: int) -> float:
@@ -229,7 +239,13 @@ def main() -> None:
     ap = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ap.add_argument("--minutes", type=float, default=90)
+    ap.add_argument(
+        "--minutes",
+        type=float,
+        nargs="+",
+        default=[90],
+        help="length of the schedule; several numbers run several schedules one after the other",
+    )
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument(
         "--checkpoint", type=Path, help="also export a checkpoint here at every evaluation"
@@ -262,7 +278,8 @@ def main() -> None:
         opt.state = saved["opt"]
         step, spent, tokens = saved["step"], saved["spent"], saved["tokens"]
         print(f"resumed at step {step}, {spent / 60:.1f} min", flush=True)
-    if spent >= 60 * a.minutes * MTP_AT and len(model.mtp) == 1:
+    cycle, progress = place(a.minutes, spent)
+    if (cycle or progress >= MTP_AT) and len(model.mtp) == 1:
         model.copy_mtp()
         for key in [k for k in opt.state if k.startswith("mtp.0.")]:
             for k in (1, 2):
@@ -306,7 +323,7 @@ def main() -> None:
 
     def check(final: bool) -> None:
         """Evaluate (as stored, too, once quantisation matters), save, export."""
-        modes = (False, True) if final or spent / 60 / a.minutes >= QUANT_AT else (False,)
+        modes = (False, True) if final or place(a.minutes, spent)[1] >= QUANT_AT else (False,)
         for stored in modes:
             if stored:
                 with quantise.Stored(model):
@@ -352,10 +369,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     while True:
         spent = time.monotonic() - start
-        progress = spent / (60 * a.minutes)
-        if progress >= 1:
+        cycle, progress = place(a.minutes, spent)
+        if cycle == len(a.minutes):
             break
-        if progress >= MTP_AT and len(model.mtp) == 1:
+        if (cycle or progress >= MTP_AT) and len(model.mtp) == 1:
             check(final=False)
             team.close()
             os.execv(
@@ -364,8 +381,8 @@ def main() -> None:
         lr = schedule(progress, step)
         b, t = SHAPES[step % len(SHAPES)]
         quant = 0 if progress < QUANT_AT else 1 + step % 2
-        drills = 1 if t == 1024 and progress < DRILLS_TO else 0  # for each worker
-        parts, worst = team.step(b, t, quant, drills, len(model.mtp) > 1, lr)
+        drills = 1 if t == 1024 and not cycle and progress < DRILLS_TO else 0  # for each worker
+        parts, worst = team.step(b, t, quant, drills, progress >= MTP_AT, lr)
         tokens += b * t
         row = [f"{x:.4f}" for x in parts] + [""] * (4 - len(parts))
         log.writerow([step, f"{spent / 60:.3f}", tokens, f"{lr:.4f}", quant, *row, f"{worst:.2f}"])
