@@ -279,7 +279,7 @@ class ExpertCache:
             while here or coming or len(missing):
                 with self._change:
                     while len(missing) and len(coming) < 2:
-                        room = self._room(row, cancel)
+                        room = self._make_room(1, cancel)
                         step = min(group, len(missing), room)
                         if not step and (here or coming):
                             break
@@ -367,7 +367,7 @@ class ExpertCache:
             if not self._change.wait_for(lambda: not self._tickets or self._closed, timeout_s):
                 return 0
             self._check_open()
-            self._drop_ahead(None)
+            self._drop_ahead()
             r = self._residency
             least = self.table.chosen + int(np.count_nonzero(r.pinned))
             count = min(count, r.limit - least)
@@ -413,16 +413,13 @@ class ExpertCache:
     def _plain_ticket(self, row: int, ids: Ids, cancel: threading.Event | None) -> Ticket:
         return self._ticket(row, ids, np.arange(len(ids)), cancel)
 
-    def _room(self, row: int, cancel: threading.Event | None) -> int:
-        """Slots that can be claimed for a layer; other layers' read-ahead gives way."""
+    def _make_room(self, wanted: int, cancel: threading.Event | None) -> int:
+        """Try to make `wanted` slots claimable; returns how many are. What was read ahead, and is
+        not held by a ticket, gives way."""
         self._check_open()
-        return self._make_room(row, 1, cancel)
-
-    def _make_room(self, row: int, wanted: int, cancel: threading.Event | None) -> int:
-        """Try to make `wanted` slots claimable; returns how many are."""
         r = self._residency
         if wanted > r.available():
-            self._drop_ahead(row)
+            self._drop_ahead()
         # Reads that a cancelled or failed pass left running keep their slots until they end.
         while wanted > r.available() and any(not r.held_by_anyone(*key) for key in self._reads):
             self._sleep(cancel)
@@ -448,7 +445,7 @@ class ExpertCache:
         if missing.any():
             wanted = ids[missing]
             try:
-                self._make_room(row, len(wanted), cancel)
+                self._make_room(len(wanted), cancel)
                 slots[missing] = r.claim(row, wanted)
             except BaseException:
                 r.unhold(row, present)
@@ -551,9 +548,9 @@ class ExpertCache:
         for expert in self._ahead.pop(row, ()):
             self._residency.unhold(row, np.array([expert]))
 
-    def _drop_ahead(self, keep: int | None) -> None:
-        """Slots are short: stop protecting, and reading, what was read ahead for other layers."""
-        for row in [row for row in self._ahead if row != keep]:
+    def _drop_ahead(self) -> None:
+        """Slots are short: stop protecting, and reading, what was read ahead."""
+        for row in list(self._ahead):
             experts = self._ahead[row]
             self._let_go_ahead(row)
             for expert in experts:
