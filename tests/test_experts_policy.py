@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -325,3 +327,31 @@ def test_writer_refuses_what_does_not_belong(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "t").routes == ()
     with pytest.raises(BundleError):
         TraceWriter(tmp_path / "none" / "t", HEADER)
+
+
+def test_the_table_generator(tmp_path: Path) -> None:
+    path = tmp_path / "t.routes"
+    trace = synthetic_trace(4, 16, 2, 30, skew=1.0)
+    write_trace(path, trace.header, trace.routes)
+    tool = Path(__file__).resolve().parent.parent / "tools" / "simulate_policies.py"
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(tool), *args], capture_output=True, text=True, check=False
+        )
+
+    result = run(str(path), "--shares", "0.25,0.5", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)["t.routes"]
+    assert [(r["policy"], r["slots"]) for r in found] == [
+        (policy, slots) for slots in (16, 32) for policy in POLICIES
+    ]
+    for entry in found:
+        replayed = replay(trace, entry["slots"], entry["policy"], skip=40)
+        assert entry["hits"] == replayed.hits
+    assert "| 16 | 0.250 |" in run(str(path), "--shares", "0.25").stdout
+    path.write_bytes(path.read_bytes()[:-1])
+    failed = run(str(path))
+    assert failed.returncode == 1
+    assert "truncated" in failed.stderr
+    assert run().returncode == 2
