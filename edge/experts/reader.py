@@ -320,28 +320,25 @@ class _Lane:
             parts.append(follower)
 
     def _read(self, parts: list[_Part]) -> None:
-        shared, first = self._shared, parts[0]
-        file = shared.files[first.file]
-        start, nbytes = time.perf_counter(), 0
-        error: MimoEdgeError | None = None
-        try:
-            nbytes = self._fetch(file, parts)
-        except MimoEdgeError as failure:
-            error = failure
-        except BaseException as failure:  # a lane must never die and leave others waiting
-            _log.exception("reading experts failed")
-            error = BackendError(f"reading {file.path} failed: {failure!r}")
-        share = nbytes // len(parts)
+        shared = self._shared
+        start = time.perf_counter()
+        nbytes, error = self._attempt(parts)
+        outcomes = [(part, nbytes // len(parts), error) for part in parts]
+        reads = 1
+        if error is not None and len(parts) > 1:
+            # A bad block fails the expert it belongs to, not the neighbours read along with it.
+            outcomes = [(part, *self._attempt([part])) for part in parts]
+            reads += len(parts)
         finished = []
         with shared.wake:
-            shared.stats.reads += 1
-            shared.stats.nbytes += nbytes
-            for part in parts:
+            shared.stats.reads += reads
+            for part, share, failure in outcomes:
                 part.target.release()
                 read = part.read
                 read.nbytes += share
-                if error is not None and read.error is None:
-                    read.error = _located(error, shared.table, read, part)
+                shared.stats.nbytes += share
+                if failure is not None and read.error is None:
+                    read.error = _located(failure, shared.table, read, part)
                 read._parts_left -= 1
                 if not read._parts_left:
                     finished.append(read)
@@ -349,6 +346,17 @@ class _Lane:
             self._finish(read)
         with shared.wake:
             shared.stats.busy_s += time.perf_counter() - start
+
+    def _attempt(self, parts: list[_Part]) -> tuple[int, MimoEdgeError | None]:
+        """Read neighbours in one go: the bytes read, and what went wrong."""
+        file = self._shared.files[parts[0].file]
+        try:
+            return self._fetch(file, parts), None
+        except MimoEdgeError as failure:
+            return 0, failure
+        except BaseException as failure:  # a lane must never die and leave others waiting
+            _log.exception("reading experts failed")
+            return 0, BackendError(f"reading {file.path} failed: {failure!r}")
 
     def _fetch(self, file: FlashFile, parts: list[_Part]) -> int:
         try:
