@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -539,7 +539,10 @@ class LoopingExperts:
         self.asked: list[tuple[int, list[int], list[int]]] = []
         self.fail = False
 
-    def groups(self, layer: int, experts: Ids, counts: Ids) -> Iterator[ExpertGroup]:
+    def close(self) -> None:
+        self.slots.close()
+
+    def groups(self, layer: int, experts: Ids, counts: Ids) -> Generator[ExpertGroup, None, None]:
         self.asked.append((layer, experts.tolist(), counts.tolist()))
         order = self._rng.permutation(experts)
         for start in range(0, len(order), self.slots.count):
@@ -625,7 +628,9 @@ def test_a_broken_expert_source_is_noticed(fault: str) -> None:
     made: list[LoopingExperts] = []
 
     class Broken(LoopingExperts):
-        def groups(self, layer: int, experts: Ids, counts: Ids) -> Iterator[ExpertGroup]:
+        def groups(
+            self, layer: int, experts: Ids, counts: Ids
+        ) -> Generator[ExpertGroup, None, None]:
             if fault == "left out":
                 yield ExpertGroup(experts[1:], np.arange(len(experts) - 1))
             else:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -250,7 +250,7 @@ class ExpertCache:
         *,
         phase: Phase = Phase.PREFILL,
         cancel: threading.Event | None = None,
-    ) -> Iterator[ExpertGroup]:
+    ) -> Generator[ExpertGroup, None, None]:
         """All experts `ids` of a layer, at most `group` at a time, each once.
 
         A group's slots are good until the next one is asked for. Resident experts come first,

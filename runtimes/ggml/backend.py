@@ -40,7 +40,7 @@ class GgmlBackend:
     closes it.
 
     `experts` makes the source of streamed experts for the device it is given: the layers of its
-    slots are streamed, all others resident. The caller closes it, after the backend.
+    slots are streamed, all others resident. The backend owns it and closes it.
 
     `kv_type` is the format of global layers' rows ("f16", "f32", "q8_0"); rings are f16, or f32
     with "f32". `repack=False` keeps weights in file order: slower prefill, same results within
@@ -71,14 +71,20 @@ class GgmlBackend:
         self._chunk = chunk
         self._source = source
         self.device = Device(threads if threads is not None else _usable_cores())
+        self._experts: ExpertSource | None = None
         try:
-            self._experts = experts(self.device) if experts is not None else None
+            if experts is not None:
+                self._experts = experts(self.device)
             streamed = self._experts.slots.layouts if self._experts is not None else ()
             self._weights = ResidentWeights(self.device, source, repack=repack, streamed=streamed)
         except BaseException:
+            if self._experts is not None:
+                self._experts.close()
             self.device.close()
             raise
-        self._finalizer = weakref.finalize(self, _release, self._weights, self.device, source)
+        self._finalizer = weakref.finalize(
+            self, _release, self._weights, self._experts, self.device, source
+        )
 
     # --- memory ---
 
@@ -292,8 +298,12 @@ class GgmlBackend:
             )
 
 
-def _release(weights: ResidentWeights, device: Device, source: RawTensors) -> None:
+def _release(
+    weights: ResidentWeights, experts: ExpertSource | None, device: Device, source: RawTensors
+) -> None:
     weights.close()
+    if experts is not None:
+        experts.close()
     device.close()
     source.close()
 

@@ -7,6 +7,7 @@ from f32 weights; `GgufTensors` reads open GGUF files without copying.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -23,6 +24,9 @@ from mimo_edge.runtimes.ggml.library import TYPES
 from mimo_edge.runtimes.weights import DictWeights
 
 U8 = NDArray[np.uint8]
+
+# Pages of gathered embedding rows that a bounded model keeps.
+GATHERED_BYTES = 8 << 20
 
 
 class RawTensor(NamedTuple):
@@ -58,6 +62,10 @@ class RawTensors(Protocol):
 
     def embedding(self, token_ids: TokenIds) -> F32:
         """Rows of token_embd for token_ids [T] -> f32 [T, M], without loading the table."""
+        ...
+
+    def release_pages(self) -> None:
+        """Give back memory that only caches what a file holds."""
         ...
 
     def close(self) -> None:
@@ -141,6 +149,9 @@ class PackedTensors:
     def embedding(self, token_ids: TokenIds) -> F32:
         return _embedding(self.tensor("token_embd.weight"), token_ids)
 
+    def release_pages(self) -> None:
+        """Nothing here is a file."""
+
     def close(self) -> None:
         self._tensors.clear()
 
@@ -148,10 +159,15 @@ class PackedTensors:
 class GgufTensors:
     """A `RawTensors` over open GGUF files (the model, and side files after it)."""
 
-    def __init__(self, config: MimoConfig, files: Sequence[GgufFile]) -> None:
+    def __init__(
+        self, config: MimoConfig, files: Sequence[GgufFile], *, bounded: bool = False
+    ) -> None:
+        """`bounded`: keep no more than a few MiB of the files' pages in memory."""
         self._config = config
         self._files = list(files)
         self._table: RawTensor | None = None
+        self._bounded = bounded
+        self._gathered_bytes = 0
 
     @property
     def config(self) -> MimoConfig:
@@ -172,7 +188,20 @@ class GgufTensors:
     def embedding(self, token_ids: TokenIds) -> F32:
         if self._table is None:
             self._table = self.tensor("token_embd.weight")
-        return _embedding(self._table, token_ids)
+        rows = _embedding(self._table, token_ids)
+        if self._bounded:
+            # A row touches whole pages, one more than it is long when it begins inside one.
+            touched = self._table.data.shape[1] // mmap.PAGESIZE + 2
+            self._gathered_bytes += len(rows) * touched * mmap.PAGESIZE
+            if self._gathered_bytes > GATHERED_BYTES:
+                self.release_pages()
+        return rows
+
+    def release_pages(self) -> None:
+        if self._bounded:
+            self._gathered_bytes = 0
+            for file in self._files:
+                file.release_pages()
 
     def close(self) -> None:
         for file in self._files:

@@ -263,5 +263,7 @@ class ResidentWeights:
                         f"{data.size} bytes for a tensor of {int(g.ggml_nbytes(pointer))}"
                     )
                 g.ggml_backend_tensor_set(pointer, data.ctypes.data, 0, data.size)
+                del data
+                self._source.release_pages()
             self.nbytes[kind.name] = self.nbytes.get(kind.name, 0) + size
         self._pending.clear()

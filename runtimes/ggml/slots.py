@@ -9,7 +9,7 @@ group it yields, so that what is resident is computed while the rest is read.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -68,18 +68,36 @@ class ExpertGroup(NamedTuple):
     slots: Ids
 
 
+class SlotTensors(Protocol):
+    """`count` slots as tensors; `layouts` has the streamed layers as keys."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def layouts(self) -> Collection[int]: ...
+
+    def tensors(self, layer: int) -> SwiGlu:
+        """gate, up {M, F, count} and down {F, M, count} of a layer's format, over all slots."""
+        ...
+
+
 class ExpertSource(Protocol):
     """Decides which expert is in which slot, and reads the ones that are missing."""
 
     @property
-    def slots(self) -> ExpertSlots: ...
+    def slots(self) -> SlotTensors: ...
 
-    def groups(self, layer: int, experts: Ids, counts: Ids) -> Iterator[ExpertGroup]:
+    def groups(self, layer: int, experts: Ids, counts: Ids) -> Generator[ExpertGroup, None, None]:
         """Yield groups that cover `experts` (ascending, each once; `counts` rows chose them).
 
         A group's slots hold their experts from the moment it is yielded until the next is asked
-        for. A read error is raised here and ends the pass.
+        for. A read error is raised here and ends the pass. Closed when a pass ends early.
         """
+        ...
+
+    def close(self) -> None:
+        """Stop reading and free the slots. Twice is harmless."""
         ...
 
 

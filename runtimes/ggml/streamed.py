@@ -9,6 +9,8 @@ result, and the same code serves decode, verify and prefill.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -109,18 +111,20 @@ class SlotExperts:
         experts, counts = np.unique(chosen, return_counts=True)
         left = chosen.size
         slot_of = np.full(total, -1, np.int64)
-        for group in self._source.groups(layer, experts.astype(np.int64), counts):
-            if group.slots.min() < 0 or group.slots.max() >= self._source.slots.count:
-                raise BackendError(f"slots {group.slots} of {self._source.slots.count}")
-            slot_of[group.experts] = group.slots
-            slots = slot_of[chosen]
-            slot_of[group.experts] = -1
-            pairs = np.flatnonzero(slots >= 0)
-            pairs = pairs[np.argsort(slots[pairs], kind="stable")]
-            for start in range(0, len(pairs), MAX_PAIRS):
-                part = pairs[start : start + MAX_PAIRS]
-                self._compute(layer, part, slots[part], ids.shape[1])
-            left -= len(pairs)
+        # Closed whatever happens: a pass that fails in between must not keep slots reserved.
+        with closing(self._source.groups(layer, experts.astype(np.int64), counts)) as groups:
+            for group in groups:
+                if group.slots.min() < 0 or group.slots.max() >= self._source.slots.count:
+                    raise BackendError(f"slots {group.slots} of {self._source.slots.count}")
+                slot_of[group.experts] = group.slots
+                slots = slot_of[chosen]
+                slot_of[group.experts] = -1
+                pairs = np.flatnonzero(slots >= 0)
+                pairs = pairs[np.argsort(slots[pairs], kind="stable")]
+                for start in range(0, len(pairs), MAX_PAIRS):
+                    part = pairs[start : start + MAX_PAIRS]
+                    self._compute(layer, part, slots[part], ids.shape[1])
+                left -= len(pairs)
         if left:
             raise BackendError(f"{left} pairs of layer {layer} were given no slot")
 

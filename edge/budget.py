@@ -1,0 +1,318 @@
+"""The memory budget: every large allocation of a ggml model, in bytes, before it is loaded.
+
+`plan` adds up what must be there whatever happens (the process, weights, KV cache, graphs) and
+gives what is left to the slots of routed experts. When even one token's experts do not fit, it
+refuses with the whole table. The bound is on the process: a memory cgroup of that size never
+kills it. One conversation is planned for; every further one needs its KV cache and graphs again.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimo_edge.config import MimoConfig
+from mimo_edge.errors import DeviceError
+from mimo_edge.experts.reader import COALESCE_BYTES, DEFAULT_LANES
+from mimo_edge.experts.slots import round_up
+from mimo_edge.gguf_file import TensorInfo
+from mimo_edge.speculative import MAX_DRAFT
+from mimo_edge.units import format_bytes
+
+PAGE = mmap.PAGESIZE
+# Python, NumPy and our own code with a small tokenizer: the least that is planned for.
+PROCESS_BYTES = 96 << 20
+# What the backend's libraries, the graphs' Python side and short-lived arrays add to that.
+LIBRARY_BYTES = 48 << 20
+# Pages of the model file that are in memory at a time: header, embedding rows.
+FILE_PAGES_BYTES = 16 << 20
+CHUNKS = (512, 256, 128, 64, 32, 16)
+DEFAULT_CHUNK = 512
+# Graphs a cache keeps (runtimes/ggml/cache.py), and one more while a new one replaces an old.
+_SMALL_GRAPHS, _LARGE_GRAPHS, _SMALL_TOKENS = 17, 3, 16
+# Pairs of token and expert that one graph computes (runtimes/ggml/streamed.py).
+_MAX_PAIRS, _PAIR_STEP = 1024, 16
+# A tensor's description with its place in the graph, and how many an MoE or dense block has.
+_NODE_BYTES, _BLOCK_NODES = 512, 64
+_DIRECT_UNIT = 4096
+# The largest alignment for which FlashFile grows a bounce buffer, at both ends.
+_BOUNCE_SPARE = 2 * 65536
+_PARTS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry of the table."""
+
+    name: str
+    nbytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model takes. `streamed`: routed experts come from flash into `slots` of
+    `slot_bytes` each; otherwise all weights are resident. `chunk` is the prefill chunk, `ram`
+    the bound (None: none was asked for)."""
+
+    lines: tuple[Line, ...]
+    ram: int | None
+    context: int
+    chunk: int
+    streamed: bool
+    slots: int = 0
+    slot_bytes: int = 0
+    experts: int = 0  # routed experts of all layers
+
+    @property
+    def nbytes(self) -> int:
+        """Sum of the lines."""
+        return sum(line.nbytes for line in self.lines)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(name, size, note) of every line and the total, for people."""
+        rows = [(line.name, format_bytes(line.nbytes), line.note) for line in self.lines]
+        bound = "" if self.ram is None else f"of {format_bytes(self.ram)}"
+        return [*rows, ("total", format_bytes(self.nbytes), bound)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "ram": self.ram,
+            "context": self.context,
+            "chunk": self.chunk,
+            "streamed": self.streamed,
+            "slots": self.slots,
+            "slot_bytes": self.slot_bytes,
+            "experts": self.experts,
+            "lines": {line.name: line.nbytes for line in self.lines},
+            "total": self.nbytes,
+        }
+
+
+def plan(
+    config: MimoConfig,
+    tensors: Mapping[str, TensorInfo],
+    context: int,
+    ram: int | None = None,
+    *,
+    lanes: int = DEFAULT_LANES,
+    process_bytes: int | None = None,
+) -> Budget:
+    """The budget of a model with `tensors` for conversations of `context` tokens.
+
+    Without `ram`, or when everything fits, all weights are resident. `process_bytes`: what this
+    process holds already. Raises DeviceError with the table when `ram` is too small.
+    """
+    context = min(context, config.max_position_embeddings)
+    base = max(PROCESS_BYTES, process_bytes or 0) + LIBRARY_BYTES
+    routed = {name for name in tensors if _is_routed(name)}
+    fixed = [
+        Line("process", base, "Python, libraries, tokenizer"),
+        Line("file pages", FILE_PAGES_BYTES, "header, embedding rows"),
+        *_weight_lines(config, tensors),
+        Line("KV cache", kv_bytes(config, context), f"{context} tokens, f16"),
+    ]
+    experts = sum(tensors[name].nbytes for name in routed)
+    largest = max((t.nbytes for name, t in tensors.items() if name != _TABLE), default=0)
+    whole = [*fixed, *([Line("experts", experts, "all of them")] if experts else [])]
+    whole += [
+        Line("graphs", graph_bytes(config, context, DEFAULT_CHUNK, False), _chunk(DEFAULT_CHUNK)),
+        Line("loading", 2 * largest, "the largest tensor, as it is read"),
+    ]
+    resident = Budget(tuple(whole), ram, context, DEFAULT_CHUNK, False)
+    if ram is None or resident.nbytes <= ram:
+        return resident
+    if not routed:
+        raise _too_small(resident, resident.nbytes, "it has no experts to leave on flash")
+    return _streamed(config, tensors, fixed, context, ram, lanes)
+
+
+def _streamed(
+    config: MimoConfig,
+    tensors: Mapping[str, TensorInfo],
+    fixed: list[Line],
+    context: int,
+    ram: int,
+    lanes: int,
+) -> Budget:
+    layers = [spec.index for spec in config.layers if spec.moe]
+    slot_bytes, bounce = 0, 0
+    for part in _PARTS:
+        infos = [tensors[f"blk.{i}.ffn_{part}_exps.weight"] for i in layers]
+        sizes = [info.nbytes // config.n_routed_experts for info in infos]
+        slot_bytes += round_up(max(sizes), PAGE)
+        if any(
+            t.offset % _DIRECT_UNIT or n % _DIRECT_UNIT for t, n in zip(infos, sizes, strict=True)
+        ):
+            bounce = max(bounce, max(*sizes, COALESCE_BYTES) + _BOUNCE_SPARE)
+    fixed = [
+        *fixed,
+        Line("read lanes", lanes * (bounce + COALESCE_BYTES), f"{lanes} lanes"),
+        # The pool's regions begin on huge pages; the kernel's own tables come on top.
+        Line("reserve", (8 << 20) + ram // 64, "page tables, fragmentation"),
+    ]
+    room = ram - sum(line.nbytes for line in fixed)
+    total = config.n_routed_experts * len(layers)
+    chosen = config.num_experts_per_tok
+    # A chunk costs one pass over the experts, so it is as large as a quarter of the room allows.
+    graphs = {size: graph_bytes(config, context, size, True) for size in CHUNKS}
+    chunk = next((size for size in CHUNKS if graphs[size] <= room // 4), CHUNKS[-1])
+    slots = min(total, max(0, room - graphs[chunk]) // slot_bytes)
+    lines = [
+        *fixed,
+        Line("graphs", graphs[chunk], _chunk(chunk)),
+        Line(
+            "expert slots",
+            max(slots, chosen) * slot_bytes,
+            f"{max(slots, chosen)} of {total} experts, {format_bytes(slot_bytes)} each",
+        ),
+    ]
+    budget = Budget(tuple(lines), ram, context, chunk, True, slots, slot_bytes, total)
+    if slots < chosen:
+        raise _too_small(
+            budget, budget.nbytes, f"a token needs {chosen} experts of a layer at once"
+        )
+    dense = [t.nbytes for name, t in tensors.items() if not _is_routed(name) and name != _TABLE]
+    loading = sum(line.nbytes for line in fixed) + 2 * max(dense)
+    if loading > ram:
+        note = f"loading needs {format_bytes(2 * max(dense))} for the largest tensor besides"
+        raise _too_small(budget, loading, note)
+    return budget
+
+
+def _too_small(budget: Budget, need: int, why: str) -> DeviceError:
+    assert budget.ram is not None
+    table = ", ".join(f"{name} {size}" for name, size, _ in budget.rows()[:-1])
+    return DeviceError(
+        f"the ggml backend needs {format_bytes(need)} ({need} bytes), --ram allows "
+        f"{format_bytes(budget.ram)} ({table}; {why})",
+        f"allow {format_bytes(need)}, or use a smaller --context or recipe",
+    )
+
+
+# --- the lines ---------------------------------------------------------------------------------
+
+_TABLE = "token_embd.weight"
+
+
+def _is_routed(name: str) -> bool:
+    return name.endswith(tuple(f".ffn_{part}_exps.weight" for part in _PARTS))
+
+
+def _weight_lines(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> list[Line]:
+    """What is resident besides routed experts: of vectors and routers the f32 form."""
+    trunk = mtp = 0
+    for name, info in tensors.items():
+        if _is_routed(name) or (name == _TABLE and not config.tie_word_embeddings):
+            continue
+        nbytes = info.nbytes
+        if len(info.shape) == 1 or name.endswith("ffn_gate_inp.weight"):
+            elements = 1
+            for extent in info.shape:
+                elements *= extent
+            # the f32 form in its buffer, and another copy while loading when it is converted
+            nbytes = 4 * elements * (1 if info.ggml_type == 0 else 2)
+        nbytes = round_up(nbytes, 64)
+        if _block(name) >= config.num_hidden_layers:
+            mtp += nbytes
+        else:
+            trunk += nbytes
+    # a layer without router bias in the file gets zeros
+    trunk += 4 * config.n_routed_experts * config.num_hidden_layers
+    lines = [Line("weights", trunk, "resident, without routed experts")]
+    if mtp:
+        lines.append(Line("MTP", mtp, f"{config.num_mtp_layers} blocks"))
+    return lines
+
+
+def _block(name: str) -> int:
+    return int(name.split(".")[1]) if name.startswith("blk.") else -1
+
+
+def kv_bytes(config: MimoConfig, context: int) -> int:
+    """Bytes of the ggml backend's f16 cache for `context` tokens, all rows written."""
+    total = 0
+    for index in range(config.num_hidden_layers + config.num_mtp_layers):
+        spec = config.layer(index)
+        if spec.window is None:
+            rows = round_up(context, 256)
+        else:
+            spare = MAX_DRAFT if index < config.num_hidden_layers else 0
+            rows = min(context, spec.window + spare)
+        for dim in (config.head_dim, config.v_head_dim):
+            total += round_up(2 * spec.num_key_value_heads * dim * rows, PAGE)
+    return total
+
+
+def graph_bytes(config: MimoConfig, context: int, chunk: int, streamed: bool) -> int:
+    """An upper bound on the memory of passes of up to `chunk` tokens: shared scratch, the inputs
+    and descriptions of every graph a cache keeps, and results on the host."""
+    chunk = min(chunk, context)
+    small = min(chunk, _SMALL_TOKENS)
+    kept = _LARGE_GRAPHS * _pass_bytes(config, context, chunk, streamed)
+    kept += _SMALL_GRAPHS * _pass_bytes(config, context, small, streamed)
+    host = 4 * (config.vocab_size * (2 * MAX_DRAFT + 4) + 3 * config.hidden_size * chunk)
+    return kept + host + _scratch_bytes(config, context, chunk, streamed)
+
+
+def _pass_bytes(config: MimoConfig, context: int, tokens: int, streamed: bool) -> int:
+    """Inputs and descriptions of one pass (the carry of a streamed one included)."""
+    width, chosen = config.hidden_size, config.num_experts_per_tok
+    ring = config.sliding_window + MAX_DRAFT + tokens if any(config.hybrid_layer_pattern) else 0
+    # embedding, and a hidden row for an MTP pass
+    total = 8 * width * tokens + 2 * (round_up(context, 256) + ring) * tokens + 32 * tokens
+    nodes = _BLOCK_NODES + 3 * chosen
+    total += _NODE_BYTES * nodes * (config.num_hidden_layers + 1)
+    if streamed and config.n_routed_experts:
+        total += 8 * width * tokens + 4 * chosen * tokens
+        total += 4 * width * (chosen * tokens + _PAIR_STEP)
+        # pair graphs: small ones, by number of pairs
+        total += _NODE_BYTES * 32 * min(64, _PAIR_STEP + chosen * tokens // _PAIR_STEP + 1)
+    return total
+
+
+def _scratch_bytes(config: MimoConfig, context: int, tokens: int, streamed: bool) -> int:
+    """Intermediate results of the largest graph, and ggml's work buffer."""
+    c, t = config, tokens
+    groups = max(c.num_key_value_heads, c.swa_num_key_value_heads or 0)
+    heads = c.num_attention_heads
+    qkv = heads * c.head_dim + groups * (c.head_dim + c.v_head_dim)
+    columns = 4 * c.hidden_size + 3 * qkv + 2 * heads * c.v_head_dim
+    feed = 3 * c.intermediate_size
+    pairs = 0
+    if c.n_routed_experts:
+        per_pair = 4 * (2 * c.hidden_size + 3 * c.moe_intermediate_size)
+        if streamed:
+            count = min(_MAX_PAIRS, round_up(t * c.num_experts_per_tok, _PAIR_STEP))
+            pairs = per_pair * count
+        else:
+            feed = max(feed, per_pair // 4 * c.num_experts_per_tok)
+        feed = max(feed, 6 * c.n_routed_experts)
+    ring = c.sliding_window + MAX_DRAFT + t if any(c.hybrid_layer_pattern) else 0
+    joined = 4 * groups * (c.head_dim + c.v_head_dim) * ring  # f16, cast and concatenated
+    logits = 4 * c.vocab_size * (2 * MAX_DRAFT + 4)
+    # ggml's work buffer: activations of one product in the weight's vector format, at most f32
+    widest = max(c.hidden_size, heads * c.v_head_dim, c.intermediate_size, 2 * c.hidden_size)
+    work = 4 * widest * t
+    if c.n_routed_experts:
+        rows = min(_MAX_PAIRS, t * c.num_experts_per_tok)
+        work = max(work, 4 * max(c.hidden_size, c.moe_intermediate_size) * rows)
+        work += 16 * c.n_routed_experts * (t + 1)
+    return max(4 * t * (columns + feed), pairs) + joined + logits + work
+
+
+def _chunk(chunk: int) -> str:
+    return f"chunks of {chunk} tokens"
+
+
+def resident_bytes() -> int | None:
+    """Memory this process has in RAM now; None where the system does not tell."""
+    try:
+        fields = Path("/proc/self/statm").read_text("ascii").split()
+        return int(fields[1]) * PAGE
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,130 @@
+"""The expert cache as an `ExpertSource`: routed experts from flash, in slots ggml multiplies.
+
+A pass of a few tokens asks for all its experts at once and computes them in the order they
+arrive; a longer one, or one that needs more experts than there are slots, walks them group by
+group so that the experts used most stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import numpy as np
+
+from mimo_edge.errors import BackendError
+from mimo_edge.experts.cache import ExpertCache
+from mimo_edge.experts.policy import MOST_ROWS_OF_A_STEP
+from mimo_edge.experts.reader import DEFAULT_LANES
+from mimo_edge.experts.slots import SlotPool
+from mimo_edge.experts.stats import CacheStats
+from mimo_edge.experts.table import ExpertLayer, ExpertTable, Stack
+from mimo_edge.experts.trace import Phase
+from mimo_edge.runtimes.ggml import bindings as ggml
+from mimo_edge.runtimes.ggml.device import Device
+from mimo_edge.runtimes.ggml.graph import Context, Tensor
+from mimo_edge.runtimes.ggml.resident import SwiGlu
+from mimo_edge.runtimes.ggml.slots import ExpertGroup, Ids
+
+# A long pass uses this share of the slots per group: one group computes, one is read.
+_GROUPS = 4
+
+
+class PoolTensors:
+    """A `SlotPool` seen as gate, up {M, F, count} and down {F, M, count} in a layer's format."""
+
+    def __init__(self, device: Device, table: ExpertTable, pool: SlotPool) -> None:
+        """Raises BackendError when ggml has no memory for the descriptions."""
+        self.count = pool.count
+        self.layouts = {entry.layer: entry for entry in table.layers}
+        self._device = device
+        self._pool = pool
+        self._buffers: list[int] = []
+        self._tensors: dict[tuple[tuple[int, tuple[int, int]], ...], SwiGlu] = {}
+        self._context = Context(device, 3 * len(table.layers))
+        for kind in range(3):
+            buffer = device.ggml.ggml_backend_cpu_buffer_from_ptr(
+                pool.address(kind), pool.region_bytes(kind)
+            )
+            if not buffer:
+                self.close()
+                raise BackendError("ggml could not make a buffer: out of memory")
+            self._buffers.append(buffer)
+
+    def tensors(self, layer: int) -> SwiGlu:
+        """gate, up and down over all slots, in the layer's formats."""
+        entry: ExpertLayer = self.layouts[layer]
+        key = tuple((stack.ggml_type, stack.shape) for stack in entry.stacks)
+        if key not in self._tensors:
+            gate, up, down = (self._tensor(kind, s) for kind, s in enumerate(entry.stacks))
+            self._tensors[key] = SwiGlu(gate, up, down)
+        return self._tensors[key]
+
+    def _tensor(self, kind: int, stack: Stack) -> Tensor:
+        g, stride = self._device.ggml, self._pool.strides[kind]
+        out, width = stack.shape
+        made = self._context.new(stack.ggml_type, (width, out, self.count))
+        if made.nb[2] != stack.nbytes:
+            raise BackendError(f"an expert of {stack.nbytes} bytes, ggml expects {made.nb[2]}")
+        struct = ggml.TensorStruct.from_address(made.pointer)
+        struct.nb[2], struct.nb[3] = stride, stride * self.count
+        buffer = self._buffers[kind]
+        if g.ggml_backend_tensor_alloc(buffer, made.pointer, self._pool.address(kind)) != 0:
+            raise BackendError("ggml could not place the expert slots")
+        return Tensor(made.pointer)
+
+    def close(self) -> None:
+        """Forget the tensors; the pool keeps its memory. Twice is harmless."""
+        for buffer in self._buffers:
+            self._device.ggml.ggml_backend_buffer_free(buffer)
+        self._buffers.clear()
+        self._context.close()
+
+
+class CachedExperts:
+    """At most `slots` routed experts in memory, the others on flash. Close it after the backend
+    that uses it (the backend does)."""
+
+    def __init__(
+        self, device: Device, table: ExpertTable, slots: int, *, lanes: int = DEFAULT_LANES
+    ) -> None:
+        """Raises DeviceError when one token's experts do not fit or memory is short, BundleError
+        when a file cannot be opened."""
+        self.cache = ExpertCache(table, slots, lanes=lanes)
+        self._table = table
+        try:
+            self.slots = PoolTensors(device, table, self.cache.pool)
+        except BaseException:
+            self.cache.close()
+            raise
+
+    def groups(self, layer: int, experts: Ids, counts: Ids) -> Generator[ExpertGroup, None, None]:
+        """See `ExpertSource.groups`. A read that fails raises BundleError (IntegrityError when a
+        checksum differs) naming layer and expert."""
+        # Which token chose what is not told, and does not matter to the cache: how often, does.
+        ids = np.repeat(experts, counts).reshape(-1, self._table.chosen)
+        if len(ids) <= MOST_ROWS_OF_A_STEP and len(experts) <= self.cache.slots:
+            return self._at_once(layer, ids)
+        return self._in_turn(layer, ids)
+
+    def _at_once(self, layer: int, ids: Ids) -> Generator[ExpertGroup, None, None]:
+        with self.cache.begin(layer, ids, phase=Phase.DECODE) as ticket:
+            for positions in ticket.groups():
+                yield ExpertGroup(ticket.ids[positions], ticket.slots[positions].astype(np.int64))
+
+    def _in_turn(self, layer: int, ids: Ids) -> Generator[ExpertGroup, None, None]:
+        group = max(1, self.cache.slots // _GROUPS)
+        stream = self.cache.stream(layer, ids, group, phase=Phase.PREFILL)
+        try:
+            for found in stream:
+                yield ExpertGroup(found.ids, found.slots.astype(np.int64))
+        finally:
+            stream.close()
+
+    def stats(self) -> CacheStats:
+        """Hits, misses and bytes so far."""
+        return self.cache.stats()
+
+    def close(self) -> None:
+        """Stop reading and give the memory back. Twice is harmless."""
+        self.slots.close()
+        self.cache.close()

@@ -1,0 +1,196 @@
+"""Routed experts streamed from a bundle: same answers with any number of slots, bounded memory,
+typed errors that leave the session usable, nothing left behind."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoint_factory import write_checkpoint
+
+from mimo_edge.api import Runtime
+from mimo_edge.bundle import Bundle
+from mimo_edge.chat_template import ChatTemplate
+from mimo_edge.errors import BundleError, IntegrityError
+from mimo_edge.experts.table import ExpertTable
+from mimo_edge.export.pipeline import export_bundle
+from mimo_edge.model_source import Model
+from mimo_edge.runtimes.ggml.backend import GgmlBackend
+from mimo_edge.runtimes.ggml.device import Device
+from mimo_edge.runtimes.ggml.expert_source import CachedExperts
+from mimo_edge.runtimes.ggml.raw import GgufTensors
+
+PROMPT = [5, 17, 3, 40, 2, 9, 33, 8] * 6
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("made")
+    source, _ = write_checkpoint(folder / "source", "flash", tokenizer=False)
+    bundles = {}
+    for recipe in ("f32", "q8_0"):
+        bundles[recipe] = folder / recipe
+        export_bundle(source, bundles[recipe], recipe=recipe).close()
+    return bundles
+
+
+def open_streamed(
+    path: Path, slots: int | None, draft: Any = 0, **options: Any
+) -> tuple[Runtime, CachedExperts | None]:
+    """A runtime over `path`, resident when `slots` is None."""
+    bundle = Bundle.open(path)
+    found: list[CachedExperts] = []
+
+    def experts(device: Device) -> CachedExperts:
+        assert slots is not None
+        found.append(CachedExperts(device, ExpertTable.from_bundle(bundle), slots))
+        return found[0]
+
+    backend = GgmlBackend(
+        GgufTensors(bundle.config, [bundle.gguf], bounded=True),
+        threads=1,
+        repack=False,
+        experts=None if slots is None else experts,
+        **options,
+    )
+    model = Model("m", backend, None, ChatTemplate(), frozenset(), found[0] if found else None)
+    return Runtime(model, 128, draft), (found[0] if found else None)
+
+
+@pytest.mark.parametrize("recipe", ["f32", "q8_0"])
+def test_any_number_of_slots_gives_the_resident_answer(made: dict[str, Path], recipe: str) -> None:
+    resident, _ = open_streamed(made[recipe], None)
+    with resident:
+        config = resident.config
+        want = resident.logits(PROMPT)
+        answer = resident.session().generate(PROMPT, max_tokens=20).token_ids
+    total = config.n_routed_experts * sum(config.moe_layer_freq)
+    logits = []
+    for slots in (config.num_experts_per_tok, config.num_experts_per_tok + 2, total // 2, total):
+        for draft in (0, 3):
+            runtime, experts = open_streamed(made[recipe], slots, draft)
+            with runtime:
+                assert runtime.session().generate(PROMPT, max_tokens=20).token_ids == answer
+                assert experts is not None
+                stats = experts.stats()
+                assert stats.slots_used <= slots
+                if slots < total:
+                    assert stats.total().misses > 0
+                if slots == total:
+                    assert stats.total().evictions == 0
+                    assert stats.total().loads <= total
+                logits.append(runtime.logits(PROMPT))
+    scale = float(np.abs(want).max())
+    for found in logits:
+        assert np.array_equal(found, logits[0])  # grouping changes no bit
+        assert float(np.abs(found - want).max()) < 1e-6 * scale
+
+
+@pytest.mark.parametrize("chunk", [3, 16, 17, 40])
+def test_chunks_larger_than_the_slots_are_walked_in_groups(
+    made: dict[str, Path], chunk: int
+) -> None:
+    outputs = []
+    for slots in (None, 4):
+        runtime, _ = open_streamed(made["f32"], slots, chunk=chunk)
+        with runtime:
+            outputs.append(runtime.logits(PROMPT))
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5, rtol=0)
+
+
+# --- Errors ---------------------------------------------------------------------------------
+
+
+def damage(path: Path, layer: int, flipped: bool) -> tuple[Path, bytes]:
+    """Flip one bit in every expert of a layer, or cut the file before them; the file and what it
+    held."""
+    with Bundle.open(path) as bundle:
+        records = [bundle.expert(layer, e) for e in range(bundle.config.n_routed_experts)]
+    file = records[0].gate[0]
+    content = file.read_bytes()
+    if flipped:
+        changed = bytearray(content)
+        for record in records:
+            changed[record.up[1] + 7] ^= 0x10
+        with file.open("r+b") as out:
+            out.write(changed)
+    else:
+        os.truncate(file, min(record.gate[1] for record in records))
+    return file, content
+
+
+def test_a_flipped_bit_stops_the_answer_and_the_session_goes_on(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(made["q8_0"], tmp_path / "bundle"))
+    runtime, _ = open_streamed(path, None)
+    with runtime:
+        session = runtime.session()
+        first = session.generate(PROMPT, max_tokens=6).token_ids
+        second = session.generate([*PROMPT, *first, 7], max_tokens=6).token_ids
+    file, content = damage(path, 2, flipped=True)
+    runtime, experts = open_streamed(path, 4)
+    with runtime:
+        session = runtime.session()
+        with pytest.raises(IntegrityError, match=r"layer 2, expert \d"):
+            session.generate(PROMPT, max_tokens=6)
+        with file.open("r+b") as out:  # the same file, repaired in place
+            out.write(content)
+        assert experts is not None
+    runtime, _ = open_streamed(path, 4)
+    with runtime:
+        session = runtime.session()
+        assert session.generate(PROMPT, max_tokens=6).token_ids == first
+        assert session.generate([*PROMPT, *first, 7], max_tokens=6).token_ids == second
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_a_failing_read_leaves_the_cache_at_the_last_good_token(
+    made: dict[str, Path], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EIO in the middle: the error names layer and expert, and the same call works again."""
+    from mimo_edge.experts.flash_file import FlashFile
+
+    whole = FlashFile._preadv
+    runtime, experts = open_streamed(made["f32"], 4)
+    want, _ = open_streamed(made["f32"], None)
+    with runtime, want:
+        backend, oracle = runtime._model.backend, want._model.backend
+        ids = np.array(PROMPT, np.int32)
+        cache, theirs = backend.new_cache(64, 4), oracle.new_cache(64, 4)
+        backend.forward(ids[:20], cache)
+        oracle.forward(ids[:20], theirs)
+        count = itertools.count()
+
+        def broken(self: FlashFile, targets: Any, offset: int) -> int:
+            if next(count) % 3 == 0:
+                raise OSError(5, os.strerror(5))
+            return whole(self, targets, offset)
+
+        monkeypatch.setattr(FlashFile, "_preadv", broken)
+        with pytest.raises(BundleError, match=r"layer \d+, expert \d+ .*Input/output error"):
+            backend.forward(ids[20 : 20 + rows], cache)
+        monkeypatch.undo()
+        assert cache.length == 20
+        if rows <= 4:
+            found = backend.forward(ids[20 : 20 + rows], cache, logits_rows=rows)
+            expected = oracle.forward(ids[20 : 20 + rows], theirs, logits_rows=rows)
+            np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5, rtol=0)
+        assert experts is not None
+
+
+def test_a_truncated_file_is_named(made: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(made["f32"], tmp_path / "bundle"))
+    runtime, _ = open_streamed(path, 4)
+    with runtime:
+        session = runtime.session()
+        session.generate(PROMPT, max_tokens=2)
+        damage(path, 1, flipped=False)
+        with pytest.raises(BundleError, match=r"layer \d+, expert \d+ .*truncated"):
+            session.generate([*PROMPT, 7, 8, 9], max_tokens=30)
+        assert runtime.session() is not None
