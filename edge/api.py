@@ -16,7 +16,7 @@ import resource
 import sys
 import threading
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeGuard
@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeGuard
 from mimo_edge.answer_reader import THINK_OPEN, AnswerReader, Fragment
 from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
-from mimo_edge.engine import Engine, Generation, GenerationStats
+from mimo_edge.engine import Engine, Generation, GenerationStats, token_list
 from mimo_edge.errors import TokenizerError, UsageError
 from mimo_edge.model_source import Model, open_model
 from mimo_edge.runtimes.base import F32
@@ -84,9 +84,11 @@ class _Totals:
     drafted_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
     draft_why: str = ""
+    first_tokens: int = 0  # generations that were not cancelled before: prefill makes the first
 
     def add(self, stats: GenerationStats) -> None:
         self.generations += 1
+        self.first_tokens += stats.tokens > 0
         for name in ("prompt_tokens", "reused_tokens", "tokens", "verifies"):
             setattr(self, name, getattr(self, name) + getattr(stats, name))
         self.prefill_ms += stats.prefill_ms
@@ -108,6 +110,8 @@ class Runtime:
         self._model = model
         self._engine = Engine(model.backend, context, draft)
         self._totals = _Totals()
+        # Re-entrant: adding may let the collector close a forgotten stream, which adds as well.
+        self._totals_lock = threading.RLock()
         self._banned: Mask | None = None
         if model.tokenizer is not None:
             self._banned = model.tokenizer.padding_mask(model.backend.config.vocab_size)
@@ -135,7 +139,9 @@ class Runtime:
                 f"profile {profile!r}: device profiles are not in this build", "use ram and context"
             )
         limit = None if ram is None else parse_bytes(ram)
-        if context is not None and (isinstance(context, bool) or context < 1):
+        if context is not None and (
+            isinstance(context, bool) or not isinstance(context, int) or context < 1
+        ):
             raise UsageError(f"context = {context!r}", "use 1 or more")
         model = open_model(bundle, backend, limit, context or DEFAULT_CONTEXT, threads)
         positions = model.backend.config.max_position_embeddings
@@ -192,16 +198,17 @@ class Runtime:
 
     def stats(self) -> dict[str, Any]:
         """JSON-ready totals of this runtime and the peak memory of the process."""
-        totals = self._totals
-        new = totals.tokens - totals.generations
+        with self._totals_lock:
+            counts = asdict(self._totals)
+        new = counts["tokens"] - counts["first_tokens"]
         return {
             "model": self.name,
             "backend": self._model.backend.name,
             "context": self.context,
             "draft": self._engine.draft,
-            **vars(totals),
-            "tokens_per_verify": new / totals.verifies if totals.verifies else 0.0,
-            "decode_tps": new / totals.decode_ms * 1e3 if totals.decode_ms else 0.0,
+            **counts,
+            "tokens_per_verify": new / counts["verifies"] if counts["verifies"] else 0.0,
+            "decode_tps": new / counts["decode_ms"] * 1e3 if counts["decode_ms"] else 0.0,
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
@@ -328,7 +335,7 @@ class Session:
                     piece = await asyncio.shield(step)
                 except asyncio.CancelledError:
                     self.cancel()
-                    await asyncio.wait([step])
+                    await _settled(step)
                     raise
                 if piece is None:
                     return
@@ -386,7 +393,8 @@ class Session:
                     whole.reasoning,
                     tuple(whole.malformed),
                 )
-                self._runtime._totals.add(generation.stats)
+                with self._runtime._totals_lock:
+                    self._runtime._totals.add(generation.stats)
         yield _piece(rest, [], reason)
 
     def _keep(
@@ -411,7 +419,7 @@ class Session:
         if _are_ids(prompt):
             if self.messages:
                 raise UsageError("token ids cannot follow messages", "use a new session for ids")
-            return None, [*(self._token_ids or []), *(int(token) for token in prompt)]
+            return None, [*(self._token_ids or []), *token_list(prompt)]
         self._check_texts()
         if prompt is None:
             turn: Sequence[Message] = ()
@@ -460,6 +468,17 @@ def _finish_reason(generation: Generation, reader: AnswerReader, whole: Fragment
     return reason
 
 
+async def _settled(step: asyncio.Future[Piece | None]) -> None:
+    """Wait for a step that runs in a thread, however often this task is cancelled meanwhile:
+    its generator cannot be closed before. An error of a step nobody waits for is dropped."""
+    while not step.done():
+        try:
+            await asyncio.wait([step])
+        except asyncio.CancelledError:
+            continue
+    step.exception()
+
+
 def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
     """Whether a prompt is raw token ids. An empty list is neither and counts as messages."""
     if prompt is None or isinstance(prompt, (str, bytes, Mapping)):
@@ -472,6 +491,8 @@ def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
 
 
 def _checked_stops(stop: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(stop, Sequence):
+        raise UsageError(f"stop = {stop!r} is not a list of texts")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in stops:
         if not isinstance(text, str) or not text:

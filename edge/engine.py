@@ -7,6 +7,7 @@ always whole (cache rows == tokens), so it can be left at any step and used agai
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,8 +124,8 @@ class Engine:
         token. Raises UsageError or ContextLengthError before any work.
         """
         self.check_open()
-        if max_tokens is not None and max_tokens < 1:
-            raise UsageError(f"max_tokens = {max_tokens}", "ask for at least one")
+        if max_tokens is not None and (not _is_count(max_tokens) or max_tokens < 1):
+            raise UsageError(f"max_tokens = {max_tokens!r}", "ask for at least one")
         setting = self.draft if draft is None else draft
         check_draft(setting, self.backend.config)
         ids = self._checked(prompt)
@@ -156,7 +157,7 @@ class Engine:
             raise UsageError("the runtime is closed")
 
     def _checked(self, prompt: Ids[int]) -> list[int]:
-        ids = [int(token) for token in prompt]
+        ids = token_list(prompt)
         vocab = self.backend.config.vocab_size
         if not ids:
             raise UsageError("the prompt has no tokens")
@@ -169,6 +170,18 @@ class Engine:
                 "use a larger --context or a shorter prompt",
             )
         return ids
+
+
+def token_list(token_ids: Ids[int]) -> list[int]:
+    """Token ids [T] as plain integers. Raises UsageError when one is no whole number."""
+    try:
+        return [operator.index(token) for token in token_ids]
+    except TypeError as error:
+        raise UsageError(f"token ids are a flat list of whole numbers: {error}") from None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Sequence:

@@ -142,13 +142,23 @@ def evaluate_text(
     return TextQuality(
         tokens=total,
         chunks=sum(chunk.rows > 0 for chunk in work),
-        perplexity=math.exp(nll / total),
-        source_perplexity=None if source is None else math.exp(source_nll / total),
+        perplexity=_perplexity(nll / total, "candidate"),
+        source_perplexity=None if source is None else _perplexity(source_nll / total, "source"),
         mean_kl=None if kl is None else float(kl.mean()),
         kl_p99=None if kl is None else float(np.percentile(kl, 99)),
         top1_agreement=None if source is None else same / total,
         seconds=time.perf_counter() - began,
     )
+
+
+def _perplexity(mean_nll: float, who: str) -> float:
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        raise GenerationError(
+            f"the {who} is off by {mean_nll:.0f} nats per token, beyond any perplexity",
+            "its weights are damaged, or the text is no text of this model",
+        ) from None
 
 
 def kl_divergence(log_p: F64, log_q: F64) -> F64:

@@ -16,6 +16,7 @@ from mimo_edge.gguf_file import GgufFile
 from mimo_edge.manifest import MANIFEST_NAME
 from mimo_edge.runtimes.base import Backend, Weights
 from mimo_edge.speculative import MAX_DRAFT
+from mimo_edge.text_file import path_exists
 from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.units import format_bytes
 
@@ -118,7 +119,7 @@ def _open_ggml(source: _Source, ram: int | None, context: int, threads: int | No
 
 def _open_source(path: str | Path) -> _Source:
     place = Path(path)
-    if not place.exists():
+    if not path_exists(place):
         if str(path) != BUILT_IN:
             raise BundleError(
                 f"there is no model {path}", "give a bundle, a .gguf file or a checkpoint folder"
@@ -260,5 +261,5 @@ def set_blas_threads(threads: int) -> None:
 
 
 def _check_threads(threads: int) -> None:
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise UsageError(f"threads = {threads!r}", "use 1 or more")
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 4096:
+        raise UsageError(f"threads = {threads!r}", "use 1 or more, at most 4096")

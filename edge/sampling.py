@@ -97,7 +97,8 @@ class Sampler:
             return p
         scaled = usable.astype(np.float64)
         scaled -= scaled.max()
-        scaled /= params.temperature
+        with np.errstate(over="ignore"):  # a tiny temperature leaves the best alone: the rest -inf
+            scaled /= params.temperature
         if 0 < params.top_k < len(scaled):
             scaled[~_top_k(scaled, params.top_k)] = -np.inf
         p = np.exp(scaled)

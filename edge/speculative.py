@@ -223,18 +223,17 @@ class CostTable:
     def add(self, drafted: int, seconds: float) -> None:
         self._samples.setdefault(drafted, deque(maxlen=9)).append(seconds)
 
-    def measured(self, drafted: int) -> bool:
-        return drafted in self._samples
-
     def seconds(self, drafted: int) -> float | None:
         """Measured cost, or one interpolated between measured neighbours."""
-        if drafted in self._samples:
-            return median(self._samples[drafted])
-        below = max((k for k in self._samples if k < drafted), default=None)
-        above = min((k for k in self._samples if k > drafted), default=None)
+        # Other sequences record from their own threads: iterate over a copy.
+        samples = dict(self._samples)
+        if drafted in samples:
+            return median(samples[drafted])
+        below = max((k for k in samples if k < drafted), default=None)
+        above = min((k for k in samples if k > drafted), default=None)
         if below is None or above is None:
             return None
-        low, high = median(self._samples[below]), median(self._samples[above])
+        low, high = median(samples[below]), median(samples[above])
         return low + (high - low) * (drafted - below) / (above - below)
 
 

@@ -23,8 +23,8 @@ from mimo_edge.evaluate import (
 from mimo_edge.manifest import MANIFEST_NAME, Manifest
 from mimo_edge.model_source import BUILT_IN, Model, open_model
 from mimo_edge.nano import commands as nano
-from mimo_edge.speculative import DraftSetting, max_draft
-from mimo_edge.text_file import read_text
+from mimo_edge.speculative import DraftSetting, check_draft, max_draft
+from mimo_edge.text_file import path_exists, read_text
 from mimo_edge.tokenizer import Tokenizer
 
 NANO_COMMANDS = "nano-commands"
@@ -89,7 +89,7 @@ def evaluate_model(
     # Text is read before any model is opened: a wrong path should not take minutes to say so.
     content = None
     if str(suite) != NANO_COMMANDS:
-        if not Path(suite).exists():
+        if not path_exists(suite):
             raise UsageError(f"there is no suite or text file {suite}", f"try {NANO_COMMANDS}")
         content = read_text(suite, _MAX_TEXT_BYTES, "text")
 
@@ -99,6 +99,8 @@ def evaluate_model(
     opened: list[Model] = []
     try:
         opened.append(candidate := open_model(model, backend, None, CONTEXT, threads))
+        if draft is not None:
+            check_draft(draft, candidate.backend.config)
         source = None
         if against is not None:
             opened.append(source := open_model(against, "reference", None, CONTEXT, threads))
@@ -152,7 +154,7 @@ def spread(commands: Sequence[_T], limit: int | None) -> list[_T]:
 def _built_in_source(model: str | Path) -> str | None:
     """The built-in checkpoint, when `model` is a bundle that was made from it."""
     folder = Path(model)
-    if not (folder / MANIFEST_NAME).is_file():
+    if not path_exists(folder / MANIFEST_NAME):
         return None
     # Only this comparison needs the exporter's reader.
     from mimo_edge.export.checkpoint import Checkpoint

@@ -1,10 +1,21 @@
-"""A text file as a user gives it: for calibration and for evaluation."""
+"""Paths and text files as a user gives them: models, calibration and evaluation texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mimo_edge.errors import UsageError
+
+
+def path_exists(path: str | Path) -> bool:
+    """Whether there is something at `path`. Raises UsageError when it cannot be a path, as a
+    prompt given in its place, or may not be looked at."""
+    try:
+        return Path(path).exists()
+    except OSError as error:
+        text = str(path)
+        shown = text if len(text) <= 80 else f"{text[:77]}..."
+        raise UsageError(f"cannot look at {shown}: {error.strerror}") from error
 
 
 def read_text(path: str | Path, limit_bytes: int, purpose: str) -> str:

@@ -28,7 +28,8 @@ _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>")
 # What may follow a value: anything else starting with '<' is part of the value.
 _AFTER_VALUE = re.compile(r"\s*(?:<parameter=[^>\n]+>|</function>|</tool_call>|\Z)")
-_TAIL = re.compile(r"\s*(?:</function>)?\s*\Z")
+# Values nested deeper are text: whoever copies or writes them recursively would fall over.
+_MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def tool_schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, A
 
     Raises UsageError on a tool without a name, a double name or a schema that is no object.
     """
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
+        raise UsageError(f"tools are a {type(tools).__name__}, not a list")
     schemas: dict[str, Mapping[str, Any]] = {}
     for tool in tools:
         if not isinstance(tool, Mapping):
@@ -157,7 +160,7 @@ class ToolCallParser:
             if key in arguments:
                 return Malformed(text, f"parameter {key!r} is given twice")
             arguments[key] = cast_value(value, properties.get(key))
-        if _TAIL.match(body, at) is None:
+        if body[at:].strip() not in ("", "</function>"):
             return Malformed(
                 text, f"unexpected text in the call of {name!r}: {body[at : at + 40]!r}"
             )
@@ -232,7 +235,7 @@ def _types(schema: Any) -> list[str]:
     if not isinstance(schema, Mapping):
         return []
     kind = schema.get("type")
-    types = [kind] if isinstance(kind, str) else list(kind) if isinstance(kind, list) else []
+    types = [name for name in [kind, *_list(kind)] if isinstance(name, str)]
     for branch in [*_list(schema.get("anyOf")), *_list(schema.get("oneOf"))]:
         types += _types(branch)
     if not types and isinstance(schema.get("enum"), list):
@@ -256,19 +259,34 @@ def _cast(text: str, kind: str) -> Any:
     if kind not in ("integer", "number", "array", "object"):
         return _MISS
     try:
-        value = json.loads(stripped, parse_constant=_refuse)
+        value = json.loads(stripped)
     except (ValueError, RecursionError):
+        return _MISS
+    if not _is_sound(value):
         return _MISS
     if kind == "array":
         return value if isinstance(value, list) else _MISS
     if kind == "object":
         return value if isinstance(value, dict) else _MISS
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return _MISS
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     return value if kind == "number" or isinstance(value, int) else _MISS
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
+def _is_sound(value: Any, depth: int = 0) -> bool:
+    """Whether a parsed value is JSON that anyone can write again.
+
+    Python's reader also takes NaN, numbers that overflow to infinity and halves of surrogate
+    pairs; writing those fails.
+    """
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return depth < _MAX_DEPTH and all(_is_sound(item, depth + 1) for item in value)
+    return True

@@ -30,10 +30,11 @@ def parse_bytes(size: int | str) -> int:
     if isinstance(size, str):
         match = _SIZE.fullmatch(size)
         unit = _UNITS.get(match[2].upper()) if match else None
-        value = int(float(match[1]) * unit) if match and unit else 0
+        amount = float(match[1]) * unit if match and unit else 0.0
     else:
-        value = 0 if isinstance(size, bool) else int(size)
-    if value <= 0:
+        amount = 0 if isinstance(size, bool) or not isinstance(size, (int, float)) else size
+    # Beyond 2^63 lie only infinity and slips of the hand.
+    if not 0 < amount < 1 << 63 or (value := int(amount)) < 1:
         raise UsageError(f"{size!r} is no size in bytes", 'write for instance "900MiB" or "4GiB"')
     return value
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,53 @@ def test_async_streaming_and_cancellation() -> None:
     assert session.generate("again").finish_reason is not None
 
 
+def test_a_task_cancelled_twice_still_waits_for_its_thread() -> None:
+    rt, backend = runtime(["a b c d e f" + END])
+    running, go_on = threading.Event(), threading.Event()
+
+    def block(kind: str, rows: int) -> None:
+        running.set()
+        assert go_on.wait(10)
+
+    backend.on_call = block
+
+    async def twice() -> Session:
+        session = rt.session()
+
+        async def consume() -> None:
+            async for _ in session.astream("x"):
+                pass
+
+        task = asyncio.create_task(consume())
+        await asyncio.to_thread(running.wait, 10)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.01)
+        assert not task.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return session
+
+    assert asyncio.run(twice()).generate("again").text
+
+
+def test_a_generation_cancelled_in_prefill_counts_no_token() -> None:
+    rt, backend = runtime(["a b" + END], draft=0)
+    session = rt.session()
+    backend.on_call = lambda kind, rows: session.cancel()
+    assert session.generate("x" * 1000).finish_reason == "cancelled"
+    assert session.last_reply is not None
+    assert session.last_reply.token_ids == ()
+    backend.on_call = lambda kind, rows: None
+    rt.session().generate("x")
+    stats = rt.stats()
+    assert (stats["generations"], stats["first_tokens"]) == (2, 1)
+    assert stats["tokens_per_verify"] == 1.0
+    stats["accepted_by_depth"].append(7)  # a copy: the runtime's own counts stay
+    assert 7 not in rt.stats()["accepted_by_depth"]
+
+
 def test_threads_take_turns_on_one_runtime() -> None:
     rt, backend = runtime(["turn on the light" + END])
     inside = threading.Lock()
@@ -303,6 +351,9 @@ def test_wrong_calls() -> None:
         {"temperature": -1},
         {"stop": [""]},
         {"stop": [3]},
+        {"stop": 3},
+        {"max_tokens": 2.5},
+        {"max_tokens": "5"},
     ]
     for options in wrong:
         with pytest.raises(UsageError):
@@ -420,7 +471,7 @@ def test_needs_are_counted_from_the_tensors_and_caches_themselves() -> None:
 )
 def test_sizes(text: Any, size: int) -> None:
     assert parse_bytes(text) == size
-    for bad in ("", "x", "1Q", "-1", 0, True, "1e9"):
+    for bad in ("", "x", "1Q", "-1", 0, True, "1e9", "9" * 400, math.nan, math.inf, []):
         with pytest.raises(UsageError):
             parse_bytes(bad)
     assert format_bytes(512) == "512 B"

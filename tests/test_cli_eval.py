@@ -174,6 +174,7 @@ def test_people_get_tables_and_wrong_answers(
         (("--suite", "."), 2, "cannot read text"),
         (("--limit", "0"), 2, "limit = 0"),
         (("--draft", "9"), 2, "--draft '9'"),
+        (("--suite", "x" * 5000), 2, "File name too long"),
         (("--backend", "abacus"), 1, "abacus"),
         (("--against", "nowhere"), 1, "nowhere"),
     ],
@@ -196,6 +197,19 @@ def test_wrong_calls_are_one_line(
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_drafts_the_model_cannot_make_are_refused_before_minutes_of_text(
+    model: dict[str, Path], built_in: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("measured first")
+
+    monkeypatch.setattr("mimo_edge.suites.evaluate_text", never)
+    monkeypatch.setattr("mimo_edge.speculative.max_draft", lambda config: 2)
+    result = invoke(model["bundle"], "--draft", "3")
+    assert result.exit_code == 2, result.output
+    assert "can propose 2" in result.stderr
 
 
 def test_sources_that_do_not_belong_are_refused(model: dict[str, Path], tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,6 +83,8 @@ def test_own_tools(tmp_path: Path) -> None:
         (["run", "-p", "x", "--draft", "9"], 2, "--draft '9'"),
         (["run", "-p", "x", "--ram", "much"], 2, "no size"),
         (["run", "-p", "x", "--ram", "60MiB"], 1, "--ram allows 60.0 MiB"),
+        (["run", "-p", "x", "--ram", "9" * 400], 2, "no size"),
+        (["run", "a prompt in place of a model " * 200], 2, "File name too long"),
         (["run", "-p", "x", "--context", "10"], 1, "context holds 10"),
         (["run", "-p", "x", "--context", "999999"], 1, "999999 exceeds"),
         (["run", "-p", "x", "--backend", "ggml2"], 1, "no backend"),
@@ -113,6 +117,28 @@ def test_input_that_is_not_utf8() -> None:
         assert done.returncode in (1, 2), done.stderr
         assert done.stderr.startswith(b"error: "), done.stderr
         assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*COMMAND, "inspect", "mimo-nano"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (result.returncode, result.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+def test_a_closed_standard_output_is_no_error() -> None:
+    command = "exec " + shlex.join([*COMMAND, "inspect", "mimo-nano"]) + " >&-"
+    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_json_stays_json_whatever_the_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    Output(json=True).result({"text": "灯 é \ud800"})
+    assert json.loads(raw.getvalue()) == {"text": "灯 é \ud800"}
 
 
 def test_tools_file_must_be_a_list(tmp_path: Path) -> None:

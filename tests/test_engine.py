@@ -228,8 +228,10 @@ def test_full_logits_equal_the_reference() -> None:
     np.testing.assert_array_equal(engine.logits(PROMPT), full_logits(weights, PROMPT))
 
 
-@pytest.mark.parametrize("prompt", [[], [97], [-1]])
-def test_prompts_that_are_no_tokens(prompt: list[int]) -> None:
+@pytest.mark.parametrize(
+    "prompt", [[], [97], [-1], [1, 2.5], [1, "2"], [[1, 2]], np.zeros((2, 2)), 5]
+)
+def test_prompts_that_are_no_tokens(prompt: Any) -> None:
     engine, _ = fake()
     with pytest.raises(UsageError):
         engine.generate(engine.sequence(), prompt, greedy())

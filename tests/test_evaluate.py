@@ -187,6 +187,13 @@ def test_broken_logits_are_an_error(value: float) -> None:
         evaluate_text(None, backend, [TextChunk(np.arange(9, dtype=np.int32))])
 
 
+def test_a_perplexity_beyond_numbers_is_an_error() -> None:
+    backend = table_backend()
+    backend.table[:, 0] = 1e5  # sure of a token that never comes
+    with pytest.raises(GenerationError, match="100000 nats per token"):
+        evaluate_text(None, backend, [TextChunk(np.arange(1, 9, dtype=np.int32))])
+
+
 def test_different_vocabularies_are_refused() -> None:
     with pytest.raises(UsageError, match="97 tokens, the candidate 96"):
         evaluate_text(

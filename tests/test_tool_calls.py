@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_edge.errors import UsageError
-from mimo_edge.tool_calls import Event, Malformed, ToolCall, ToolCallParser, parse_tool_calls
+from mimo_edge.tool_calls import (
+    Event,
+    Malformed,
+    ToolCall,
+    ToolCallParser,
+    cast_value,
+    parse_tool_calls,
+)
 
 TOOLS: list[dict[str, Any]] = [
     {
@@ -98,6 +105,33 @@ def test_values_are_cast_by_schema(key: str, text: str, value: Any) -> None:
     assert got == [ToolCall("set", {key: value})]
     cast = got[0].arguments[key] if isinstance(got[0], ToolCall) else None
     assert type(cast) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("x", "1e999"),
+        ("l", "[1e999]"),
+        ("l", "[NaN]"),
+        ("l", '["\\ud800"]'),
+        ("o", '{"\\udfff": 1}'),
+        ("l", "[" * 100 + "]" * 100),
+        ("n", "9" * 5000),
+    ],
+)
+def test_values_that_could_not_be_written_as_json_stay_text(key: str, text: str) -> None:
+    assert parse(call("set", **{key: text})) == [ToolCall("set", {key: text})]
+
+
+def test_huge_whole_numbers_and_odd_schemas() -> None:
+    assert parse(call("set", n="9" * 400)) == [ToolCall("set", {"n": 10**400 - 1})]
+    assert cast_value("5", {"type": [["integer"], {}, "integer"]}) == 5
+
+
+def test_white_space_without_end_is_read_quickly() -> None:
+    text = f"<tool_call><function=ping>{' ' * 200_000}x</tool_call>"
+    (event,) = parse_tool_calls(text, TOOLS)  # quadratic reading took minutes
+    assert isinstance(event, Malformed)
 
 
 def test_text_and_several_calls_in_order() -> None:

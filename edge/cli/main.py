@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any
+from contextlib import suppress
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -25,6 +26,7 @@ class ErrorMappingGroup(TyperGroup):
     """Turns typed errors into one line and an exit code, here and under a test runner."""
 
     def invoke(self, ctx: Any) -> Any:
+        _replace_closed_streams()
         try:
             return super().invoke(ctx)
         except MimoEdgeError as error:
@@ -35,8 +37,28 @@ class ErrorMappingGroup(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # The reader went away (`| head`): nothing more can be said, also at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _silence(sys.stdout, sys.stderr)
             raise typer.Exit(1) from None
+        except OSError as error:
+            # The machine's doing, not a bug: a full disk, a path that may not be read.
+            if error.filename is None:  # one of our own streams
+                _silence(sys.stdout)
+            print_error(MimoEdgeError(str(error)))
+            raise typer.Exit(MimoEdgeError.exit_code) from error
+
+
+def _silence(*streams: TextIO) -> None:
+    """Point streams that cannot be written to nowhere, so that the flush at exit succeeds."""
+    for stream in streams:
+        with suppress(OSError, ValueError):  # replaced by a test runner: it has no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _replace_closed_streams() -> None:
+    """Python has no stream at all for a descriptor that was closed (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 app = typer.Typer(

@@ -41,7 +41,10 @@ class Output:
         """The one object of --json; nothing otherwise."""
         if self.json:
             self._clear_bar()
-            sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+            line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            if _printable(line, sys.stdout) != line:  # JSON has an escape of its own for those
+                line = json.dumps(value, allow_nan=False)
+            sys.stdout.write(line + "\n")
             sys.stdout.flush()
 
     def table(self, rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
