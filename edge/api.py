@@ -200,15 +200,16 @@ class Runtime:
         """JSON-ready totals of this runtime and the peak memory of the process."""
         with self._totals_lock:
             counts = asdict(self._totals)
-        new = counts["tokens"] - counts["first_tokens"]
+        totals = _Totals(**counts)  # a copy: other threads go on adding
+        new = totals.tokens - totals.first_tokens
         return {
             "model": self.name,
             "backend": self._model.backend.name,
             "context": self.context,
             "draft": self._engine.draft,
             **counts,
-            "tokens_per_verify": new / counts["verifies"] if counts["verifies"] else 0.0,
-            "decode_tps": new / counts["decode_ms"] * 1e3 if counts["decode_ms"] else 0.0,
+            "tokens_per_verify": new / totals.verifies if totals.verifies else 0.0,
+            "decode_tps": new / totals.decode_ms * 1e3 if totals.decode_ms else 0.0,
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
