@@ -129,10 +129,11 @@ class Runtime:
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
 
-        `ram` is a bound in bytes (or "900MiB"), `context` the most tokens of a conversation
-        (default 4,096 or what the model has), `draft` 0 to 3 or "auto". "mimo-nano" is the
-        built-in model. Raises a MimoEdgeError: BundleError, CheckpointError, DeviceError when
-        the model does not fit `ram`, BackendError, UsageError.
+        `ram` is a bound on the process in bytes (or "900MiB"): the ggml backend reads routed
+        experts from flash when they do not fit, the reference backend refuses. `context` is the
+        most tokens of a conversation (default 4,096 or what the model has), `draft` 0 to 3 or
+        "auto". "mimo-nano" is the built-in model. Raises a MimoEdgeError: BundleError,
+        CheckpointError, DeviceError when the model does not fit `ram`, BackendError, UsageError.
         """
         if profile is not None:
             raise UsageError(
@@ -211,7 +212,35 @@ class Runtime:
             "tokens_per_verify": new / totals.verifies if totals.verifies else 0.0,
             "decode_tps": new / totals.decode_ms * 1e3 if totals.decode_ms else 0.0,
             "peak_rss_bytes": peak_rss_bytes(),
+            "budget": None if self._model.budget is None else self._model.budget.to_dict(),
+            "experts": self._expert_stats(totals),
         }
+
+    def _expert_stats(self, totals: _Totals) -> dict[str, Any] | None:
+        """Use of streamed experts; tokens are those processed, of prompts and answers."""
+        if self._model.experts is None:
+            return None
+        found = self._model.experts.stats()
+        total = found.total()
+        tokens = totals.prompt_tokens - totals.reused_tokens + totals.tokens
+        return {
+            "slots": found.slots,
+            "slots_used": found.slots_used,
+            "hits": total.hits,
+            "misses": total.misses,
+            "hit_rate": found.hit_rate,
+            "evictions": total.evictions,
+            "wait_ms": total.wait_s * 1e3,
+            "flash_bytes": found.flash_bytes,
+            "flash_bytes_per_token": found.flash_bytes / tokens if tokens else 0.0,
+        }
+
+    def memory_plan(self) -> list[str]:
+        """The memory budget as lines of text; empty when the backend does not plan."""
+        budget = self._model.budget
+        if budget is None:
+            return []
+        return [f"{name:<14}{size:>12}  {note}".rstrip() for name, size, note in budget.rows()]
 
     def close(self) -> None:
         """Release the model, after the token that is being computed."""

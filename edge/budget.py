@@ -117,11 +117,10 @@ def plan(
         Line("KV cache", kv_bytes(config, context), f"{context} tokens, f16"),
     ]
     experts = sum(tensors[name].nbytes for name in routed)
-    largest = max((t.nbytes for name, t in tensors.items() if name != _TABLE), default=0)
     whole = [*fixed, *([Line("experts", experts, "all of them")] if experts else [])]
     whole += [
         Line("graphs", graph_bytes(config, context, DEFAULT_CHUNK, False), _chunk(DEFAULT_CHUNK)),
-        Line("loading", 2 * largest, "the largest tensor, as it is read"),
+        Line("loading", _loading_bytes(tensors, routed=True), "the largest tensor, as read"),
     ]
     resident = Budget(tuple(whole), ram, context, DEFAULT_CHUNK, False)
     if ram is None or resident.nbytes <= ram:
@@ -176,11 +175,13 @@ def _streamed(
         raise _too_small(
             budget, budget.nbytes, f"a token needs {chosen} experts of a layer at once"
         )
-    dense = [t.nbytes for name, t in tensors.items() if not _is_routed(name) and name != _TABLE]
-    loading = sum(line.nbytes for line in fixed) + 2 * max(dense)
-    if loading > ram:
-        note = f"loading needs {format_bytes(2 * max(dense))} for the largest tensor besides"
-        raise _too_small(budget, loading, note)
+    # Slots, cache and graphs take memory only once the weights are there.
+    held = {"process", "file pages", "weights", "MTP"}
+    loading = _loading_bytes(tensors, routed=False)
+    need = sum(line.nbytes for line in lines if line.name in held) + loading
+    if need > ram:
+        why = f"loading takes {format_bytes(loading)} for the largest tensor besides"
+        raise _too_small(budget, need, why)
     return budget
 
 
@@ -227,6 +228,19 @@ def _weight_lines(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> list
     if mtp:
         lines.append(Line("MTP", mtp, f"{config.num_mtp_layers} blocks"))
     return lines
+
+
+def _loading_bytes(tensors: Mapping[str, TensorInfo], routed: bool) -> int:
+    """Most memory that loading one tensor takes on top: its pages of the file, and q, k and v of
+    a layer once more, because they are joined."""
+    largest = 0
+    joined: dict[int, int] = {}
+    for name, info in tensors.items():
+        if routed or not (_is_routed(name) or name == _TABLE):
+            largest = max(largest, info.nbytes)
+        if name.endswith(("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_qkv.weight")):
+            joined[_block(name)] = joined.get(_block(name), 0) + 2 * info.nbytes
+    return max(largest, max(joined.values(), default=0))
 
 
 def _block(name: str) -> int:

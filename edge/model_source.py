@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mimo_edge import budget as memory
 from mimo_edge.bundle import Bundle
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, BundleError, DeviceError, UsageError
-from mimo_edge.gguf_file import GgufFile
 from mimo_edge.manifest import MANIFEST_NAME
 from mimo_edge.runtimes.base import Backend, Weights
 from mimo_edge.speculative import MAX_DRAFT
@@ -20,25 +20,30 @@ from mimo_edge.text_file import path_exists
 from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.units import format_bytes
 
+if TYPE_CHECKING:
+    from mimo_edge.runtimes.ggml.device import Device
+    from mimo_edge.runtimes.ggml.expert_source import CachedExperts
+
 BACKENDS = ("auto", "reference", "ggml")
 BUILT_IN = "mimo-nano"
 # Python, NumPy and our own code, before any weight; a little above what is measured.
 _PROCESS_BYTES = 128 << 20
 # Below this width NumPy's threads cost more than they give; on a busy machine, far more.
 _THREADED_WIDTH = 1024
-# Graphs, intermediate results of one chunk and packing buffers of the ggml backend.
-_GGML_SCRATCH_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model. `tokenizer` is None when it works on token ids only."""
+    """An opened model. `tokenizer` is None when it works on token ids only. `experts` is set
+    when routed experts are read from flash, `budget` when the backend plans its memory."""
 
     name: str
     backend: Backend
     tokenizer: Tokenizer | None
     template: ChatTemplate
     eos_ids: frozenset[int]
+    experts: CachedExperts | None = None
+    budget: memory.Budget | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class _Source:
     weights: Weights
     tokenizer: Tokenizer | None
     template: str | None
-    gguf: GgufFile | None = None  # the packed file behind `weights`, if there is one
+    bundle: Bundle | None = None  # the packed files behind `weights`, if there are any
 
 
 def open_model(
@@ -58,7 +63,8 @@ def open_model(
     """Open a bundle folder, a GGUF file or a checkpoint folder; "mimo-nano" is the built-in one.
 
     Raises UsageError, BundleError, CheckpointError, BackendError, or DeviceError when the
-    backend would need more than `ram` bytes.
+    backend would need more than `ram` bytes. The ggml backend then reads routed experts from
+    flash, and refuses only what does not fit that way.
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
@@ -72,8 +78,9 @@ def open_model(
                 config.vocab_size
             )  # raises when they do not belong together
         template = ChatTemplate(source.template)
+        experts, budget = None, None
         if backend == "ggml":
-            opened = _open_ggml(source, ram, context, threads)
+            opened, experts, budget = _open_ggml(source, ram, context, threads)
         else:
             opened = _open_reference(source, ram, context, threads)
     except BaseException:
@@ -82,7 +89,7 @@ def open_model(
     eos = set(config.eos_token_ids)
     if source.tokenizer is not None:
         eos |= source.tokenizer.eos_ids
-    return Model(source.name, opened, source.tokenizer, template, frozenset(eos))
+    return Model(source.name, opened, source.tokenizer, template, frozenset(eos), experts, budget)
 
 
 def _open_reference(source: _Source, ram: int | None, context: int, threads: int | None) -> Backend:
@@ -99,22 +106,38 @@ def _open_reference(source: _Source, ram: int | None, context: int, threads: int
     return ReferenceBackend(source.weights)
 
 
-def _open_ggml(source: _Source, ram: int | None, context: int, threads: int | None) -> Backend:
-    """The ggml backend with every weight resident. It takes over the file behind `source`."""
-    if source.gguf is None:
+def _open_ggml(
+    source: _Source, ram: int | None, context: int, threads: int | None
+) -> tuple[Backend, CachedExperts | None, memory.Budget]:
+    """The ggml backend: all weights resident, or routed experts on flash when `ram` demands it.
+    It takes over the files behind `source`."""
+    if source.bundle is None:
         raise BackendError(
             "the ggml backend runs bundles and GGUF files, not checkpoints",
             "export it first (mimo-edge export), or use --backend reference",
         )
-    config = source.weights.config
-    if ram is not None:
-        weights = sum(info.nbytes for info in source.gguf.tensors.values())
-        cache = kv_bytes(config, context) // 2  # rows are f16 there
-        _check_need("ggml", "packed", weights, cache, _GGML_SCRATCH_BYTES, ram, context)
+    bundle, config = source.bundle, source.weights.config
+    budget = memory.plan(
+        config, bundle.tensors, context, ram, process_bytes=memory.resident_bytes()
+    )
+    from mimo_edge.experts.table import ExpertTable
     from mimo_edge.runtimes.ggml.backend import GgmlBackend
+    from mimo_edge.runtimes.ggml.expert_source import CachedExperts
     from mimo_edge.runtimes.ggml.raw import GgufTensors
 
-    return GgmlBackend(GgufTensors(config, [source.gguf]), threads=threads)
+    made: list[CachedExperts] = []
+
+    def experts(device: Device) -> CachedExperts:
+        made.append(CachedExperts(device, ExpertTable.from_bundle(bundle), budget.slots))
+        return made[0]
+
+    backend = GgmlBackend(
+        GgufTensors(config, [bundle.gguf], bounded=ram is not None),
+        threads=threads,
+        chunk=budget.chunk,
+        experts=experts if budget.streamed else None,
+    )
+    return backend, (made[0] if made else None), budget
 
 
 def _open_source(path: str | Path) -> _Source:
@@ -137,7 +160,7 @@ def _open_source(path: str | Path) -> _Source:
     bundle = Bundle.open(place)
     try:
         tokenizer = _bundle_tokenizer(bundle.tokenizer_path, bundle.metadata)
-        return _Source(bundle.name, bundle.weights(), tokenizer, bundle.chat_template, bundle.gguf)
+        return _Source(bundle.name, bundle.weights(), tokenizer, bundle.chat_template, bundle)
     except BaseException:
         bundle.close()
         raise
@@ -215,18 +238,11 @@ def kv_bytes(config: MimoConfig, context: int) -> int:
 
 def _check_ram(config: MimoConfig, ram: int, context: int) -> None:
     weights, cache = 4 * parameter_count(config), kv_bytes(config, context)
-    _check_need("reference", "as f32", weights, cache, 0, ram, context)
-
-
-def _check_need(
-    backend: str, form: str, weights: int, cache: int, scratch: int, ram: int, context: int
-) -> None:
-    """Raises DeviceError when a backend that keeps every weight in memory exceeds `ram`."""
-    need = weights + cache + scratch + _PROCESS_BYTES
+    need = weights + cache + _PROCESS_BYTES
     if need > ram:
         raise DeviceError(
-            f"the {backend} backend needs {format_bytes(need)} ({format_bytes(weights)} for the "
-            f"weights {form}, {format_bytes(cache)} for a context of {context}), "
+            f"the reference backend needs {format_bytes(need)} ({format_bytes(weights)} for the "
+            f"weights as f32, {format_bytes(cache)} for a context of {context}), "
             f"--ram allows {format_bytes(ram)}",
             f"it keeps every weight in memory: allow {format_bytes(need)}, or use a smaller model",
         )

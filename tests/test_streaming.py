@@ -3,20 +3,28 @@ typed errors that leave the session usable, nothing left behind."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from checkpoint_factory import write_checkpoint
 
 from mimo_edge.api import Runtime
+from mimo_edge.budget import Budget, plan
 from mimo_edge.bundle import Bundle
 from mimo_edge.chat_template import ChatTemplate
-from mimo_edge.errors import BundleError, IntegrityError
+from mimo_edge.errors import BundleError, DeviceError, IntegrityError, UsageError
 from mimo_edge.experts.table import ExpertTable
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.model_source import Model
@@ -25,6 +33,8 @@ from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.expert_source import CachedExperts
 from mimo_edge.runtimes.ggml.raw import GgufTensors
 
+ROOT = Path(__file__).parents[1]
+MIB = 1 << 20
 PROMPT = [5, 17, 3, 40, 2, 9, 33, 8] * 6
 
 
@@ -59,7 +69,7 @@ def open_streamed(
         **options,
     )
     model = Model("m", backend, None, ChatTemplate(), frozenset(), found[0] if found else None)
-    return Runtime(model, 128, draft), (found[0] if found else None)
+    return Runtime(model, 256, draft), (found[0] if found else None)
 
 
 @pytest.mark.parametrize("recipe", ["f32", "q8_0"])
@@ -132,7 +142,7 @@ def test_a_flipped_bit_stops_the_answer_and_the_session_goes_on(
     with runtime:
         session = runtime.session()
         first = session.generate(PROMPT, max_tokens=6).token_ids
-        second = session.generate([*PROMPT, *first, 7], max_tokens=6).token_ids
+        second = session.generate([7], max_tokens=6).token_ids
     file, content = damage(path, 2, flipped=True)
     runtime, experts = open_streamed(path, 4)
     with runtime:
@@ -146,7 +156,7 @@ def test_a_flipped_bit_stops_the_answer_and_the_session_goes_on(
     with runtime:
         session = runtime.session()
         assert session.generate(PROMPT, max_tokens=6).token_ids == first
-        assert session.generate([*PROMPT, *first, 7], max_tokens=6).token_ids == second
+        assert session.generate([7], max_tokens=6).token_ids == second
 
 
 @pytest.mark.parametrize("rows", [1, 4, 20])
@@ -192,5 +202,164 @@ def test_a_truncated_file_is_named(made: dict[str, Path], tmp_path: Path) -> Non
         session.generate(PROMPT, max_tokens=2)
         damage(path, 1, flipped=False)
         with pytest.raises(BundleError, match=r"layer \d+, expert \d+ .*truncated"):
-            session.generate([*PROMPT, 7, 8, 9], max_tokens=30)
+            session.generate([7, 8, 9], max_tokens=30)
         assert runtime.session() is not None
+
+
+# --- Opening by a bound on memory ---------------------------------------------------------------
+
+LARGE = tiny.tiny_config(
+    hidden_size=512,
+    num_attention_heads=8,
+    head_dim=48,
+    v_head_dim=32,
+    intermediate_size=1024,
+    moe_intermediate_size=512,
+    n_routed_experts=64,
+    num_experts_per_tok=4,
+    sliding_window=32,
+    vocab_size=2000,
+)
+
+# Joins the cgroup before anything is imported, so that every page is counted.
+IN_CGROUP = """
+import json, os, sys
+path, ram, group = sys.argv[1:4]
+with open(group + "/cgroup.procs", "w") as file:
+    file.write(str(os.getpid()))
+from mimo_edge.api import Runtime
+with Runtime.open(path, backend="ggml", ram=int(ram), context=256, threads=1, draft=0) as runtime:
+    session = runtime.session()
+    ids = [(7 * i + 3) % 1000 for i in range(150)]
+    answer = session.generate(ids, max_tokens=40).token_ids
+    answer += session.generate([5, 6], max_tokens=20).token_ids
+    print(json.dumps({"answer": answer, "stats": runtime.stats()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF of 120 MiB, most of it routed experts, not in the page cache."""
+    spec = importlib.util.spec_from_file_location(
+        "make_random_model_streaming", ROOT / "tools" / "make_random_model.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool
+    spec.loader.exec_module(tool)
+    path = tmp_path_factory.mktemp("large") / "m.gguf"
+    tool.write_model(path, LARGE, experts="Q8_0", dense="Q8_0", head="Q8_0")
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return path
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """An empty memory cgroup below ours."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    own = {entry.split(":")[1]: entry.split(":")[2].lstrip("/") for entry in lines}
+    root = Path("/sys/fs/cgroup")
+    group = root / "memory" / own["memory"] if "memory" in own else root / own.get("", "")
+    group = group / f"mimo-edge-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    if not any((group / name).exists() for name in ("memory.max", "memory.limit_in_bytes")):
+        group.rmdir()
+        pytest.skip("the memory controller is not on in this cgroup")
+    yield group
+    group.rmdir()
+
+
+def bound(group: Path, limit: int) -> None:
+    v1 = group / "memory.limit_in_bytes"
+    (v1 if v1.exists() else group / "memory.max").write_text(str(limit))
+
+
+def peak(group: Path) -> int:
+    v1 = group / "memory.max_usage_in_bytes"
+    return int((v1 if v1.exists() else group / "memory.peak").read_text())
+
+
+def planned(path: Path, ram: int | None = None) -> Budget:
+    with Bundle.open(path) as bundle:
+        return plan(bundle.config, bundle.tensors, 256, ram)
+
+
+def smallest(path: Path) -> int:
+    """A bound that leaves room for about a token's experts."""
+    low, high = 100 << 20, planned(path).nbytes
+    while high - low > MIB:
+        middle = (low + high) // 2
+        try:
+            planned(path, middle)
+            high = middle
+        except DeviceError:
+            low = middle
+    return high
+
+
+@pytest.mark.parametrize("extra", [2, 40])
+def test_the_kernel_never_counts_more_than_was_allowed(
+    large: Path, cgroup: Path, extra: int
+) -> None:
+    """A real process in a memory cgroup of the size it was told: not killed, never at the limit,
+    and the answer of a resident model without a bound."""
+    ram = smallest(large) + extra * MIB
+    assert planned(large, ram).streamed
+    bound(cgroup, ram)
+    done = subprocess.run(
+        [sys.executable, "-c", IN_CGROUP, str(large), str(ram), str(cgroup)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    experts = found["stats"]["experts"]
+    assert experts["slots_used"] == experts["slots"] < found["stats"]["budget"]["experts"]
+    assert experts["flash_bytes"] > 0
+    assert peak(cgroup) < ram
+    chunk = found["stats"]["budget"]["chunk"]
+    runtime, _ = open_streamed(large, None, chunk=chunk)  # resident, in the same formats
+    with runtime:
+        assert runtime.stats()["experts"] is None
+        session = runtime.session()
+        ids = [(7 * i + 3) % 1000 for i in range(150)]
+        answer = session.generate(ids, max_tokens=40).token_ids
+        answer += session.generate([5, 6], max_tokens=20).token_ids
+    assert found["answer"] == list(answer)
+
+
+def test_a_bound_too_small_is_refused_before_anything_is_loaded(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(GgmlBackend, "__init__", loaded)
+    with pytest.raises(DeviceError, match="expert slots"):
+        Runtime.open(large, backend="ggml", ram="150MiB", context=256)
+
+
+def test_opening_and_closing_leaves_nothing(large: Path) -> None:
+    def counts() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    before = None
+    for _ in range(4):
+        runtime, experts = open_streamed(large, 8)
+        runtime.session().generate([1, 2, 3], max_tokens=2)
+        assert experts is not None
+        runtime.close()
+        runtime.close()
+        with pytest.raises(UsageError):
+            experts.cache.resident(1)
+        before = before or counts()
+        assert counts() == before

@@ -95,6 +95,8 @@ def run(
             f"{runtime.name}: backend {runtime.stats()['backend']}, context {runtime.context}, "
             f"{len(tool_list or ())} tools"
         )
+        for line in runtime.memory_plan():
+            out.detail(line)
         if prompt is not None:
             _answer(out, runtime, session, prompt, options)
         else:
@@ -135,6 +137,8 @@ def _answer(
         out.result(_reply_json(runtime, reply))
         _remarks(out, reply)
         out.detail(f"drafting: {reply.stats.draft_why}")
+        for line in experts_line(runtime):
+            out.detail(line)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -162,6 +166,8 @@ def _chat(out: Output, runtime: Runtime, session: Session, options: dict[str, An
         reply = session.last_reply
         if reply is not None:
             _remarks(out, reply)
+            for text in experts_line(runtime):
+                out.detail(text)
 
 
 def _remarks(out: Output, reply: Reply) -> None:
@@ -233,6 +239,21 @@ def stats_line(reply: Reply) -> str:
     )
 
 
+def experts_line(runtime: Runtime) -> list[str]:
+    """Hits and reads of streamed experts so far; nothing for a resident model."""
+    from mimo_edge.units import format_bytes
+
+    found = runtime.stats()["experts"]
+    if found is None:
+        return []
+    return [
+        f"experts: {100 * found['hit_rate']:.1f} % of {found['hits'] + found['misses']} in memory, "
+        f"{format_bytes(found['flash_bytes'])} read, "
+        f"{format_bytes(round(found['flash_bytes_per_token']))} per token, "
+        f"{found['slots_used']} of {found['slots']} slots in use"
+    ]
+
+
 def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -253,6 +274,7 @@ def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
             "decode_tps": stats.decode_tps,
             "tokens_per_verify": stats.tokens_per_verify,
             "peak_rss_bytes": peak_rss_bytes(),
+            "experts": runtime.stats()["experts"],
         },
     }
 
