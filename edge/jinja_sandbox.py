@@ -1,7 +1,9 @@
 """Jinja for chat templates that came with a model: sandboxed, bounded in output and time.
 
 The sandbox of jinja2 keeps a template away from Python; it does not keep it from looping or
-from doubling a string until memory is gone. Both are bounded here.
+from doubling a string until memory is gone. Both are bounded here. So are containers, counted
+with everything they hold: a list doubled forty times takes little memory, but writing it is one
+call into C that no time limit can end.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jinja2
@@ -23,12 +25,22 @@ from mimo_edge.errors import TokenizerError
 
 MAX_OUTPUT_CHARS = 16 << 20
 MAX_SOURCE_CHARS = 1 << 20
+MAX_ITEMS = 1 << 18  # in one container, those inside its containers counted too
 TIME_LIMIT_S = 10.0
 # Methods whose result can be enormous for a tiny argument; no chat template needs them.
 _REFUSED_METHODS = frozenset(
     ["center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill", "translate"]
 )
-_REFUSED_FILTERS = ("center", "format", "indent", "wordwrap", "urlize", "xmlattr", "filesizeformat")
+_REFUSED_FILTERS = (
+    "center",
+    "format",
+    "indent",
+    "wordwrap",
+    "urlize",
+    "xmlattr",
+    "filesizeformat",
+    "pprint",
+)
 
 
 class _TimeOut(BaseException):
@@ -45,12 +57,35 @@ class _Generator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self._bounded(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self._bounded(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        if node.ctx == "load":  # not the names of an assignment
+            self._bounded(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def _bounded(self, write: Callable[[Any, Frame], None], node: Any, frame: Frame) -> None:
+        self.write("environment.bounded(")
+        write(node, frame)
+        self.write(")")
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
+    def bounded(self, value: Any) -> Any:
+        """`value`, if it is not too large with everything in it."""
+        _check_value(value)
+        return value
+
     def joined(self, parts: Iterable[Any]) -> str:
+        parts = self.bounded(tuple(parts))
         text: str = str_join(parts)
         _check_size(len(text))
         return text
@@ -65,9 +100,19 @@ class _Environment(ImmutableSandboxedEnvironment):
                 if isinstance(value, (str, bytes, list, tuple)) and isinstance(times, int):
                     _check_size(len(value) * max(0, times))
         result = super().call_binop(context, operator, left, right)
-        if isinstance(result, (str, list, tuple)):
-            _check_size(len(result))
-        return result
+        return self.bounded(result)
+
+    def call(*args: Any, **options: Any) -> Any:
+        # No names of its own: the options are the template's, whatever they are called.
+        self, context, called, *rest = args
+        owner, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
+        if isinstance(owner, str) and name == "replace":
+            return _replace(owner, *rest, **options)
+        if isinstance(owner, str) and name == "join":
+            return _join(rest[0] if rest else (), owner)
+        return self.bounded(
+            ImmutableSandboxedEnvironment.call(self, context, called, *rest, **options)
+        )
 
     def wrap_str_format(self, value: Any) -> Any:
         if super().wrap_str_format(value) is not None:
@@ -85,6 +130,73 @@ def _check_size(size: int) -> None:
         raise jinja2.TemplateRuntimeError(f"the template builds more than {MAX_OUTPUT_CHARS} items")
 
 
+def _check_value(value: Any) -> None:
+    """Raise when a value counts more than the limits with everything it holds."""
+    if isinstance(value, str):
+        _check_size(len(value))
+        return
+    items, chars, waiting = 0, 0, [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            chars += len(item)
+        elif isinstance(item, Mapping):
+            items += 2 * len(item)
+            waiting += [*item, *item.values()]
+        elif isinstance(item, (list, tuple)):
+            items += len(item)
+            waiting += item
+        _check_size(chars)
+        if items > MAX_ITEMS:
+            raise jinja2.TemplateRuntimeError(f"the template builds more than {MAX_ITEMS} items")
+
+
+def _gather(values: Iterable[Any]) -> list[Any]:
+    """The `list` filter: what comes one by one is measured as it comes."""
+    gathered: list[Any] = []
+    chars = 0
+    for value in values:
+        gathered.append(value)
+        chars += len(value) if isinstance(value, str) else 0
+        _check_size(chars)
+        _check_size(len(gathered))
+    _check_value(gathered)
+    return gathered
+
+
+def _join(values: Iterable[Any], separator: Any = "", attribute: Any = None) -> str:
+    """The `join` filter, and str.join."""
+    gathered = _gather(values)
+    if attribute is not None:
+        gathered = _gather(value[attribute] for value in gathered)
+    between = str(separator)
+    _check_size(len(gathered) * len(between))
+    return between.join(map(str, gathered))
+
+
+def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    """The `replace` filter, and str.replace: its result is measured before it is made."""
+    _check_value([text, old, new])
+    text, old, new = str(text), str(old), str(new)
+    times = text.count(old)
+    if count is not None and count >= 0:
+        times = min(times, count)
+    _check_size(len(text) + times * (len(new) - len(old)))
+    return str(text.replace(old, new, times))
+
+
+def _text(value: Any) -> str:
+    """The `string` filter."""
+    _check_value(value)
+    return str(value)
+
+
+def _written(value: Any) -> Any:
+    """Every expression a template writes passes here."""
+    _check_value(value)
+    return value
+
+
 def _refuse(message: str = "") -> None:
     """`raise_exception` of Hugging Face templates."""
     raise jinja2.TemplateRuntimeError(str(message))
@@ -94,6 +206,7 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any
 ) -> str:
     """JSON as Hugging Face templates expect it: readable, not HTML-escaped."""
+    _check_value(value)
     separators = options.get("separators")
     return json.dumps(
         value,
@@ -111,9 +224,14 @@ class SandboxedTemplate:
         if len(source) > MAX_SOURCE_CHARS:
             raise TokenizerError(f"the chat template has {len(source)} characters")
         environment = _Environment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols"],
+            finalize=_written,
         )
-        environment.filters["tojson"] = _tojson
+        environment.filters.update(
+            tojson=_tojson, list=_gather, join=_join, replace=_replace, string=_text
+        )
         for name in _REFUSED_FILTERS:
             environment.filters.pop(name, None)
         environment.globals["raise_exception"] = _refuse

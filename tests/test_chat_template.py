@@ -251,6 +251,9 @@ DOUBLING = (
     "{% set n = namespace(s='aaaa') %}"
     "{% for i in range(99) %}{% set n.s = n.s OP n.s %}{% endfor %}"
 )
+NESTING = (
+    "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = MORE %}{% endfor %}USE"
+)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +273,22 @@ DOUBLING = (
         "{{ '{:999999999}'.format('a') }}",
         DOUBLING.replace("OP", "~"),
         DOUBLING.replace("OP", "+"),
+        NESTING.replace("MORE", "[n.s, n.s]").replace("USE", "{{ n.s | tojson }}"),
+        NESTING.replace("MORE", "(n.s, n.s)").replace("USE", "{{ n.s }}"),
+        NESTING.replace("MORE", "{'a': n.s, 'b': n.s}").replace("USE", "{{ '' ~ n.s }}"),
+        NESTING.replace("MORE", "dict(a=n.s, b=n.s)").replace("USE", "{{ n.s | string }}"),
+        NESTING.replace("MORE", "[n.s] * 2").replace("USE", "{{ n.s | join }}"),
+        NESTING.replace("MORE", "[n.s] + [n.s]").replace("USE", "{{ n.s | replace('a', 'b') }}"),
+        NESTING.replace("MORE", "[n.s] | batch(2, n.s) | list").replace("USE", "{{ n.s }}"),
+        "{% set n = namespace(s='aaaa') %}{% for i in range(99) %}"
+        "{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}{% endfor %}",
+        "{% macro d(s) %}{{ s }}{{ s }}{% endmacro %}"
+        + NESTING.replace("MORE", "d(n.s)").replace("USE", ""),
+        "{{ (['a' * 9999999] * 9) | join | length }}",
+        "{{ ''.join(['a' * 9999999] * 9) | length }}",
+        "{{ ('a' * 9999).replace('a', 'b' * 9999) | length }}",
+        "{{ ('a' * 9999) | replace('a', 'b' * 9999) | length }}",
+        "{{ (range(9999) | map('replace', 'a', 'b')) | join('a' * 9999) | length }}",
         "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
         "{% for i in range(999999999) %}{% endfor %}",
     ],
@@ -277,6 +296,22 @@ DOUBLING = (
 def test_hostile_templates_fail(source: str) -> None:
     with pytest.raises(TokenizerError, match="chat template failed"):
         ChatTemplate(source).render([{"role": "user", "content": "x"}])
+
+
+def test_bounded_operations_do_what_jinja_does() -> None:
+    def render(source: str) -> str:
+        return ChatTemplate(source).render([{"role": "user", "content": "a-b-a"}])
+
+    assert render("{{ messages[0].content.replace('a', 'x', 1) }}") == "x-b-a"
+    assert render("{{ messages[0].content | replace('a', 'xy') }}") == "xy-b-xy"
+    assert render("{{ messages[0].content.replace('', '.') }}") == ".a.-.b.-.a."
+    assert render("{{ ', '.join(['a', 'b']) }}{{ [1, 2] | join('+') }}") == "a, b1+2"
+    assert render("{{ messages | join(',', attribute='role') }}") == "user"
+    assert render("{{ messages | map(attribute='role') | list }}") == "['user']"
+    assert render("{% for k, v in {'a': (1, 2)}.items() %}{{ k }}{{ v[1] }}{% endfor %}") == "a2"
+    assert render("{{ [1, {'a': None}] | string }}{{ dict(context=1, called=2) }}") == (
+        "[1, {'a': None}]{'context': 1, 'called': 2}"
+    )
 
 
 def test_a_template_without_end_is_stopped() -> None:
