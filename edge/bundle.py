@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from mimo_edge.gguf_file import GgufFile, TensorInfo
 from mimo_edge.gguf_meta import check_tensors, read_config
 from mimo_edge.gguf_weights import GgufWeights
 from mimo_edge.heat import Heat
-from mimo_edge.manifest import FileEntry, Manifest
+from mimo_edge.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 __all__ = ["Bundle", "ExpertRecord", "Heat", "VerifyReport"]
 
@@ -28,6 +29,7 @@ Progress = Callable[[str, int, int], None]
 _log = logging.getLogger(__name__)
 _CHUNK_BYTES = 4 << 20
 _MAX_TEXT_BYTES = 16 << 20
+_STACK = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down)_exps\.weight")
 
 
 @dataclass(frozen=True)
@@ -199,18 +201,21 @@ class Bundle:
         if self.manifest is None:
             raise BundleError(
                 f"{self.path} has no manifest, so there are no checksums",
-                "only bundles written by mimo-edge export can be verified",
+                f"give the bundle's folder {self.path.parent}"
+                if (self.path.parent / MANIFEST_NAME).is_file()
+                else "only bundles written by mimo-edge export can be verified",
             )
         total = sum(entry.size for entry in self.manifest.files.values())
         done = 0
         for name, entry in self.manifest.files.items():
             path = self.path / name
             _check_size(path, entry)
-            digest = hashlib.sha256()
+            digest, parts = hashlib.sha256(), _PartSums(self._parts_of(path))
             try:
                 with path.open("rb") as file:
                     while chunk := file.read(_CHUNK_BYTES):
                         digest.update(chunk)
+                        parts.update(chunk)
                         done += len(chunk)
                         if progress is not None:
                             progress("verify", done, total)
@@ -218,8 +223,47 @@ class Bundle:
                 raise IntegrityError(f"cannot read {path}: {error.strerror}") from error
             if digest.hexdigest() != entry.sha256:
                 raise self._locate(path)
+            self._compare_sums(path, parts.sums)
         experts = sum(len(checksums) for checksums in self.manifest.experts.values())
         return VerifyReport(len(self.manifest.files), total, len(self.tensors), experts)
+
+    def _parts_of(self, path: Path) -> list[_Part]:
+        """What the manifest has a CRC-32 of in a file, in the file's order."""
+        parts: list[_Part] = []
+        for name, info in self.tensors.items():
+            if info.file != path:
+                continue
+            match = _STACK.fullmatch(name)
+            if match is None:
+                parts.append((info.offset, info.nbytes, name))
+                continue
+            for expert in range(info.shape[0]):
+                _, offset, size = self.gguf.expert_slice(name, expert)
+                parts.append((offset, size, (int(match[1]), expert)))
+        return sorted(parts, key=lambda part: part[0])
+
+    def _compare_sums(self, path: Path, sums: Mapping[str | tuple[int, int], int]) -> None:
+        """The file is as it was written: then the manifest's own checksums must fit it, or a
+        runtime that trusts them would refuse good experts."""
+        assert self.manifest is not None
+        for part, found in sums.items():
+            if isinstance(part, str):
+                listed = self.manifest.tensors[part].crc32
+                what = f"tensor {part}"
+            else:
+                layer, expert = part
+                listed = self.manifest.experts[layer][expert]
+                what = f"layer {layer}, expert {expert}"
+                # Summed in the file's order, which is gate, up, down in what we write.
+                if found != listed:
+                    found = self._expert_crc(layer, expert)
+            if found != listed:
+                stated = "none" if listed is None else f"{listed:08x}"
+                raise IntegrityError(
+                    f"{self.path / MANIFEST_NAME}: the checksum of {what} is {stated}, "
+                    f"{path.name} as a whole is intact and gives {found:08x}",
+                    "copy the manifest again",
+                )
 
     def _locate(self, path: Path) -> IntegrityError:
         """The smallest damaged thing in a file whose checksum differs."""
@@ -266,6 +310,33 @@ class Bundle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_Part = tuple[int, int, "str | tuple[int, int]"]
+"""(offset, bytes, tensor name or (layer, expert)) of something with a checksum of its own."""
+
+
+class _PartSums:
+    """CRC-32 of the parts of a file that streams by: `sums`, by tensor or expert."""
+
+    def __init__(self, parts: list[_Part]) -> None:
+        self.sums: dict[str | tuple[int, int], int] = {}
+        self._parts = parts
+        self._next = 0
+        self._position = 0
+
+    def update(self, chunk: bytes) -> None:
+        view, start = memoryview(chunk), self._position
+        self._position += len(chunk)
+        while self._next < len(self._parts):
+            offset, size, key = self._parts[self._next]
+            if offset >= self._position:
+                break
+            piece = view[max(0, offset - start) : max(0, offset + size - start)]
+            self.sums[key] = zlib.crc32(piece, self.sums.get(key, 0))
+            if offset + size > self._position:
+                break
+            self._next += 1
 
 
 def crc32_of(parts: list[Any]) -> int:

@@ -99,7 +99,14 @@ class Heat:
             raise BundleError(f"cannot read {path}: {error.strerror}") from error
         except BundleError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise BundleError(f"{path} is no expert heat: {error!r}") from error
 
 

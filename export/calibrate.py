@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import BundleError, ExportError, GenerationError, UsageError
-from mimo_edge.export.checkpoint import Checkpoint
+from mimo_edge.export.checkpoint import Checkpoint, text_name
 from mimo_edge.export.weights import CheckpointWeights
 from mimo_edge.heat import Heat
 from mimo_edge.kv_cache import FullCache
@@ -230,7 +230,7 @@ def calibrate(
     name = "token ids"
     if isinstance(text, (str, Path)):
         path = Path(text)
-        name = path.name
+        name = text_name(path.name)
         if _is_gguf(path):
             return _from_imatrix(path, config)
         if tokenizer is None:
@@ -372,7 +372,7 @@ def _from_imatrix(path: Path, config: MimoConfig) -> Calibration:
     chosen = [int(c.sum()) for c in counts.values()]
     tokens = max(chosen, default=0) // max(1, config.num_experts_per_tok)
     mass = {layer: np.zeros(len(c)) for layer, c in counts.items()}
-    heat = Heat(tokens, counts, mass, f"{path.name} (no router mass)")
+    heat = Heat(tokens, counts, mass, f"{text_name(path.name)} (no router mass)")
     return Calibration(imatrix, heat, imatrix.chunk_count)
 
 

@@ -10,6 +10,7 @@ Source: spec section 4.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -124,8 +125,8 @@ class Checkpoint:
         """Folder name, or "owner/model" for a snapshot inside a Hugging Face Hub cache."""
         path = self.path.absolute()
         if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-            return "/".join(path.parent.parent.name.split("--")[1:])
-        return path.name
+            return text_name("/".join(path.parent.parent.name.split("--")[1:]))
+        return text_name(path.name)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -148,7 +149,7 @@ class Checkpoint:
     def tokenizer_files(self) -> Mapping[str, Path]:
         """Path by name of every tokenizer and chat template file there is."""
         found = {name: self.path / name for name in TOKENIZER_FILES}
-        return MappingProxyType({name: path for name, path in found.items() if path.is_file()})
+        return MappingProxyType({name: path for name, path in found.items() if _is_there(path)})
 
     @property
     def chat_template(self) -> Path | None:
@@ -442,10 +443,28 @@ def _count_mtp(names: Iterable[str]) -> int:
     return len(found)
 
 
+def _is_there(path: Path) -> bool:
+    """Whether a file that may be missing is there. A link to nothing (a download cut short) or a
+    folder of its name is an error: going on without it would quietly make another model."""
+    if path.is_file():
+        return True
+    if path.is_symlink() or path.exists():
+        raise CheckpointError(
+            f"{path} is {'a link to nothing' if not path.exists() else 'not a file'}",
+            "download the checkpoint again",
+        )
+    return False
+
+
+def text_name(name: str) -> str:
+    """A folder's name as text that UTF-8 files can hold, whatever bytes the disk has."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def _with_generation_eos(config: MimoConfig, folder: Path) -> MimoConfig:
     """Add generation_config.json's eos ids: config.json names one of the two MiMo stops on."""
     path = folder / "generation_config.json"
-    if not path.is_file():
+    if not _is_there(path):
         return config
     raw, _ = strict_json.load_object(path, _CONFIG_LIMIT_BYTES)
     value = raw.get("eos_token_id")

@@ -69,10 +69,10 @@ def _byte_level_bpe(raw: Any, path: Path, vocab_size: int) -> dict[str, Value]:
         if model.get("type", "BPE") != "BPE" or not isinstance(vocab, dict):
             raise TokenizerError(f"{path}: only byte-level BPE tokenizers are supported")
         _check_pattern(raw.get("pre_tokenizer"), path)
-        entries = [(int(id_), str(token), NORMAL) for token, id_ in vocab.items()]
+        entries = [(_id(id_), token, NORMAL) for token, id_ in vocab.items()]
         for token in added:
             kind = CONTROL if token.get("special") else USER_DEFINED
-            entries.append((int(token["id"]), str(token["content"]), kind))
+            entries.append((_id(token["id"]), str(token["content"]), kind))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise TokenizerError(f"{path} is not a tokenizer.json: {error!r}") from error
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
@@ -98,6 +98,12 @@ def _byte_level_bpe(raw: Any, path: Path, vocab_size: int) -> dict[str, Value]:
     if padding is not None:
         keys["padding_token_id"] = u32(padding)
     return keys
+
+
+def _id(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is no token id")
+    return value
 
 
 def _merge(merge: Any, path: Path) -> str:
@@ -163,8 +169,14 @@ def read_chat_template(files: Mapping[str, Path], template: Path | None) -> str 
     raw = _read(path)
     value = raw.get("chat_template") if isinstance(raw, dict) else None
     if isinstance(value, list):  # named templates: [{"name": ..., "template": ...}]
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
-        value = named.get("default")
+        templates = [t for t in value if isinstance(t, dict)]
+        default = [t.get("template") for t in templates if t.get("name") == "default"]
+        if len(default) != 1:
+            raise TokenizerError(
+                f"{path} has {len(value)} named chat templates, {len(default)} of them 'default'",
+                "put the one to use into chat_template.jinja",
+            )
+        value = default[0]
     if value is not None and not isinstance(value, str):
         raise TokenizerError(f"{path}: chat_template is a {type(value).__name__}")
     return value

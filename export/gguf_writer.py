@@ -66,7 +66,12 @@ class GgufLayout:
         head = bytearray(MAGIC)
         head += struct.pack("<IQQ", VERSION, len(tensors), len(keys))
         for key, value in keys.items():
-            head += _text(key) + _value(key, value)
+            try:
+                head += _text(key) + _value(key, value)
+            except UnicodeEncodeError as error:  # JSON can spell halves of characters
+                raise ExportError(
+                    f"{key}: {error.object[:80]!r} is not Unicode text", "correct it at the source"
+                ) from None
         relative: dict[str, int] = {}
         end = 0
         for tensor in tensors:

@@ -47,5 +47,8 @@ def resolve(source: str | Path) -> Path:
         )
     except Exception as error:  # the client raises HTTP, OS, validation and its own errors
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"downloading {source} from the Hub failed: {reason[0]}") from error
+        raise CheckpointError(
+            f"there is no folder {source}, and downloading it from the Hub failed: {reason[0]}",
+            "check the path, or the Hub id and the network",
+        ) from error
     return Path(folder)

@@ -84,6 +84,8 @@ def export_bundle(
         raise UsageError(f"threads = {threads}")
     threads = threads or min(4, os.cpu_count() or 1)
     target = Path(out).absolute()
+    if target.name in ("", ".."):  # names no folder that could be made or renamed
+        target = target.resolve()
     staging = staging_of(target)
     check_target(target, overwrite)
     with Checkpoint.open(

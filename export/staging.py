@@ -29,8 +29,10 @@ def staging_of(target: Path) -> Path:
 
 def check_target(target: Path, overwrite: bool) -> bool:
     """Refuse an output that is in the way, before any work; whether a bundle is there."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ExportError(f"{target} exists and is not a folder")
+    if target.is_symlink():
+        raise ExportError(f"{target} is a symbolic link", f"export to {target.resolve()} instead")
+    if target.exists() and not target.is_dir():
+        raise ExportError(f"{target} exists and is not a folder", "choose another name")
     if target.is_dir() and os.path.ismount(target):
         raise ExportError(f"{target} is a mount point", f"export to {target / 'model'} instead")
     occupied = target.is_dir() and any(target.iterdir())
@@ -161,4 +163,6 @@ def disk_error(error: OSError, export: Export) -> ExportError:
             f"the disk is full after {done} of {export.total_bytes} bytes ({where})",
             "free some space and run the same command again: finished pieces are kept",
         )
+    if export.journal is None:  # nothing was begun, so there is nothing to go on with
+        return ExportError(f"cannot write to {where}", "export to another place")
     return ExportError(f"the export failed at {where}", "run it again: finished pieces are kept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from checkpoint_factory import CHAT_TEMPLATE, write_checkpoint
 from tiny import random_weights, tiny_config, tiny_mimo7b_config
 
-from mimo_edge.bundle import Bundle
+from mimo_edge.bundle import Bundle, _PartSums
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import (
     BundleError,
@@ -136,6 +137,43 @@ def test_a_flipped_bit_elsewhere_is_named(bundle: Path) -> None:
         with Bundle.open(bundle) as opened, pytest.raises(IntegrityError, match=message):
             opened.verify()
         flip(bundle / name, offset)
+
+
+@pytest.mark.parametrize("what", ["tensor blk.4.attn_qkv.weight", "layer 3, expert 6"])
+def test_a_wrong_checksum_in_the_manifest_is_named(bundle: Path, what: str) -> None:
+    """The engine checks experts against the manifest alone, so verify must too."""
+    path = bundle / MANIFEST_NAME
+    raw = json.loads(path.read_bytes())
+    if what.startswith("tensor"):
+        raw["tensors"]["blk.4.attn_qkv.weight"]["crc32"] = "00c0ffee"
+    else:
+        raw["experts"]["3"][6] = "00c0ffee"
+    path.write_text(json.dumps(raw), "utf-8")
+    damaged = pytest.raises(IntegrityError, match=f"{MANIFEST_NAME}: the checksum of {what} is")
+    with Bundle.open(bundle) as opened, damaged as caught:
+        opened.verify()
+    assert "00c0ffee" in caught.value.message
+
+
+def test_checksums_of_parts_do_not_depend_on_how_a_file_is_read() -> None:
+    data = bytes(range(256)) * 3
+    parts: list[tuple[int, int, str | tuple[int, int]]]
+    parts = [(5, 10, "a"), (40, 1, (0, 0)), (41, 300, (0, 1)), (700, 68, (0, 0))]
+    for step in (1, 7, 64, len(data)):
+        sums = _PartSums(parts)
+        for start in range(0, len(data), step):
+            sums.update(data[start : start + step])
+        assert sums.sums == {
+            "a": zlib.crc32(data[5:15]),
+            (0, 0): zlib.crc32(data[40:41] + data[700:768]),
+            (0, 1): zlib.crc32(data[41:341]),
+        }
+
+
+def test_verify_of_a_part_points_to_the_folder(bundle: Path) -> None:
+    part = bundle / "model-00001-of-00002.gguf"
+    with Bundle.open(part) as bare, pytest.raises(BundleError, match=f"folder {bundle}"):
+        bare.verify()
 
 
 def test_missing_and_shortened_files(bundle: Path) -> None:
@@ -474,6 +512,13 @@ def test_layout_is_read_back_by_gguf(tmp_path: Path) -> None:
         assert found.data_offset == layout.offsets[found.name]
         assert found.n_bytes == tensors[number].nbytes
         assert (found.data.view(np.uint8) == number + 1).all()
+
+
+def test_heat_of_absurd_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "experts.json"
+    path.write_text('{"schema": 1, "tokens": 1e999, "source": "", "layers": {}}')
+    with pytest.raises(BundleError, match="is no expert heat"):
+        Heat.read(path)
 
 
 def test_heat_file(tmp_path: Path) -> None:

@@ -277,6 +277,76 @@ def test_other_things_in_the_way(source: Path, tmp_path: Path) -> None:
     export_bundle(source, tmp_path / "empty").close()
 
 
+def test_places_that_cannot_be_written_promise_nothing(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "sub", tmp_path / ("a" * 250)):
+        with pytest.raises(ExportError, match="cannot write to") as caught:
+            export_bundle(source, out)
+        assert "finished pieces" not in str(caught.value)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(ExportError, match=f"symbolic link: export to {tmp_path / 'real'}"):
+        export_bundle(source, tmp_path / "link")
+    assert leftovers(tmp_path / "real") == []
+
+
+def test_an_output_of_dots_is_the_folder_it_means(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "model" / "below").mkdir(parents=True)
+    with pytest.raises(ExportError, match=f"{tmp_path / 'model'} is a folder with other content"):
+        export_bundle(source, tmp_path / "model" / "below" / "..")
+    assert os.listdir(tmp_path / "model") == ["below"]
+
+
+def test_a_folder_name_that_is_not_utf8(source: Path, tmp_path: Path) -> None:
+    odd = source.rename(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff"))
+    with export_bundle(odd, tmp_path / "out") as made:
+        assert made.name == made.metadata["general.name"] == "m\ufffd"
+        made.verify()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", '{"chat_template": "a\\ud800"}', "not Unicode text"),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": ["x"], "template": "a"}]}',
+            "1 named chat templates, 0 of them 'default'",
+        ),
+        ("tokenizer.json", "1e999", "is no token id"),
+        ("tokenizer.json", "1.5", "is no token id"),
+        ("tokenizer.json", "true", "is no token id"),
+        ("tokenizer.json", '"half \\udfff"', "not Unicode text"),
+    ],
+)
+def test_hostile_tokenizers(tmp_path: Path, file: str, content: str, message: str) -> None:
+    source, _ = write_checkpoint(tmp_path / "source", "flash", tokenizer=True)
+    if file == "tokenizer.json":
+        raw = json.loads((source / file).read_text("utf-8"))
+        raw["added_tokens"][0]["content" if content[0] == '"' else "id"] = "HERE"
+        content = json.dumps(raw).replace('"HERE"', content)
+    (source / file).write_text(content)
+    with pytest.raises(MimoEdgeError, match=message):
+        export_bundle(source, tmp_path / "out")
+    assert leftovers(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_a_link_to_nothing_is_no_missing_file(tmp_path: Path, name: str) -> None:
+    """A Hub download cut short: going on would make a bundle without a tokenizer."""
+    source, _ = write_checkpoint(tmp_path / "source", "flash", tokenizer=True)
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to("../blobs/none")
+    with pytest.raises(CheckpointError, match=f"{name} is a link to nothing"):
+        export_bundle(source, tmp_path / "out")
+    (source / name).unlink()
+    (source / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"{name} is not a file"):
+        export_bundle(source, tmp_path / "out")
+
+
 def test_wrong_calls(source: Path, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"formats": ("gguf", "exe")}, "exe"),

@@ -97,7 +97,7 @@ def test_failed_download_is_typed(
 ) -> None:
     use(monkeypatch, error)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"downloading owner/name from the Hub failed: \w"):
+    with pytest.raises(CheckpointError, match=r"downloading it from the Hub failed: \w"):
         resolve("owner/name")
 
 
@@ -119,5 +119,7 @@ def test_the_real_client_takes_our_arguments(
     monkeypatch.setattr(hub, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
     assert resolve("owner/name").samefile(snapshot)
-    with pytest.raises(CheckpointError, match="downloading owner/other from the Hub failed"):
+    with pytest.raises(
+        CheckpointError, match="no folder owner/other, and downloading it from the Hub failed"
+    ):
         resolve("owner/other")
