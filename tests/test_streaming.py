@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,11 +20,13 @@ import numpy as np
 import pytest
 import tiny
 from checkpoint_factory import write_checkpoint
+from typer.testing import CliRunner
 
 from mimo_edge.api import Runtime
 from mimo_edge.budget import Budget, plan
 from mimo_edge.bundle import Bundle
 from mimo_edge.chat_template import ChatTemplate
+from mimo_edge.cli.main import app
 from mimo_edge.errors import BundleError, DeviceError, IntegrityError, UsageError
 from mimo_edge.experts.table import ExpertTable
 from mimo_edge.export.pipeline import export_bundle
@@ -363,3 +366,58 @@ def test_opening_and_closing_leaves_nothing(large: Path) -> None:
             experts.cache.resident(1)
         before = before or counts()
         assert counts() == before
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a tokenizer."""
+    folder = tmp_path_factory.mktemp("spoken")
+    source, _ = write_checkpoint(folder / "source", "flash", tokenizer=True)
+    export_bundle(source, folder / "bundle", recipe="f32").close()
+    return folder / "bundle"
+
+
+def test_run_shows_plan_and_hits_and_says_the_same(
+    spoken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["run", str(spoken), "-p", "hello", "--backend", "ggml", "--max-tokens", "8"]
+    options += ["--threads", "1", "--draft", "0"]
+    whole = CliRunner().invoke(app, [*options, "--json"])
+    assert whole.exit_code == 0, whole.output
+    whole_json = json.loads(whole.stdout)
+    assert whole_json["stats"]["experts"] is None
+
+    def few_slots(config: Any, tensors: Any, context: int, *args: Any, **kwargs: Any) -> Budget:
+        lines = plan(config, tensors, context).lines
+        return Budget(lines, 1 << 30, context, 16, True, 4, 4096, 8)
+
+    monkeypatch.setattr("mimo_edge.budget.plan", few_slots)  # a tiny model always fits
+    streamed = CliRunner().invoke(app, [*options, "--ram", "1GiB", "--json"])
+    assert streamed.exit_code == 0, streamed.output
+    found = json.loads(streamed.stdout)
+    assert found["token_ids"] == whole_json["token_ids"]
+    assert found["stats"]["experts"]["slots"] == 4
+    shown = CliRunner().invoke(app, [*options, "--ram", "1GiB", "-v"])
+    assert re.search(r"KV cache +[0-9.]+ [KM]iB +\d+ tokens", shown.stderr)
+    assert re.search(r"experts: [0-9.]+ % of \d+ in memory, .* read, .* per token", shown.stderr)
+
+
+def test_inspect_plans_without_loading(large: Path) -> None:
+    def invoke(*options: str) -> Any:
+        return CliRunner().invoke(app, ["inspect", str(large), "--context", "256", *options])
+
+    ram = smallest(large) + 20 * MIB
+    shown = invoke("--plan", "--ram", str(ram))
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"expert slots .* \d+ of 192 experts", shown.stdout)
+    found = json.loads(invoke("--plan", "--ram", str(ram), "--json").stdout)["plan"]
+    assert found == planned(large, ram).to_dict()
+    refused = invoke("--plan", "--ram", "120MiB")
+    assert refused.exit_code == DeviceError.exit_code
+    assert "expert slots" in refused.stderr
+    named = CliRunner().invoke(app, ["inspect", "MiMo-V2-Flash", "--plan"])
+    assert named.exit_code == UsageError.exit_code
+    assert "known model" in named.stderr

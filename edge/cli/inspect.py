@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mimo_edge.cli.output import Output
-from mimo_edge.units import format_bytes
+from mimo_edge.errors import UsageError
+from mimo_edge.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from mimo_edge.budget import Budget
     from mimo_edge.inventory import Inventory
 
 
@@ -24,6 +26,11 @@ def inspect(
         typer.Argument(help="Bundle, .gguf file, checkpoint folder, or a name: MiMo-V2-Flash, ..."),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show the memory a run on the ggml backend takes.")
+    ] = False,
+    ram: Annotated[str | None, typer.Option(help='--plan: bound on memory, as "8GiB".')] = None,
+    context: Annotated[int, typer.Option(help="--plan: most tokens of a conversation.")] = 4096,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show layers, bytes by role, formats, MTP blocks and window. Reads headers only."""
@@ -31,9 +38,15 @@ def inspect(
 
     output = Output(json=json)
     found = inventory(what)
-    output.result(found.to_dict())
+    budget = memory_plan(what, found, ram, context) if plan else None
+    output.result(
+        found.to_dict() if budget is None else {**found.to_dict(), "plan": budget.to_dict()}
+    )
     print_model(output, found)
     print_roles(output, found)
+    if budget is not None:
+        output.text("")
+        output.table(budget.rows(), ["memory", "bytes", ""])
     if tensors:
         output.text("")
         output.table(
@@ -43,6 +56,24 @@ def inspect(
             ],
             ["tensor", "shape", "format", "bytes"],
         )
+
+
+def memory_plan(what: str, found: Inventory, ram: str | None, context: int) -> Budget:
+    """The budget of a run. Raises UsageError for what the ggml backend does not open, DeviceError
+    with the table when `ram` is too small."""
+    from mimo_edge.budget import plan
+    from mimo_edge.bundle import Bundle
+
+    if found.kind not in ("bundle", "gguf"):
+        raise UsageError(
+            f"--plan needs the tensors of a bundle or a .gguf file, {what} is a {found.kind}",
+            "export it first",
+        )
+    if context < 1:
+        raise UsageError(f"--context {context}", "use 1 or more")
+    with Bundle.open(what) as bundle:
+        limit = None if ram is None else parse_bytes(ram)
+        return plan(bundle.config, bundle.tensors, context, limit)
 
 
 def print_model(output: Output, found: Inventory) -> None:
