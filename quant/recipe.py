@@ -135,8 +135,17 @@ class Recipe:
         return cls.named(name, family=family)
 
     def with_overrides(self, overrides: Iterable[tuple[str, str]]) -> Recipe:
-        """This recipe with (glob, format) pairs that win over the ones it has."""
-        return replace(self, overrides=(*overrides, *self.overrides))
+        """This recipe with (glob, format) pairs that win over the ones it has.
+
+        Raises UsageError on an unknown format."""
+        added = tuple(overrides)
+        for pattern, name in added:
+            if name.upper() not in FORMATS:
+                raise UsageError(
+                    f"override of {pattern!r} to the unknown format {name!r}",
+                    f"known: {', '.join(recipe_names())}",
+                )
+        return replace(self, overrides=(*added, *self.overrides))
 
     @property
     def file_type(self) -> int:

@@ -100,8 +100,8 @@ def test_profiles() -> None:
 def test_unknown_names_are_usage_errors() -> None:
     with pytest.raises(UsageError, match=r"'q7'.*q4_0"):
         Recipe.named("q7")
-    with pytest.raises(QuantError, match="Q9"):
-        Recipe.named("q4_0").with_overrides([("*", "Q9")])
+    with pytest.raises(UsageError, match=r"override of 'blk\.\*' to the unknown format 'Q9'"):
+        Recipe.named("q4_0").with_overrides([("blk.*", "Q9")])
 
 
 def test_overrides_by_glob_first_match_wins() -> None:
