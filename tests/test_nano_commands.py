@@ -39,6 +39,21 @@ def test_held_out_phrasings_are_not_in_training() -> None:
         assert not train & held
 
 
+def _words(phrasing: str, lang: str) -> set[str]:
+    """English words, or Chinese characters, outside the slots."""
+    text = re.sub(r"\{\w+\}", " ", phrasing).lower()
+    return set(re.findall(r"[a-z']+" if lang == "en" else r"[\u4e00-\u9fff]", text))
+
+
+def test_held_out_phrasings_use_known_words() -> None:
+    """A model trained from nothing cannot know a word that no training phrasing has."""
+    for lang in commands.LANGS:
+        frames = [f for f in phrasings.FRAMES if f.lang == lang]
+        known = set().union(*(_words(p, lang) for f in frames for p in f.train))
+        known |= set("请" if lang == "zh" else ())  # a politeness prefix
+        assert not set().union(*(_words(p, lang) for f in frames for p in f.held)) - known
+
+
 def test_a_phrasing_means_one_tool() -> None:
     for lang in commands.LANGS:
         owner: dict[str, str] = {}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+
 from mimo_edge.config import MimoConfig
 from mimo_edge.runtimes.base import F32
 from mimo_edge.runtimes.weights import DictWeights

@@ -252,7 +252,10 @@ def _clause(rng: random.Random, tool: str, lang: str, held: bool) -> tuple[str, 
         text += body[at : m.start()] + surface
         at = m.end()
     text += body[at:]
-    wanted = {k: values[v] if v.startswith("$") else v for k, v in frame.args.items()}
+    wanted = {
+        k: values[v] if isinstance(v, str) and v.startswith("$") else v
+        for k, v in frame.args.items()
+    }
     order = TOOLS[tool]["function"]["parameters"]["properties"]
     return (
         text,

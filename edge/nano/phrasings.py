@@ -48,6 +48,7 @@ _add(
     have an alarm (go off|ring) at {time}
     ~at {time} (wake me up|get me up)
     set the alarm clock (to|for) {time}
+    schedule my alarm clock (to|for) {time}
     ~I have to be up (at|by) {time}
     """,
     """
@@ -64,6 +65,7 @@ _add(
     """
     (set|create|add) an alarm (for|at) {time} (called|named|labelled) {label}
     set an alarm called {label} (for|at) {time}
+    (set|add) an alarm (for|at) {time}, label {label}
     wake me up at {time} for {label}
     add an alarm labelled {label} at {time}
     """,
@@ -85,6 +87,7 @@ _add(
     闹钟(定|设)在{time}
     ~明天{time}叫我起床
     把闹钟(调|设)到{time}
+    将闹钟(调|设)到{time}
     """,
     """
     (加|添加)一个{time}的闹钟
@@ -121,6 +124,7 @@ _add(
     start counting down from {dur}
     ~I need a timer for {dur}
     set the timer to {dur}
+    (set|adjust) the countdown to {dur}
     let me know (when|after) {dur} (have passed|are over|is up)
     """,
     """
@@ -141,6 +145,7 @@ _add(
     (开始|启动){dur}(的|)倒计时
     {dur}后提醒我
     定时{dur}
+    定时,时间{dur}
     设置(计时器|倒计时){dur}
     过{dur}(叫我|提醒我)
     """,
@@ -161,6 +166,7 @@ _add(
     send {contact} (a message|a text): {text}
     let {contact} know that {text}
     write to {contact}: {text}
+    place a message to {contact}: {text}
     (send|write) a message to {contact}: {text}
     message to {contact}: {text}
     text {contact}: {text}
@@ -184,6 +190,7 @@ _add(
     通知{contact},{text}
     短信{contact}:{text}
     发信息给{contact},内容是{text}
+    写(个|一条|一个)(消息|短信|信息)给{contact}:{text}
     给{contact}留言说{text}
     """,
     """
@@ -241,6 +248,8 @@ _add(
     (play|put on) the song {title} by {artist}
     ~I want to (hear|listen to) {title} by {artist}
     put on {title} by {artist}
+    (begin|keep) playing {title} by {artist}
+    ~let's (hear|listen to) {title} by {artist}
     play {artist}'s {title}
     """,
     """
@@ -272,6 +281,7 @@ _add(
     """
     play (something|some music|songs|music) (by|from) {artist}
     put on (some music|songs|something) by {artist}
+    (begin|keep) playing (songs|music) by {artist}
     ~I want to (hear|listen to) (songs|music) by {artist}
     play an artist called {artist}
     """,
@@ -334,6 +344,7 @@ _add(
     """
     remind me to {task} at {time}
     remind me at {time} to {task}
+    schedule a reminder to {task} (at|for) {time}
     (add|set|create) a reminder to {task} at {time}
     ~at {time} remind me to {task}
     (set|add) a reminder for {time} to {task}
@@ -367,6 +378,7 @@ _add(
     """
     {time}提醒我{task}
     提醒我{time}{task}
+    {time}的时候提醒我{task}
     (添加|加|设)(一个|个)提醒,{time}{task}
     (设|加)个{time}的提醒,{task}
     到{time}(记得|)提醒我{task}
@@ -436,6 +448,7 @@ _add(
     turn the (sound|volume) (up|down|) to {pct}
     change the sound level to {pct}
     ~I want the volume at {pct}
+    keep the (volume|sound) at {pct}
     """,
     """
     put the volume at {pct}
@@ -452,6 +465,7 @@ _add(
     (调|设)音量(到|为){pct}
     声音(调到|开到){pct}
     把声音(调成|设为|设到){pct}
+    将声音(调成|设为|开到){pct}
     音量{pct}
     """,
     """
@@ -494,6 +508,8 @@ _add(
     (设置|调)(车里|车内|){zone}温度(到|为){deg}度
     给{zone}开{deg}度(的空调|)
     空调{zone}(调到|设到){deg}度
+    空调{zone}那边{deg}度
+    将{zone}温度(调到|设到){deg}度
     """,
     """
     让{zone}温度保持{deg}度
@@ -546,6 +562,7 @@ for _win, _act, _en, _enh, _zh, _zhh in (
     (roll|wind|put) down the {window}
     (roll|wind) the {window} down
     let the {window} down
+    ~I want the {window} opened
     ~I need some air, open the {window}
     ~it is hot, (open|lower) the {window}
     lower the {window}
@@ -558,6 +575,7 @@ for _win, _act, _en, _enh, _zh, _zhh in (
         """
     (打开|开){window}
     把{window}(打开|降下来|开开|摇下来)
+    将{window}(降下来|开开|摇下来)
     {window}(开一下|打开|降下来)
     降下{window}
     ~有点闷,(打开|开){window}
@@ -586,6 +604,7 @@ for _win, _act, _en, _enh, _zh, _zhh in (
         """
     (关上|关闭|关){window}
     把{window}(关上|升上去|关了|摇上去)
+    将{window}(升上去|关了|摇上去)
     {window}(关一下|关上|升上去)
     升起{window}
     ~(下雨了|风太大),(关上|关){window}
@@ -610,6 +629,9 @@ _add(
     ~I want to (go|drive|get) to {place}
     (give me|get me) directions to {place}
     set the destination to {place}
+    plan a trip to {place}
+    ~I need (the|a) route to {place}
+    ~let's drive to {place}
     bring me to {place}
     how do I get to {place}
     """,
@@ -649,6 +671,8 @@ _add(
     把目的地(设为|设成|设到){place}
     (查|找)(一下|)(去|到){place}的路
     送我去{place}
+    前往{place}
+    规划路线,(去|到){place}
     """,
     """
     规划(去|到){place}的路线
@@ -727,6 +751,7 @@ for _state, _en, _enh, _zh, _zhh in (
     {side}(除霜|除雾)(打开|开启|开一下)
     给{side}(除霜|除雾)
     把{side}(的|)(除霜|除雾)(打开|开启)
+    将{side}的除霜(打开|开启)
     ~{side}(起雾了|结霜了),除一下
     """,
         """
@@ -810,6 +835,7 @@ _add(
     """
     (打开|开|开启)(后备箱|行李箱|尾门)
     把(后备箱|行李箱|尾门)(打开|开开)
+    将行李箱(打开|开开)
     (后备箱|尾门)(开一下|打开)
     ~我要放(东西|行李),开后备箱
     弹开(后备箱|尾门)
@@ -827,6 +853,7 @@ _add(
     """
     (关上|关|关闭)(后备箱|行李箱|尾门)
     把(后备箱|行李箱|尾门)(关上|关了|合上)
+    将行李箱(关上|关了|合上)
     (后备箱|尾门)(关一下|关上)
     ~东西(放好了|拿完了),关后备箱
     合上(后备箱|尾门)
@@ -906,6 +933,7 @@ _add(
     """
     (打开|开启|开)(访客|客人)(网络|wifi|无线)
     把(访客|客人)(网络|wifi|无线)(打开|开启|开开)
+    将(访客|客人)无线(打开|开启|开开)
     (访客|客人)(网络|wifi)(打开|开启|开一下)
     ~来客人了,(打开|开)访客(网络|wifi)
     让客人用(访客网络|访客wifi)
@@ -926,6 +954,7 @@ _add(
     (访客|客人)(网络|wifi)(打开|开启|开){long}
     (访客|客人)(网络|wifi)开{long}后关掉
     给客人开{long}(的|)(网络|wifi)
+    开{long}的(访客|客人)(网络|wifi),之后关掉
     {long}内(打开|开启)访客(网络|wifi)
     """,
     """
@@ -941,6 +970,7 @@ _add(
     """
     (关闭|关掉|关)(访客|客人)(网络|wifi|无线)
     把(访客|客人)(网络|wifi|无线)(关掉|关闭|关了)
+    将(访客|客人)无线(关掉|关闭|关了)
     (访客|客人)(网络|wifi)(关掉|关闭|关一下)
     ~客人走了,(关掉|关)访客(网络|wifi)
     停用(访客|客人)(网络|wifi)
@@ -972,6 +1002,7 @@ for _act, _en, _enh, _zh, _zhh in (
     (禁止|不让|不许){device}上网
     (屏蔽|拉黑|封掉|封锁){device}
     把{device}(拉黑|屏蔽|封掉|踢下线)
+    将{device}(拉黑|封掉|踢下线)
     断开{device}的(网络|网)
     (别|不要)让{device}(上网|联网)
     """,
@@ -1000,6 +1031,7 @@ for _act, _en, _enh, _zh, _zhh in (
     (允许|恢复|让){device}(上网|联网)
     (解除|取消)(对|)(屏蔽|封锁){device}
     把{device}(解封|恢复上网|放出来)
+    将{device}(恢复上网|放出来)
     (解封|解禁){device}
     {device}可以上网了,解除屏蔽
     """,
@@ -1037,6 +1069,7 @@ _add(
     """
     (把|){device}的(网络|)优先级(设为|调到|设成|调成){prio}
     给{device}{prio}优先级
+    将{device}(设成|调成){prio}优先级
     (设置|调整){device}(的优先级|网络优先级)为{prio}
     {device}优先级{prio}
     让{device}的网速优先级(变成|变为|设为){prio}
@@ -1059,6 +1092,9 @@ _add(
     (do|start) a router (restart|reboot)
     give the router a (restart|reboot)
     power cycle the router
+    ~the router (needs|has) to be restarted
+    perform a (restart|reboot) of the router
+    reboot that router box
     """,
     """
     have the router restarted
@@ -1129,6 +1165,7 @@ _add(
     (change|set) the name of the (wifi|network) to {ssid}
     call the (wifi|network) {ssid}
     make {ssid} the (wifi|network) name
+    save the (wifi|network) name as {ssid}
     ~the wifi should be (called|named) {ssid}
     """,
     """
@@ -1146,6 +1183,7 @@ _add(
     (wifi|无线网络)改名(为|叫|成){ssid}
     (修改|更改)(wifi|无线)名称为{ssid}
     让(wifi|网络)叫{ssid}
+    将(无线|网络)名称(改成|改为){ssid}
     (wifi|无线)名字叫{ssid}
     """,
     """
@@ -1167,6 +1205,7 @@ for _state, _en, _enh, _zh, _zhh in (
     {room} (light|lights) on
     (light up|illuminate) the {room}
     ~it is dark in the {room}, lights on
+    ~I can't see in the {room}, lights on
     put the {room} (light|lights) on
     """,
         """
@@ -1177,6 +1216,8 @@ for _state, _en, _enh, _zh, _zhh in (
         """
     (打开|开){room}(的|)灯
     把{room}(的|)(灯|灯光)(打开|开开|点亮)
+    将{room}(的|)灯光(打开|开开|点亮)
+    ~{room}里看不见,开灯
     {room}(的|)灯(打开|开一下|开开)
     {room}开灯
     ~{room}(太黑了|好黑),(开灯|开一下灯)
@@ -1207,6 +1248,7 @@ for _state, _en, _enh, _zh, _zhh in (
         """
     (关掉|关闭|关){room}(的|)灯
     把{room}(的|)(灯|灯光)(关掉|关了|熄灭|关上)
+    将{room}(的|)灯光(关掉|关了|熄灭)
     {room}(的|)灯(关掉|关一下|关了)
     {room}关灯
     ~{room}没人,(关灯|把灯关了)
@@ -1294,6 +1336,7 @@ for _change, _en, _enh, _zh, _zhh in (
     (调暗|调低){room}(的|)(灯|灯光)
     把{room}(的|)灯光(调低|调暗)(一点|一些|点|)
     把{room}(的|)灯(弄暗|变暗)(一点|一些|点|)
+    将{room}(的|)灯(弄暗|变暗)(一点|一些|点|)
     让{room}(的|)灯(暗一点|暗一些|变暗)
     ~{room}(太亮了|有点亮|太刺眼)
     ~{room}(的|)灯太亮了,(调低|暗)一点
@@ -1327,6 +1370,7 @@ for _change, _en, _enh, _zh, _zhh in (
     (调亮|调高){room}(的|)(灯|灯光)
     把{room}(的|)灯光(调高|调亮)(一点|一些|点|)
     把{room}(的|)灯(弄亮|变亮)(一点|一些|点|)
+    将{room}(的|)灯(弄亮|变亮)(一点|一些|点|)
     让{room}(的|)灯(亮一点|亮一些|变亮)
     ~{room}(太暗了|有点暗|不够亮)
     ~{room}(的|)灯太暗了,(调高|亮)一点
@@ -1369,6 +1413,7 @@ _add(
     {room}(亮度|灯光亮度)(调到|开到|设到){pct}
     (设置|调节){room}(的|)亮度(为|到){pct}
     让{room}(的|)灯亮度(变成|变为){pct}
+    将{room}(的|)灯光亮度(调到|设到){pct}
     """,
     """
     将{room}(的|)亮度设为{pct}
@@ -1387,6 +1432,7 @@ _add(
     ~I want {color} (light|lights) in the {room}
     {color} (light|lights) in the {room}
     change the color of the {room} (light|lights) to {color}
+    adjust the {room} (light|lights) to {color}
     """,
     """
     give the {room} {color} (light|lights)
@@ -1404,6 +1450,7 @@ _add(
     (设置|调整){room}(的|)(灯|灯光)颜色为{color}
     把{room}(的|)灯光颜色(调成|设为|改为){color}
     让{room}(的|)灯变{color}
+    将{room}(的|)灯光(变成|改成){color}
     """,
     """
     将{room}的灯换成{color}
@@ -1420,6 +1467,7 @@ for _act, _en, _enh, _zh, _zhh in (
     {room} (curtains|blinds) open
     (draw|pull) (open|back) the {room} (curtain|curtains)
     let some light in the {room}, open the curtains
+    ~I want the {room} (curtains|blinds) opened
     pull up the {room} blinds
     """,
         """
@@ -1432,6 +1480,7 @@ for _act, _en, _enh, _zh, _zhh in (
     把{room}(的|)窗帘(打开|拉开|开开)
     {room}(的|)窗帘(打开|拉开|开一下)
     {room}(开|拉开)窗帘
+    将{room}(的|)窗帘(打开|开开)
     """,
         """
     将{room}的窗帘拉开
@@ -1459,6 +1508,8 @@ for _act, _en, _enh, _zh, _zhh in (
     把{room}(的|)窗帘(关上|拉上|合上)
     {room}(的|)窗帘(关上|拉上|关一下)
     {room}(关|拉上)窗帘
+    将{room}(的|)窗帘(关上|合上)
+    ~太阳晒进{room}了,(关|拉上)窗帘
     """,
         """
     将{room}的窗帘拉上
@@ -1480,6 +1531,8 @@ _add(
     (heat|cool|warm) the house to {deg} (degrees|)
     make (the house|it) {deg} degrees (at home|in the house|inside)
     ~I want {deg} degrees (at home|in the house)
+    keep the (home|thermostat) at {deg} degrees
+    adjust the (thermostat|home heating) to {deg} (degrees|)
     """,
     """
     put the thermostat at {deg} degrees
@@ -1618,6 +1671,7 @@ _add(
     让(扫地机|扫地机器人)去{room}(扫地|打扫)
     (扫地机|扫地机器人)去{room}
     把{room}(打扫|扫|清扫)(一下|干净)
+    将{room}(扫|清扫)干净
     ~{room}(脏了|很脏),(扫|打扫)一下
     """,
     """
@@ -1646,6 +1700,7 @@ for _act, _en, _enh, _zh, _zhh in (
         """
     (锁上|锁|锁好){door}
     把{door}(锁上|锁好|锁了|反锁)
+    将{door}(锁好|锁了|反锁)
     {door}(锁上|锁一下|上锁)
     给{door}上锁
     ~(我们出门了|要睡觉了),(锁上|锁){door}
@@ -1675,6 +1730,7 @@ for _act, _en, _enh, _zh, _zhh in (
         """
     (解锁|打开){door}(的锁|)
     把{door}(解锁|的锁打开|开锁)
+    将{door}(开锁|的锁打开)
     {door}(解锁|开锁)
     给{door}开锁
     ~(我回来了|有人来了),(解锁|打开){door}
