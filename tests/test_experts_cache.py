@@ -407,6 +407,57 @@ def test_rewritten_in_place_while_running(tmp_path: Path) -> None:
         fail_once(file, cache, BundleError, "changed")
 
 
+def test_a_read_that_fails_after_its_pass_ended_does_not_fail_the_next_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass is left while a read is under way; the next pass finds that read, which then fails."""
+    file = ExpertFile(tmp_path / "x")
+    whole = FlashFile._preadv
+    begun, go_on = threading.Event(), threading.Event()
+
+    def broken(self: FlashFile, targets: Sequence[memoryview], offset: int) -> int:
+        begun.set()
+        go_on.wait()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with ExpertCache(file.table, 6, lanes=1) as cache:
+        monkeypatch.setattr(FlashFile, "_preadv", broken)
+        left = cache.begin(2, np.array([3]))
+        assert begun.wait(10)
+        left.release()
+        with cache.begin(2, np.array([3])) as ticket:
+            assert not ticket.resident.any()
+            monkeypatch.setattr(FlashFile, "_preadv", whole)
+            go_on.set()
+            ticket.wait()
+            assert_content(cache, file, 1, ticket.ids, ticket.slots)
+
+
+def test_a_read_shared_by_two_passes_fails_the_second_only_when_it_fails_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ExpertFile(tmp_path / "x")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def broken(self: FlashFile, targets: Sequence[memoryview], offset: int) -> int:
+        begun.set()
+        go_on.wait()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with ExpertCache(file.table, 6, lanes=1) as cache:
+        monkeypatch.setattr(FlashFile, "_preadv", broken)
+        first = cache.begin(2, np.array([3]))
+        assert begun.wait(10)
+        second = cache.begin(2, np.array([3]))
+        go_on.set()
+        for ticket in (first, second):
+            with ticket, pytest.raises(BundleError, match=r"layer 2, expert 3"):
+                ticket.wait()
+        monkeypatch.undo()
+        with cache.acquire(2, np.array([3])) as ticket:
+            assert_content(cache, file, 1, ticket.ids, ticket.slots)
+
+
 def target_of(file: ExpertFile) -> int:
     stack = file.table.layers[1].stacks[1]
     return stack.offset + 3 * stack.nbytes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mimo_edge.nano import commands as grammar
 
-from . import data
+from . import data, optim
 from .model import Nano
 
 
@@ -34,7 +34,11 @@ def _batch(records: list[dict[str, Any]], tok: Any) -> tuple[Tensor, list[tuple[
 
 @torch.no_grad()
 def evaluate(
-    model: Nano, tok: Any, records: list[dict[str, Any]], bf16: bool = True, batch: int = 24
+    model: Nano,
+    tok: Any,
+    records: list[dict[str, Any]],
+    bf16: bool = optim.has_bf16(),
+    batch: int = 24,
 ) -> dict[str, Any]:
     """Exact match overall, by `lang/domain` and kind; accepted tokens per verify; failures as
     (record, got).

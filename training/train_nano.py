@@ -15,6 +15,7 @@ import csv
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -34,7 +35,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mimo_edge.nano import commands as grammar
-from training import data, evaluate, export, make_tokenizer, optim, quantise
+from training import data, evaluate, export, load, make_tokenizer, optim, quantise
 from training.model import MoE, Nano, NanoConfig
 
 DRILLS_TO, MTP_AT, QUANT_AT = 0.6, 0.75, 0.9
@@ -120,7 +121,7 @@ def backward(
     ids, weight = draw(rng, tok, b, t, drills)
 
     def run() -> list[Tensor]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=optim.FAST == torch.bfloat16):
             parts = losses(model, ids, weight, mtp)
         torch.stack(parts).sum().backward()
         return parts
@@ -250,6 +251,11 @@ def main() -> None:
     ap.add_argument(
         "--checkpoint", type=Path, help="also export a checkpoint here at every evaluation"
     )
+    ap.add_argument(
+        "--start",
+        type=Path,
+        help="go on from this exported checkpoint: no copying drills, all MTP blocks from the start",
+    )
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--seed", type=int, default=1)
     ap.add_argument("--lr-matrix", type=float, default=0.02)
@@ -260,19 +266,25 @@ def main() -> None:
     torch.manual_seed(a.seed)
     a.out.mkdir(parents=True, exist_ok=True)
     if not (a.out / "tokenizer.json").exists():
-        make_tokenizer.main(a.out)
+        if a.start:
+            shutil.copy(a.start / "tokenizer.json", a.out)
+        else:
+            make_tokenizer.main(a.out)
     tok = Tokenizer.from_file(str(a.out / "tokenizer.json"))
     records = grammar.build_held_out()
     picked = random.Random(0).sample(records, min(a.eval_size, len(records)))
 
-    model = Nano(NanoConfig(), 1)
-    model.plant_copying()
+    if a.start:
+        model = load.load(a.start).train()
+    else:
+        model = Nano(NanoConfig(), 1)
+        model.plant_copying()
     opt = optim.Optimizer(model, a.lr_matrix, a.lr_other, 0.02)
     step, spent, tokens = 0, 0.0, 0
     latest = a.out / "latest.pt"
     if latest.exists():
         saved = torch.load(latest)
-        if any(k.startswith("mtp.1.") for k in saved["model"]):
+        if any(k.startswith("mtp.1.") for k in saved["model"]) and len(model.mtp) == 1:
             model.copy_mtp()
         model.load_state_dict(saved["model"])
         opt.state = saved["opt"]
@@ -381,8 +393,9 @@ def main() -> None:
         lr = schedule(progress, step)
         b, t = SHAPES[step % len(SHAPES)]
         quant = 0 if progress < QUANT_AT else 1 + step % 2
-        drills = 1 if t == 1024 and not cycle and progress < DRILLS_TO else 0  # for each worker
-        parts, worst = team.step(b, t, quant, drills, progress >= MTP_AT, lr)
+        first = not cycle and not a.start
+        drills = 1 if t == 1024 and first and progress < DRILLS_TO else 0  # for each worker
+        parts, worst = team.step(b, t, quant, drills, len(model.mtp) > 1, lr)
         tokens += b * t
         row = [f"{x:.4f}" for x in parts] + [""] * (4 - len(parts))
         log.writerow([step, f"{spent / 60:.3f}", tokens, f"{lr:.4f}", quant, *row, f"{worst:.2f}"])

@@ -66,6 +66,7 @@ class Ticket:
         # positions in ids that are still on their way, and those that arrived unannounced
         self._pending = {int(e): i for i, e in enumerate(ids.tolist()) if not resident[i]}
         self._arrived: list[int] = []
+        self._joined: set[int] = set()  # pending experts whose read was begun for someone else
         self._lost: set[int] = set()  # experts whose read failed: not held any more
         self._error: MimoEdgeError | None = None
         self._open = True
@@ -461,6 +462,7 @@ class ExpertCache:
             for expert in ticket._pending:
                 self._waiting.setdefault((row, expert), []).append(ticket)
             for expert in ids[~missing & ~resident].tolist():
+                ticket._joined.add(expert)
                 self._reader.hurry(self._reads[row, expert])
             if missing.any():
                 self._queue(row, ids[missing], ahead=False)
@@ -481,9 +483,22 @@ class ExpertCache:
             self._reads.pop(key, None)
             self._nbytes[read.row] += read.nbytes
             tickets = self._waiting.pop(key, [])
+            joined = [ticket for ticket in tickets if read.expert in ticket._joined]
             if error is None:
                 self._loads[read.row] += 1
                 self._residency.settle(read.row, np.array([read.expert]))
+            elif joined and not self._closed:
+                # Left over from a pass that ended, or read ahead: its failure is not news of
+                # whoever came later and found it under way. They get a read of their own.
+                for ticket in joined:
+                    ticket._joined.discard(read.expert)
+                self._waiting[key] = joined
+                self._queue(read.row, np.array([read.expert]), ahead=False)
+                tickets = [ticket for ticket in tickets if ticket not in joined]
+                for ticket in tickets:
+                    ticket._error = ticket._error or error
+                self._change.notify_all()
+                return
             else:
                 self._residency.drop(*key)
                 if read.expert in self._ahead.get(read.row, ()):
