@@ -23,7 +23,7 @@ _QUINTIC = (
 
 
 FAST = torch.bfloat16 if has_bf16() else torch.float32
-"""What this CPU multiplies fastest: bf16 without instructions for it is 20 times slower than f32."""
+"""What this CPU multiplies fastest: without instructions for it bf16 takes 20 times as long."""
 
 
 def orthogonalise(g: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def backward(
     ids, weight = draw(rng, tok, b, t, drills)
 
     def run() -> list[Tensor]:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=optim.FAST == torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.bfloat16 == optim.FAST):
             parts = losses(model, ids, weight, mtp)
         torch.stack(parts).sum().backward()
         return parts
@@ -254,7 +254,7 @@ def main() -> None:
     ap.add_argument(
         "--start",
         type=Path,
-        help="go on from this exported checkpoint: no copying drills, all MTP blocks from the start",
+        help="go on from this exported checkpoint: no copying drills, MTP from the start",
     )
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--seed", type=int, default=1)

@@ -494,9 +494,10 @@ class ExpertCache:
                     ticket._joined.discard(read.expert)
                 self._waiting[key] = joined
                 self._queue(read.row, np.array([read.expert]), ahead=False)
-                tickets = [ticket for ticket in tickets if ticket not in joined]
                 for ticket in tickets:
-                    ticket._error = ticket._error or error
+                    if ticket not in joined:  # it goes on holding the expert until released
+                        del ticket._pending[read.expert]
+                        ticket._error = ticket._error or error
                 self._change.notify_all()
                 return
             else:
