@@ -43,7 +43,8 @@ def evaluate(
     """Exact match overall, by `lang/domain` and kind; accepted tokens per verify; failures as
     (record, got).
     """
-    bf16 = optim.FAST == torch.bfloat16 if bf16 is None else bf16
+    if bf16 is None:
+        bf16 = optim.has_bf16()
     right: dict[str, list[int]] = defaultdict(list)
     tokens = steps = 0
     hits = [[0, 0] for _ in model.mtp]

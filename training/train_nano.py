@@ -222,9 +222,9 @@ class Workers:
         self.barrier.wait()
         parts = self._half(0, self.rng, self.encoder)
         worst = 0.0
-        for m, load in zip(self.moe, self.loads.sum(0), strict=True):
-            m.bias += 0.02 * lr * torch.sign(load.mean() - load)
-            worst = max(worst, float(load.max() / load.mean()))
+        for m, counts in zip(self.moe, self.loads.sum(0), strict=True):
+            m.bias += 0.02 * lr * torch.sign(counts.mean() - counts)
+            worst = max(worst, float(counts.max() / counts.mean()))
         return parts, worst
 
     def close(self) -> None:
