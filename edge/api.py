@@ -108,7 +108,7 @@ class Runtime:
 
     def __init__(self, model: Model, context: int, draft: DraftSetting = "auto") -> None:
         self._model = model
-        self._engine = Engine(model.backend, context, draft)
+        self._engine = Engine(model.backend, context, draft, trace=model.trace)
         self._totals = _Totals()
         # Re-entrant: adding may let the collector close a forgotten stream, which adds as well.
         self._totals_lock = threading.RLock()
@@ -126,14 +126,17 @@ class Runtime:
         backend: str = "auto",
         threads: int | None = None,
         draft: DraftSetting = "auto",
+        trace: str | Path | None = None,
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
 
         `ram` is a bound on the process in bytes (or "900MiB"): the ggml backend reads routed
         experts from flash when they do not fit, the reference backend refuses. `context` is the
         most tokens of a conversation (default 4,096 or what the model has), `draft` 0 to 3 or
-        "auto". "mimo-nano" is the built-in model. Raises a MimoEdgeError: BundleError,
-        CheckpointError, DeviceError when the model does not fit `ram`, BackendError, UsageError.
+        "auto". `trace` is a file for the experts every layer chooses for every token
+        (`mimo-edge trace` reads it). "mimo-nano" is the built-in model. Raises a MimoEdgeError:
+        BundleError, CheckpointError, DeviceError when the model does not fit `ram`,
+        BackendError, UsageError.
         """
         if profile is not None:
             raise UsageError(
@@ -144,7 +147,14 @@ class Runtime:
             isinstance(context, bool) or not isinstance(context, int) or context < 1
         ):
             raise UsageError(f"context = {context!r}", "use 1 or more")
-        model = open_model(bundle, backend, limit, context or DEFAULT_CONTEXT, threads)
+        model = open_model(
+            bundle,
+            backend,
+            limit,
+            context or DEFAULT_CONTEXT,
+            threads,
+            None if trace is None else Path(trace),
+        )
         positions = model.backend.config.max_position_embeddings
         try:
             return cls(
@@ -152,6 +162,8 @@ class Runtime:
             )
         except BaseException:
             model.backend.close()
+            if model.trace is not None:
+                model.trace.close()
             raise
 
     @property

@@ -18,7 +18,8 @@ from typing import Literal
 import numpy as np
 
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
-from mimo_edge.runtimes.base import F32, Backend, Cache
+from mimo_edge.experts.trace import Phase, TraceWriter
+from mimo_edge.runtimes.base import F32, Backend, Cache, ForwardResult
 from mimo_edge.sampling import Sampler
 from mimo_edge.speculative import (
     MAX_DRAFT,
@@ -70,7 +71,8 @@ class GenerationStats:
 class Engine:
     """Generates token ids with one backend; sequences take turns step by step.
 
-    `context` is the most tokens a sequence may hold, `draft` as in speculative decoding.
+    `context` is the most tokens a sequence may hold, `draft` as in speculative decoding. `trace`
+    is where the backend records its routes: the engine names the phases and closes it.
     Raises UsageError when `draft` is more than the model can propose, ContextLengthError
     when the model has fewer positions than `context`.
     """
@@ -83,6 +85,7 @@ class Engine:
         *,
         prefill_chunk: int = PREFILL_CHUNK,
         clock: Callable[[], float] = time.perf_counter,
+        trace: TraceWriter | None = None,
     ) -> None:
         if context < 1 or prefill_chunk < 1:
             raise UsageError(f"context {context}, prefill chunk {prefill_chunk}: both start at 1")
@@ -98,6 +101,7 @@ class Engine:
         self.draft = draft
         self.prefill_chunk = prefill_chunk
         self.clock = clock
+        self._trace = trace
         self.costs = CostTable()
         # A backend takes one call at a time: threads queue here between steps.
         self.lock = threading.RLock()
@@ -139,10 +143,21 @@ class Engine:
         with self.lock:
             self.check_open()
             cache = self.backend.new_cache(len(ids))
-            result = self.backend.forward(
-                np.asarray(ids, dtype=np.int32), cache, logits_rows=len(ids)
-            )
+            result = self.forward(ids, cache, Phase.PREFILL, logits_rows=len(ids))
         return result.logits
+
+    def forward(
+        self, token_ids: Ids[int], cache: Cache, phase: Phase, **rows: int
+    ) -> ForwardResult:
+        """One pass of the backend (`rows` as there); its routes go to the trace. Takes the lock of
+        whoever calls for granted."""
+        ids = np.asarray(token_ids, dtype=np.int32)
+        if self._trace is None:
+            return self.backend.forward(ids, cache, **rows)
+        self._trace.phase = phase
+        result = self.backend.forward(ids, cache, **rows)
+        self._trace.flush()
+        return result
 
     def close(self) -> None:
         """Close the backend, after the step that is running. Calling it twice is harmless."""
@@ -150,6 +165,8 @@ class Engine:
             if not self.closed:
                 self.closed = True
                 self.backend.close()
+                if self._trace is not None:
+                    self._trace.close()
 
     def check_open(self) -> None:
         """Raises UsageError once closed."""
@@ -231,7 +248,9 @@ class Sequence:
             self.drafter = Drafter(self._engine.backend, self.cache)
         return 0
 
-    def advance(self, token_ids: Ids[int], logits_rows: int) -> tuple[F32, F32]:
+    def advance(
+        self, token_ids: Ids[int], logits_rows: int, phase: Phase = Phase.PREFILL
+    ) -> tuple[F32, F32]:
         """Process tokens; logits of the last rows and the H rows the drafter wants.
 
         The caller says with `commit` how many of them stand.
@@ -241,9 +260,8 @@ class Sequence:
         if self.drafter is not None:
             most = self.drafter.wanted_rows
             wanted = len(token_ids) if most is None else min(most, len(token_ids))
-        ids = np.asarray(token_ids, dtype=np.int32)
-        result = self._engine.backend.forward(
-            ids, self.cache, logits_rows=logits_rows, hidden_rows=wanted
+        result = self._engine.forward(
+            token_ids, self.cache, phase, logits_rows=logits_rows, hidden_rows=wanted
         )
         return result.logits, result.hidden
 
@@ -378,7 +396,8 @@ class Generation:
                 drafts = sequence.drafter.draft(known, want, self._sampler.best)
                 steady = sequence.drafter.steady
             batch = [pending, *drafts]
-            logits, hidden = sequence.advance(batch, len(batch))
+            phase = Phase.VERIFY if drafts else Phase.DECODE
+            logits, hidden = sequence.advance(batch, len(batch), phase)
             gained = accept(logits, drafts, self._sampler.sample, self._is_last, left)
             # The newest token is chosen but not processed, as after a plain step.
             sequence.commit(batch, hidden, len(gained))

@@ -13,8 +13,9 @@ from mimo_edge.bundle import Bundle
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, BundleError, DeviceError, UsageError
+from mimo_edge.experts.trace import TraceWriter
 from mimo_edge.manifest import MANIFEST_NAME
-from mimo_edge.runtimes.base import Backend, Weights
+from mimo_edge.runtimes.base import Backend, RouteSink, Weights
 from mimo_edge.speculative import MAX_DRAFT
 from mimo_edge.text_file import path_exists
 from mimo_edge.tokenizer import Tokenizer
@@ -35,7 +36,8 @@ _THREADED_WIDTH = 1024
 @dataclass(frozen=True)
 class Model:
     """An opened model. `tokenizer` is None when it works on token ids only. `experts` is set
-    when routed experts are read from flash, `budget` when the backend plans its memory."""
+    when routed experts are read from flash, `budget` when the backend plans its memory, `trace`
+    when routes are recorded."""
 
     name: str
     backend: Backend
@@ -44,6 +46,7 @@ class Model:
     eos_ids: frozenset[int]
     experts: CachedExperts | None = None
     budget: memory.Budget | None = None
+    trace: TraceWriter | None = None
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,26 @@ class _Source:
 
 
 def open_model(
-    path: str | Path, backend: str, ram: int | None, context: int, threads: int | None
+    path: str | Path,
+    backend: str,
+    ram: int | None,
+    context: int,
+    threads: int | None,
+    trace: Path | None = None,
 ) -> Model:
     """Open a bundle folder, a GGUF file or a checkpoint folder; "mimo-nano" is the built-in one.
 
     Raises UsageError, BundleError, CheckpointError, BackendError, or DeviceError when the
     backend would need more than `ram` bytes. The ggml backend then reads routed experts from
-    flash, and refuses only what does not fit that way.
+    flash, and refuses only what does not fit that way. `trace` is the file routes are recorded
+    in while the model runs; whoever uses the model closes it.
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
     if threads is not None:
         _check_threads(threads)
     source = _open_source(path)
+    writer: TraceWriter | None = None
     try:
         config = source.weights.config
         if source.tokenizer is not None:
@@ -78,21 +88,34 @@ def open_model(
                 config.vocab_size
             )  # raises when they do not belong together
         template = ChatTemplate(source.template)
+        if trace is not None:
+            writer = TraceWriter.of_model(trace, config, source.name)
+        routes = None if writer is None else writer.record
         experts, budget = None, None
         if backend == "ggml":
-            opened, experts, budget = _open_ggml(source, ram, context, threads)
+            opened, experts, budget = _open_ggml(source, ram, context, threads, routes)
         else:
-            opened = _open_reference(source, ram, context, threads)
+            opened = _open_reference(source, ram, context, threads, routes)
     except BaseException:
         source.weights.close()
+        if writer is not None:
+            writer.close()
         raise
     eos = set(config.eos_token_ids)
     if source.tokenizer is not None:
         eos |= source.tokenizer.eos_ids
-    return Model(source.name, opened, source.tokenizer, template, frozenset(eos), experts, budget)
+    return Model(
+        source.name, opened, source.tokenizer, template, frozenset(eos), experts, budget, writer
+    )
 
 
-def _open_reference(source: _Source, ram: int | None, context: int, threads: int | None) -> Backend:
+def _open_reference(
+    source: _Source,
+    ram: int | None,
+    context: int,
+    threads: int | None,
+    routes: RouteSink | None,
+) -> Backend:
     from mimo_edge.runtimes.reference import ReferenceBackend
 
     config = source.weights.config
@@ -103,11 +126,15 @@ def _open_reference(source: _Source, ram: int | None, context: int, threads: int
             set_blas_threads(1)
     if ram is not None:
         _check_ram(config, ram, context)
-    return ReferenceBackend(source.weights)
+    return ReferenceBackend(source.weights, routes=routes)
 
 
 def _open_ggml(
-    source: _Source, ram: int | None, context: int, threads: int | None
+    source: _Source,
+    ram: int | None,
+    context: int,
+    threads: int | None,
+    routes: RouteSink | None,
 ) -> tuple[Backend, CachedExperts | None, memory.Budget]:
     """The ggml backend: all weights resident, or routed experts on flash when `ram` demands it.
     It takes over the files behind `source`."""
@@ -136,6 +163,7 @@ def _open_ggml(
         threads=threads,
         chunk=budget.chunk,
         experts=experts if budget.streamed else None,
+        routes=routes,
     )
     return backend, (made[0] if made else None), budget
 

@@ -9,8 +9,9 @@ Tensors are named as in GGUF (`blk.N.attn_q.weight`); MTP block k is `blk.{layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from mimo_edge.config import MimoConfig
 
 F32 = NDArray[np.float32]
 TokenIds = NDArray[np.int32]
+RouteSink = Callable[[int, NDArray[np.integer[Any]]], None]
+"""Told, layer by layer and pass by pass, which experts a MoE layer chose: index, ids [T, K]. The
+ids are only lent."""
 
 
 class ExpertWeights(NamedTuple):

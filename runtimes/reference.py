@@ -50,6 +50,7 @@ from mimo_edge.runtimes.base import (
     Cache,
     ExpertWeights,
     ForwardResult,
+    RouteSink,
     TokenIds,
     Weights,
 )
@@ -152,7 +153,7 @@ class ReferenceBackend:
 
     Tensors are loaded when first used and kept. Routed experts are kept too, all of them or at
     most `max_cached_experts`, the least recently used going first. `observer`, when set, sees
-    every matmul input and route. Not thread-safe.
+    every matmul input and route, `routes` only the experts chosen. Not thread-safe.
     """
 
     name = "reference"
@@ -163,11 +164,13 @@ class ReferenceBackend:
         *,
         max_cached_experts: int | None = None,
         observer: Observer | None = None,
+        routes: RouteSink | None = None,
     ) -> None:
         if max_cached_experts is not None and max_cached_experts < 0:
             raise UsageError(f"max_cached_experts = {max_cached_experts}", "use 0 or more")
         self.config = weights.config
         self.observer = observer
+        self._routes = routes
         self._weights: Weights | None = weights
         self._tensors: dict[str, F32] = {}
         self._experts: OrderedDict[tuple[int, int], ExpertWeights] = OrderedDict()
@@ -256,6 +259,8 @@ class ReferenceBackend:
         ids, weights = route(logits, self._tensor(p + "exp_probs_b.bias"), self.config)
         if self.observer is not None:
             self.observer.route(layer, ids, weights)
+        if self._routes is not None:
+            self._routes(layer, ids)
         out = np.zeros_like(x)
         by_expert = np.argsort(ids, axis=None, kind="stable")
         chosen, starts = np.unique(ids.ravel()[by_expert], return_index=True)

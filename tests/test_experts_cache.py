@@ -32,7 +32,6 @@ from mimo_edge.experts.cache import ExpertCache, Ticket
 from mimo_edge.experts.flash_file import FlashFile
 from mimo_edge.experts.reader import ExpertReader
 from mimo_edge.experts.slots import SlotPool
-from mimo_edge.experts.trace import Phase, TraceHeader, TraceWriter, read_trace
 
 UNALIGNED = {"sizes": (1000, 3000, 5000), "start": 96}
 LAYOUTS = {
@@ -191,22 +190,6 @@ def test_wrong_calls(tmp_path: Path) -> None:
     (tmp_path / "x").unlink()
     with pytest.raises(BundleError):
         ExpertCache(file.table, 4)
-
-
-def test_trace_is_what_was_asked_for(tmp_path: Path) -> None:
-    file = ExpertFile(tmp_path / "x")
-    with (
-        TraceWriter(tmp_path / "t", TraceHeader((1, 2, 3), 8, 2)) as writer,
-        ExpertCache(file.table, 6, trace=writer) as cache,
-    ):
-        cache.acquire(2, np.array([[3, 1]])).release()
-        for _ in cache.stream(1, np.array([[3, 1], [4, 5]]), 2):
-            pass
-    routes = read_trace(tmp_path / "t").routes
-    assert [(r.phase, r.row, r.ids.tolist()) for r in routes] == [
-        (Phase.DECODE, 1, [[3, 1]]),
-        (Phase.PREFILL, 0, [[3, 1], [4, 5]]),
-    ]
 
 
 # --- against a naive model ---

@@ -97,7 +97,7 @@ def test_heat_helps_from_the_first_token() -> None:
     for route in synthetic_trace(ROWS, EXPERTS, CHOSEN, 200, skew=1.2, seed=3).routes:
         heat[route.row][route.ids.ravel()] += 1
     cold = replay(trace, 64, "ours").hit_rate
-    warm = replay(trace, 64, "ours", frequency_maker(heat)).hit_rate
+    warm = replay(trace, 64, "warm", {"warm": frequency_maker(heat)}).hit_rate
     assert warm > cold + 0.03
 
 
@@ -329,29 +329,67 @@ def test_writer_refuses_what_does_not_belong(tmp_path: Path) -> None:
         TraceWriter(tmp_path / "none" / "t", HEADER)
 
 
+def test_the_first_tokens_of_a_trace_end_with_a_whole_pass() -> None:
+    trace = synthetic_trace(3, 8, 2, 10)
+    assert trace.first(4).tokens == 4
+    assert len(trace.first(4).routes) == 12
+    assert trace.first(99) == trace
+
+
+def test_a_warm_cache_hits_what_heat_promises() -> None:
+    """Every expert fits: with everything read before, nothing is missed."""
+    trace = SYNTHETIC["skewed"]
+    assert replay(trace, ROWS * EXPERTS, "ours", warm=True).hit_rate == 1
+    heat = {row: np.zeros(EXPERTS) for row in range(ROWS)}
+    for route in trace.routes:
+        heat[route.row][route.ids.ravel()] += 1
+    makers = {"heat": frequency_maker(heat)}
+    cold, warm = (
+        replay(trace.first(5), 64, "heat", makers, warm=warm).hit_rate for warm in (False, True)
+    )
+    assert warm > cold + 0.1
+
+
+def test_prefetch_of_what_the_last_token_used_counts_its_reads() -> None:
+    """The same experts every token, half of them in slots: every guess is right, and saves no
+    read; uniform routes: guesses are reads on top."""
+    cyclic = cyclic_trace(ROWS, CHOSEN, 40, EXPERTS)
+    slots = ROWS * CHOSEN // 2
+    plain, ahead = (replay(cyclic, slots, "ours", ahead=n) for n in (0, CHOSEN))
+    assert plain.ahead == 0
+    assert ahead.hits > plain.hits
+    uniform = SYNTHETIC["uniform"]
+    plain, ahead = (replay(uniform, 32, "ours", ahead=n) for n in (0, 2))
+    assert plain.reads == plain.requests - plain.hits
+    assert ahead.ahead > 0
+    assert ahead.reads > plain.reads
+    assert ahead.requests == plain.requests
+
+
+def tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = Path(__file__).resolve().parent.parent / "tools" / "simulate_policies.py"
+    return subprocess.run(
+        [sys.executable, str(path), *arguments], capture_output=True, text=True, check=False
+    )
+
+
 def test_the_table_generator(tmp_path: Path) -> None:
     path = tmp_path / "t.routes"
     trace = synthetic_trace(4, 16, 2, 30, skew=1.0)
     write_trace(path, trace.header, trace.routes)
-    tool = Path(__file__).resolve().parent.parent / "tools" / "simulate_policies.py"
-
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(tool), *args], capture_output=True, text=True, check=False
-        )
-
-    result = run(str(path), "--shares", "0.25,0.5", "--json")
+    result = tool(str(path), "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)["t.routes"]
     assert [(r["policy"], r["slots"]) for r in found] == [
-        (policy, slots) for slots in (16, 32) for policy in POLICIES
+        (policy, slots) for slots in (4, 8, 16, 32) for policy in POLICIES
     ]
     for entry in found:
         replayed = replay(trace, entry["slots"], entry["policy"], skip=40)
         assert entry["hits"] == replayed.hits
-    assert "| 16 | 0.250 |" in run(str(path), "--shares", "0.25").stdout
+    rates = " / ".join(f"{100 * entry['hit_rate']:.1f}" for entry in found[8:12])
+    assert rates in tool(str(path)).stdout
     path.write_bytes(path.read_bytes()[:-1])
-    failed = run(str(path))
+    failed = tool(str(path))
     assert failed.returncode == 1
     assert "truncated" in failed.stderr
-    assert run().returncode == 2
+    assert tool().returncode == 2

@@ -1,10 +1,12 @@
-"""Hit rates of expert cache policies on recorded or synthetic routes, as a table or JSON.
+"""Hit rates of expert cache policies on recorded and synthetic routes, for docs/benchmarks.md.
 
-    python tools/simulate_policies.py TRACE...                 # files of `--trace`
-    python tools/simulate_policies.py --synthetic              # known statistics
-    python tools/simulate_policies.py --synthetic --shares 0.125,0.5 --policies lru,ours --json
+    python tools/simulate_policies.py TRACE...              # files of `mimo-edge run --trace`
+    python tools/simulate_policies.py --synthetic           # known statistics
+    python tools/simulate_policies.py --nano --synthetic --write     # the tables in the document
 
-Slots are given as shares of all experts. The first third of a trace warms up and is not counted.
+`--nano` exports mimo-nano with calibration, records it while it answers held-out commands, and adds
+what heat saves at the start and what speculative prefetch would do. Slots are given as shares of
+all experts. The first third of a trace warms up and is not counted, except at the start.
 LRU, LFU and ours know the past, Belady the future: no policy can hit more.
 """
 
@@ -13,13 +15,36 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from mimo_edge.api import Runtime
 from mimo_edge.errors import MimoEdgeError, UsageError
-from mimo_edge.experts.simulate import POLICIES, Replay, cyclic_trace, replay, synthetic_trace
+from mimo_edge.experts.simulate import (
+    POLICIES,
+    Replay,
+    compare,
+    cyclic_trace,
+    frequency_maker,
+    replay,
+    slots_of_shares,
+    synthetic_trace,
+)
 from mimo_edge.experts.trace import Phase, Trace, read_trace
+from mimo_edge.export.pipeline import export_bundle
+from mimo_edge.heat import Heat
+from mimo_edge.nano import commands as nano
+from mimo_edge.suites import spread
 
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- policies: begin -->", "<!-- policies: end -->"
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+COMMANDS = 60
+START_TOKENS = 50
 
 
 def synthetic(layers: int, experts: int, chosen: int, tokens: int) -> dict[str, Trace]:
@@ -29,45 +54,140 @@ def synthetic(layers: int, experts: int, chosen: int, tokens: int) -> dict[str, 
         return synthetic_trace(layers, experts, chosen, tokens, **statistics)  # type: ignore[arg-type]
 
     return {
-        "uniform": make(),
-        "repeats 28 %, Zipf 0.3": make(repeat=0.28, skew=0.3),
         "Zipf 1": make(skew=1.0),
+        "repeats 28 %, Zipf 0.3": make(repeat=0.28, skew=0.3),
         "Zipf 0.7, repeats 20 %, slow drift": make(skew=0.7, repeat=0.2, drift=10),
         "Zipf 1, fast drift": make(skew=1.0, drift=50),
+        "uniform": make(),
         "same experts every token": cyclic_trace(layers, chosen, tokens, experts),
     }
 
 
-def table(name: str, trace: Trace, results: list[list[Replay]]) -> str:
-    """One Markdown table: a row per slot count, a column per policy."""
-    h = trace.header
-    total = len(h.layers) * h.experts
-    policies = [result.policy for result in results[0]]
-    lines = [
-        f"{name}: {len(h.layers)} layers, {h.chosen} of {h.experts} experts, {trace.tokens} tokens",
-        "",
-        f"| slots | of all | {' | '.join(policies)} |",
-        "|---" * (len(policies) + 2) + "|",
-    ]
-    for row in results:
-        rates = " | ".join(f"{100 * result.hit_rate:.1f} %" for result in row)
-        lines.append(f"| {row[0].slots} | {row[0].slots / total:.3f} | {rates} |")
-    return "\n".join(lines) + "\n"
+def record_nano(folder: Path, commands: int) -> tuple[Trace, Heat]:
+    """Export mimo-nano with heat and record it while it answers held-out commands, not drafting."""
+    bundle, file = folder / "nano", folder / "nano.routes"
+    calibration = folder / "calibration.txt"
+    calibration.write_text(nano.calibration_text(), "utf-8")
+    with export_bundle("mimo-nano", bundle, calibration=calibration) as made:
+        heat = made.heat
+    assert heat is not None
+    with Runtime.open(bundle, backend="ggml", draft=0, trace=file) as runtime:
+        for record in spread(nano.held_out(), commands):
+            tools = [nano.TOOLS[name] for name in record["tools"]]
+            session = runtime.session(tools=tools, enable_thinking=False)
+            session.generate(record["text"], max_tokens=128)
+    return read_trace(file), heat
+
+
+def conversations(trace: Trace) -> Iterator[Trace]:
+    """A trace cut where a prompt follows an answer: every part starts with an empty cache."""
+    start, last = 0, Phase.PREFILL
+    for index, route in enumerate(trace.routes):
+        if route.phase == Phase.PREFILL and last != Phase.PREFILL:
+            yield Trace(trace.header, trace.routes[start:index])
+            start = index
+        last = route.phase
+    yield Trace(trace.header, trace.routes[start:])
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def policy_table(traces: Mapping[str, Trace], results: Mapping[str, list[list[Replay]]]) -> str:
+    """A row per trace, a column per share, in every cell the rates of all policies."""
+    names = [result.policy for result in next(iter(results.values()))[0]]
+    rows = [["routes", *(f"1/{round(1 / share)}" for share in SHARES)]]
+    for name, by_slots in results.items():
+        h = traces[name].header
+        size = f"{len(h.layers)} layers, {h.chosen} of {h.experts}"
+        cells = [" / ".join(f"{100 * r.hit_rate:.1f}" for r in row) for row in by_slots]
+        rows.append([f"{name} ({size})", *cells])
+    return f"Hit rate in %: {' / '.join(names)}.\n\n{markdown(rows)}"
+
+
+def start_table(trace: Trace, heat: Heat) -> str:
+    """The first tokens of every answer, from an empty cache: nothing known, heat, heat and warm."""
+    use = {layer: counts.astype(np.float64) for layer, counts in heat.counts.items()}
+    makers = {**POLICIES, "ours+heat": frequency_maker(use)}
+    ways = (
+        ("empty", "ours", False),
+        ("heat", "ours+heat", False),
+        ("heat, hot experts read at load", "ours+heat", True),
+    )
+    slots = slots_of_shares(trace, SHARES)
+    rows = [["start", "counted", *(f"{n} slots" for n in slots)]]
+    parts = list(conversations(trace))
+    for counted in ("prompt and answer", "answer"):
+        for title, policy, warm in ways:
+            cells = []
+            for count in slots:
+                found = []
+                for part in parts:
+                    answer = part.only(Phase.DECODE, Phase.VERIFY).first(START_TOKENS).routes
+                    prompt = part.only(Phase.PREFILL).routes
+                    whole = Trace(trace.header, prompt + answer)
+                    skip = 0 if counted == "prompt and answer" else len(prompt)
+                    found.append(replay(whole, count, policy, makers, skip=skip, warm=warm))
+                cells.append(_rate(found))
+            rows.append([title, counted, *cells])
+    return markdown(rows)
+
+
+def prefetch_table(traces: Mapping[str, Trace]) -> str:
+    """Reading ahead what the next layer used last time: misses saved, reads added."""
+    rows = [["routes", "slots", "misses", "misses with prefetch", "reads with prefetch"]]
+    for name, trace in traces.items():
+        decode = trace.only(Phase.DECODE, Phase.VERIFY)
+        skip = len(decode.routes) // 3
+        for slots in slots_of_shares(decode, SHARES[:3]):
+            plain = replay(decode, slots, "ours", skip=skip)
+            ahead = replay(decode, slots, "ours", skip=skip, ahead=2)
+            misses = plain.requests - plain.hits
+            if misses:
+                saved = (ahead.requests - ahead.hits) / misses - 1
+                more = ahead.reads / misses - 1
+                rows.append(
+                    [name, str(slots), str(misses), f"{100 * saved:+.1f} %", f"{100 * more:+.1f} %"]
+                )
+    return markdown(rows)
+
+
+def _rate(found: list[Replay]) -> str:
+    hits, requests = sum(r.hits for r in found), sum(r.requests for r in found)
+    return f"{100 * hits / requests:.1f}"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
+def write_document(text: str) -> None:
+    """Put `text` between the markers of the document."""
+    document = DOCUMENT.read_text("utf-8")
+    if document.count(BEGIN) != 1 or document.count(END) != 1:
+        raise UsageError(f"{DOCUMENT} does not hold {BEGIN} and {END} once each")
+    before, _, rest = document.partition(BEGIN)
+    after = rest.partition(END)[2]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}{END}{after}", "utf-8")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("traces", nargs="*", type=Path)
+    parser.add_argument("--nano", action="store_true", help="record mimo-nano")
+    parser.add_argument(
+        "--commands", type=int, default=COMMANDS, help="held-out commands of --nano"
+    )
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--chosen", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=240)
-    parser.add_argument("--decode-only", action="store_true", help="leave prefill records out")
-    parser.add_argument("--shares", default=",".join(map(str, SHARES)))
-    parser.add_argument("--policies", default=",".join(POLICIES))
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true", help=f"into {DOCUMENT.name}")
+    parser.add_argument("--json", action="store_true", help="print the replays as JSON")
     return parser.parse_args(argv)
 
 
@@ -75,30 +195,39 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
         traces = {path.name: read_trace(path) for path in args.traces}
+        heat: Heat | None = None
+        if args.nano:
+            with tempfile.TemporaryDirectory() as folder:
+                whole, heat = record_nano(Path(folder), args.commands)
+            traces["mimo-nano, answers"] = whole.only(Phase.DECODE)
         if args.synthetic:
             traces |= synthetic(args.layers, args.experts, args.chosen, args.tokens)
         if not traces:
-            raise UsageError("no trace to replay", "name files, or use --synthetic")
-        try:
-            shares = [float(share) for share in args.shares.split(",")]
-        except ValueError:
-            raise UsageError(f"--shares {args.shares!r} is not a list of numbers") from None
-        collected = {}
-        for name, whole in traces.items():
-            trace = whole.only(Phase.DECODE, Phase.VERIFY) if args.decode_only else whole
-            h = trace.header
-            total = len(h.layers) * h.experts
-            slots = sorted({max(h.chosen, round(share * total)) for share in shares})
-            skip = len(trace.routes) // 3
-            results = [
-                [replay(trace, n, policy, skip=skip) for policy in args.policies.split(",")]
-                for n in slots
-            ]
-            collected[name] = [result.to_dict() for row in results for result in row]
-            if not args.json:
-                print(table(name, trace, results), flush=True)
+            raise UsageError("no trace to replay", "name files, or use --nano or --synthetic")
+        results: dict[str, list[list[Replay]]] = {}
+        for name, trace in traces.items():
+            slots = slots_of_shares(trace, SHARES)
+            results[name] = compare(trace, slots, list(POLICIES), skip=len(trace.routes) // 3)
         if args.json:
+            collected: dict[str, Any] = {
+                name: [result.to_dict() for row in rows for result in row]
+                for name, rows in results.items()
+            }
             print(json.dumps(collected))
+            return 0
+        text = policy_table(traces, results)
+        if heat is not None:
+            text += (
+                "\nmimo-nano from an empty cache, hit rate in % up to token "
+                f"{START_TOKENS} of an answer:\n\n{start_table(whole, heat)}"
+            )
+        text += (
+            "\nSpeculative prefetch, replayed (up to 2 experts the next layer used last time, read "
+            f"while this layer runs):\n\n{prefetch_table(traces)}"
+        )
+        if args.write:
+            write_document(text)
+        print(text)
     except MimoEdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

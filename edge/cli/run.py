@@ -57,6 +57,9 @@ def run(
     profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
     backend: Annotated[str, typer.Option(help="auto, reference or ggml.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of the computation.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Record which experts every token uses, in this file.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show details.")] = False,
 ) -> None:
@@ -83,6 +86,7 @@ def run(
         backend=backend,
         threads=threads,
         draft=parse_draft(draft),
+        trace=trace,
     ) as runtime:
         if _is_nano(runtime):
             # It was trained on commands with tools, without thinking.

@@ -26,7 +26,6 @@ from mimo_edge.experts.residency import Residency, Slots
 from mimo_edge.experts.slots import SlotPool
 from mimo_edge.experts.stats import CacheStats, LayerStats
 from mimo_edge.experts.table import ExpertTable
-from mimo_edge.experts.trace import Phase, TraceWriter
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +118,6 @@ class ExpertCache:
         lanes: int = DEFAULT_LANES,
         paranoid: bool = False,
         direct: bool = True,
-        trace: TraceWriter | None = None,
     ) -> None:
         """Slots beyond the number of experts are not made. Raises DeviceError when one token's
         experts do not fit, BundleError when a file cannot be opened."""
@@ -132,7 +130,6 @@ class ExpertCache:
         count = min(slots, table.total)
         rows = len(table.layers)
         self.table = table
-        self.trace = trace
         self._row_of = {entry.layer: row for row, entry in enumerate(table.layers)}
         policy = policy or FrequencyPolicy(rows, table.experts, table.chosen, heat=table.heat)
         self._residency = Residency(rows, table.experts, count, policy)
@@ -210,15 +207,14 @@ class ExpertCache:
         layer: int,
         ids: NDArray[np.integer[Any]],
         *,
-        phase: Phase = Phase.DECODE,
         cancel: threading.Event | None = None,
     ) -> Ticket:
-        """Ask for the experts `ids` (any shape; [T, K] is recorded in the trace) of a layer.
+        """Ask for the experts `ids` ([T, K] of T tokens, or any list) of a layer.
 
         Returns at once, with the missing ones queued. Raises DeviceError when they do not fit at
         once (see `stream`), and leaves nothing half done.
         """
-        row = self._record(layer, ids, phase)
+        row = self._checked_row(layer, ids)
         with self._change:
             values, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
             unique = values.astype(np.int64)
@@ -231,11 +227,10 @@ class ExpertCache:
         layer: int,
         ids: NDArray[np.integer[Any]],
         *,
-        phase: Phase = Phase.DECODE,
         cancel: threading.Event | None = None,
     ) -> Ticket:
         """`begin` and wait for everything."""
-        ticket = self.begin(layer, ids, phase=phase, cancel=cancel)
+        ticket = self.begin(layer, ids, cancel=cancel)
         try:
             ticket.wait()
         except BaseException:
@@ -249,7 +244,6 @@ class ExpertCache:
         ids: NDArray[np.integer[Any]],
         group: int,
         *,
-        phase: Phase = Phase.PREFILL,
         cancel: threading.Event | None = None,
     ) -> Generator[ExpertGroup, None, None]:
         """All experts `ids` of a layer, at most `group` at a time, each once.
@@ -261,7 +255,7 @@ class ExpertCache:
         """
         if group < 1:
             raise UsageError(f"groups of {group} experts")
-        row = self._record(layer, ids, phase)
+        row = self._checked_row(layer, ids)
         here: deque[Ticket] = deque()
         coming: deque[Ticket] = deque()
         current: Ticket | None = None
@@ -404,11 +398,9 @@ class ExpertCache:
         if not ids.size or int(ids.min()) < 0 or int(ids.max()) >= self.table.experts:
             raise UsageError(f"expert ids must be some of 0..{self.table.experts - 1}")
 
-    def _record(self, layer: int, ids: NDArray[np.integer[Any]], phase: Phase) -> int:
+    def _checked_row(self, layer: int, ids: NDArray[np.integer[Any]]) -> int:
         row = self._row(layer)
         self._check_ids(ids)
-        if self.trace is not None and ids.ndim == 2 and ids.shape[1] == self.table.chosen:
-            self.trace.route(phase, layer, ids)
         return row
 
     def _plain_ticket(self, row: int, ids: Ids, cancel: threading.Event | None) -> Ticket:

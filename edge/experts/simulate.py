@@ -25,7 +25,8 @@ PolicyMaker = Callable[[Trace], Policy]
 @dataclass(frozen=True)
 class Replay:
     """What a policy did on a trace: experts asked for (distinct per layer and pass), found in a
-    slot, and given up; the shares by layer."""
+    slot, and given up; the shares by layer. `ahead` experts were read before they were asked for,
+    on a guess."""
 
     policy: str
     slots: int
@@ -33,11 +34,17 @@ class Replay:
     hits: int
     evictions: int
     layer_hit_rate: tuple[float, ...]
+    ahead: int = 0
 
     @property
     def hit_rate(self) -> float:
         """hits / requests."""
         return self.hits / self.requests if self.requests else 0.0
+
+    @property
+    def reads(self) -> int:
+        """Experts read, asked for or on a guess."""
+        return self.requests - self.hits + self.ahead
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -51,11 +58,12 @@ def distinct(ids: NDArray[Any]) -> tuple[Ids, Ids]:
 
 
 def frequency_maker(heat: Mapping[int, F64] | None = None) -> PolicyMaker:
-    """Our policy, started from `heat[row]` f64 [E] when given."""
+    """Our policy, started from the heat `heat[layer]` f64 [E] of model layers when given."""
 
     def make(trace: Trace) -> Policy:
         h = trace.header
-        return FrequencyPolicy(len(h.layers), h.experts, h.chosen, heat=heat)
+        rows = {h.layers.index(n): f for n, f in (heat or {}).items() if n in h.layers}
+        return FrequencyPolicy(len(h.layers), h.experts, h.chosen, heat=rows)
 
     return make
 
@@ -77,28 +85,41 @@ def replay(
     trace: Trace,
     slots: int,
     policy: str,
-    maker: PolicyMaker | None = None,
+    makers: Mapping[str, PolicyMaker] = POLICIES,
     *,
     skip: int = 0,
     group: int = 8,
+    warm: bool = False,
+    ahead: int = 0,
 ) -> Replay:
-    """Run `trace` through `slots` slots. The first `skip` records warm up and are not counted.
+    """Run `trace` through `slots` slots. The first `skip` records fill them and are not counted.
 
     A pass that wants more experts than there are slots goes in groups of `group`, as the cache
-    streams it. Raises UsageError for a trace that needs more slots per token than there are.
+    streams it. With `warm` the slots hold the most valuable experts before the first record.
+    `ahead` > 0 is speculative prefetch: while a layer runs, up to `ahead` experts are read that
+    the next layer used in its last pass and that are gone. Raises UsageError for a trace that
+    needs more slots per token than there are.
     """
-    if policy not in POLICIES and maker is None:
-        raise UsageError(f"there is no policy {policy!r}", f"known: {', '.join(POLICIES)}")
+    if policy not in makers:
+        raise UsageError(f"there is no policy {policy!r}", f"known: {', '.join(makers)}")
     h = trace.header
     if slots < h.chosen:
         raise UsageError(f"{slots} slots for {h.chosen} experts per token")
-    made = (maker or POLICIES[policy])(trace)
+    made = makers[policy](trace)
     residency = Residency(len(h.layers), h.experts, slots, made)
     requests = np.zeros(len(h.layers), np.int64)
     hits = np.zeros(len(h.layers), np.int64)
+    guessed = 0
+    last: dict[int, Ids] = {}
+    if warm:
+        best = np.argsort(-made.value(), axis=None, kind="stable")[:slots]
+        for row, expert in zip(*np.divmod(best, h.experts), strict=True):
+            residency.claim(int(row), np.array([expert]))
+            residency.settle(int(row), np.array([expert]))
     for index, route in enumerate(trace.routes):
         if index == skip:
             residency.evictions[:] = 0
+            guessed = 0
         ids, counts = distinct(route.ids)
         made.touch(route.row, ids, counts, len(route.ids))
         found = residency.slot_of[route.row, ids] >= 0
@@ -114,6 +135,17 @@ def replay(
             part = missing[start : start + step]
             residency.claim(route.row, part)
             residency.settle(route.row, part)
+        if ahead and whole:
+            residency.hold(route.row, missing)
+            next_row = (route.row + 1) % len(h.layers)
+            guess = last.get(next_row, missing[:0])
+            guess = guess[residency.slot_of[next_row, guess] < 0][:ahead]
+            guess = guess[: residency.available()]
+            residency.claim(next_row, guess)
+            residency.settle(next_row, guess)
+            guessed += len(guess)
+            residency.unhold(route.row, missing)
+        last[route.row] = ids
         if whole:
             residency.unhold(route.row, ids[found])
     rates = np.divide(hits, requests, out=np.zeros(len(h.layers)), where=requests > 0)
@@ -124,6 +156,7 @@ def replay(
         int(hits.sum()),
         int(residency.evictions.sum()),
         tuple(round(float(rate), 6) for rate in rates),
+        guessed,
     )
 
 
@@ -183,8 +216,22 @@ def cyclic_trace(layers: int, chosen: int, tokens: int, experts: int) -> Trace:
     )
 
 
+def slots_of_shares(trace: Trace, shares: Sequence[float]) -> list[int]:
+    """Slot counts for shares of all experts, rising, each enough for a token."""
+    h = trace.header
+    total = len(h.layers) * h.experts
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise UsageError(f"shares {list(shares)}", "give numbers above 0, at most 1")
+    return sorted({max(h.chosen, round(share * total)) for share in shares})
+
+
 def compare(
-    trace: Trace, slots: Sequence[int], policies: Sequence[str], *, skip: int = 0
-) -> list[Replay]:
-    """Every policy at every slot count."""
-    return [replay(trace, n, policy, skip=skip) for n in slots for policy in policies]
+    trace: Trace,
+    slots: Sequence[int],
+    policies: Sequence[str],
+    makers: Mapping[str, PolicyMaker] = POLICIES,
+    *,
+    skip: int = 0,
+) -> list[list[Replay]]:
+    """Every policy at every slot count: a list per slot count."""
+    return [[replay(trace, n, policy, makers, skip=skip) for policy in policies] for n in slots]

@@ -2,7 +2,8 @@
 
 A file is one line of JSON (the header) and then records, little-endian:
 u8 phase, u8 zero, u16 row (position in the header's `layers`), u32 tokens T, then T * K u16
-expert ids. One record is one layer in one pass.
+expert ids. One record is one layer in one pass. The file is flushed after every pass: a process
+that is killed leaves whole passes, at worst with a piece of one more, which `read_trace` names.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BundleError, UsageError
 
 FORMAT = "mimo-edge routes"
 VERSION = 1
 _RECORD = struct.Struct("<BBHI")
+_START = f'{{"format":"{FORMAT}"'.encode()
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_EXPERTS = 1 << 16
 
@@ -75,16 +78,33 @@ class Trace:
         """Tokens the first layer saw."""
         return sum(len(route.ids) for route in self.routes if route.row == 0)
 
+    def first(self, tokens: int) -> Trace:
+        """The records up to the pass in which the first layer has seen `tokens` tokens."""
+        seen = 0
+        for end, route in enumerate(self.routes):
+            if route.row == 0:
+                if seen >= tokens:
+                    return Trace(self.header, self.routes[:end])
+                seen += len(route.ids)
+        return self
+
     def only(self, *phases: Phase) -> Trace:
         """The records of some phases."""
         return Trace(self.header, tuple(r for r in self.routes if r.phase in phases))
 
 
 class TraceWriter:
-    """Appends routes to a file. Not thread-safe. Close it, or use it as a context manager."""
+    """Appends routes to a file. Not thread-safe. Close it, or use it as a context manager.
+
+    While a model runs, the engine sets `phase` before a pass and calls `flush` after it; in
+    between the backend calls `record` for every layer.
+    """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
-        """Raises BundleError when the file cannot be made."""
+        """Overwrites an older trace. Raises BundleError when the file cannot be made, UsageError
+        when the path holds something else."""
+        _refuse_other_files(path)
+        self.phase = Phase.PREFILL
         self._path = path
         self._header = header
         self._row_of = {layer: row for row, layer in enumerate(header.layers)}
@@ -103,6 +123,19 @@ class TraceWriter:
             raise BundleError(f"cannot write {path}: {error.strerror}") from error
         self._write(json.dumps(raw, separators=(",", ":"), ensure_ascii=False).encode() + b"\n")
 
+    @classmethod
+    def of_model(cls, path: Path, config: MimoConfig, source: str) -> TraceWriter:
+        """A trace of the model `source`. Raises UsageError when it has no routed experts."""
+        layers = tuple(spec.index for spec in config.layers if spec.moe)
+        if not layers:
+            raise UsageError(f"{source} has no routed experts: there are no routes to trace")
+        header = TraceHeader(layers, config.n_routed_experts, config.num_experts_per_tok, source)
+        return cls(path, header)
+
+    def record(self, layer: int, ids: NDArray[np.integer[Any]]) -> None:
+        """`route` in the phase that is running."""
+        self.route(self.phase, layer, ids)
+
     def route(self, phase: Phase, layer: int, ids: NDArray[np.integer[Any]]) -> None:
         """Record ids [T, K] chosen by model layer `layer`."""
         row = self._row_of.get(layer)
@@ -120,6 +153,14 @@ class TraceWriter:
             self._file.write(data)
         except OSError as error:
             raise BundleError(f"cannot write {self._path}: {error.strerror}") from error
+
+    def flush(self) -> None:
+        """Hand what is recorded to the system, so that it survives the end of this process."""
+        if self._file is not None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                raise BundleError(f"cannot write {self._path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Write what is buffered and close. Twice is harmless."""
@@ -149,8 +190,26 @@ def write_trace(path: Path, header: TraceHeader, routes: Iterable[Route]) -> Non
             writer.route(route.phase, header.layers[route.row], route.ids)
 
 
-def read_trace(path: Path) -> Trace:
-    """Read and check a whole trace. Raises BundleError naming the byte that is wrong."""
+def _refuse_other_files(path: Path) -> None:
+    """Raise UsageError when `path` is a file with something else than a trace in it."""
+    try:
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            start = file.read(len(_START))
+    except OSError:
+        return  # writing it will say why not
+    if start and start != _START:
+        raise UsageError(
+            f"{path} exists and is no routing trace", "choose another name, or remove it first"
+        )
+
+
+def read_trace(path: Path, *, partial: bool = False) -> Trace:
+    """Read and check a whole trace; with `partial`, also one that was cut off, up to the cut.
+
+    Raises BundleError naming the byte that is wrong.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -163,6 +222,8 @@ def read_trace(path: Path) -> Trace:
     position = end + 1
     while position < len(data):
         if position + _RECORD.size > len(data):
+            if partial:
+                break
             raise _truncated(path, position, len(routes))
         phase, zero, row, tokens = _RECORD.unpack_from(data, position)
         start = position + _RECORD.size
@@ -170,6 +231,8 @@ def read_trace(path: Path) -> Trace:
         if phase > max(Phase) or zero or row >= len(header.layers) or not tokens:
             raise BundleError(f"{path}: record {len(routes)} at byte {position} is damaged")
         if start + 2 * count > len(data):
+            if partial:
+                break
             raise _truncated(path, position, len(routes))
         ids = np.frombuffer(data, "<u2", count, start).astype(np.int64)
         if int(ids.max()) >= header.experts:
@@ -185,7 +248,7 @@ def read_trace(path: Path) -> Trace:
 def _truncated(path: Path, position: int, whole: int) -> BundleError:
     return BundleError(
         f"{path} is truncated at byte {position}, after {whole} whole records",
-        "record it again, or cut the file there",
+        "record it again, or ask for the records before the cut (--partial)",
     )
 
 

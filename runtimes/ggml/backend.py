@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
-from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
+from mimo_edge.runtimes.base import F32, Cache, ForwardResult, RouteSink, TokenIds
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0
 from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex, check_kv_type
 from mimo_edge.runtimes.ggml.device import Device
@@ -44,7 +44,8 @@ class GgmlBackend:
 
     `kv_type` is the format of global layers' rows ("f16", "f32", "q8_0"); rings are f16, or f32
     with "f32". `repack=False` keeps weights in file order: slower prefill, same results within
-    rounding. One call at a time; `abort` may be called from anywhere.
+    rounding. `routes` is told which experts every pass chose. One call at a time; `abort` may be
+    called from anywhere.
     """
 
     name = "ggml"
@@ -58,6 +59,7 @@ class GgmlBackend:
         repack: bool = True,
         chunk: int = DEFAULT_CHUNK,
         experts: Callable[[Device], ExpertSource] | None = None,
+        routes: RouteSink | None = None,
     ) -> None:
         """Raises BackendError (library missing or of another version, memory), BundleError
         (weights), UsageError (options)."""
@@ -70,6 +72,7 @@ class GgmlBackend:
         check_kv_type(self._kv_type, self.config)
         self._chunk = chunk
         self._source = source
+        self._routes = routes
         self.device = Device(threads if threads is not None else _usable_cores())
         self._experts: ExpertSource | None = None
         try:
@@ -173,7 +176,9 @@ class GgmlBackend:
     def _trunk(self, cache: GgmlCache, shape: TrunkShape) -> TrunkPass:
         found = cache.graph(shape)
         if not isinstance(found, TrunkPass):
-            found = TrunkPass(self.device, self._weights.model, cache, shape, self._experts)
+            found = TrunkPass(
+                self.device, self._weights.model, cache, shape, self._experts, self._routes
+            )
             cache.keep(shape, found, shape.large)
         return found
 

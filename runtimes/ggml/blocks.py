@@ -204,12 +204,19 @@ def routed_experts(g: Graph, w: SwiGlu, x: Tensor, ids: Tensor, weights: Tensor)
     return weighted_sum(g, rows, weights)
 
 
-def feed_forward(g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor) -> Tensor:
-    """Normed x {M, T} -> {M, T}: a dense SwiGLU, or routed experts that are all resident."""
+def feed_forward(
+    g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor, routes: list[Tensor] | None = None
+) -> Tensor:
+    """Normed x {M, T} -> {M, T}: a dense SwiGLU, or routed experts that are all resident.
+
+    The ids {K, T} of chosen experts are added to `routes`, as an output, when it is given.
+    """
     if w.dense is not None:
         return dense(g, w.dense, x)
     assert w.experts is not None
     ids, weights = route(g, w, c, x)
+    if routes is not None:
+        routes.append(g.output(g.contiguous(ids)))
     return routed_experts(g, w.experts, x, ids, weights)
 
 

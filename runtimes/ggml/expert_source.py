@@ -18,7 +18,6 @@ from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.experts.slots import SlotPool
 from mimo_edge.experts.stats import CacheStats
 from mimo_edge.experts.table import ExpertLayer, ExpertTable, Stack
-from mimo_edge.experts.trace import Phase
 from mimo_edge.runtimes.ggml import bindings as ggml
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Context, Tensor
@@ -107,13 +106,13 @@ class CachedExperts:
         return self._in_turn(layer, ids)
 
     def _at_once(self, layer: int, ids: Ids) -> Generator[ExpertGroup, None, None]:
-        with self.cache.begin(layer, ids, phase=Phase.DECODE) as ticket:
+        with self.cache.begin(layer, ids) as ticket:
             for positions in ticket.groups():
                 yield ExpertGroup(ticket.ids[positions], ticket.slots[positions].astype(np.int64))
 
     def _in_turn(self, layer: int, ids: Ids) -> Generator[ExpertGroup, None, None]:
         group = max(1, self.cache.slots // _GROUPS)
-        stream = self.cache.stream(layer, ids, group, phase=Phase.PREFILL)
+        stream = self.cache.stream(layer, ids, group)
         try:
             for found in stream:
                 yield ExpertGroup(found.ids, found.slots.astype(np.int64))

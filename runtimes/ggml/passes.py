@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.config import LayerSpec, MimoConfig
-from mimo_edge.runtimes.base import F32
+from mimo_edge.runtimes.base import F32, RouteSink
 from mimo_edge.runtimes.ggml import blocks
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64
 from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions, RingIndex, kv_rows
@@ -77,11 +77,18 @@ def _fill_causal(
 
 @dataclass(frozen=True)
 class _Segment:
-    """A graph of the trunk; `ids` {K, rows} are the experts `layer` chose at its end."""
+    """A graph of the trunk; `ids` {K, rows} are the experts `layer` chose at its end. `routes`:
+    (layer, ids) of resident layers inside, kept when somebody wants to know."""
 
     graph: Graph
     layer: int | None = None
     ids: Tensor | None = None
+    routes: tuple[tuple[int, Tensor], ...] = ()
+
+
+def _rows(ids: Tensor) -> NDArray[np.int32]:
+    """Ids {K, rows} as i32 [rows, K]."""
+    return ids.array().reshape(-1, ids.ne[0])
 
 
 class TrunkPass:
@@ -98,13 +105,18 @@ class TrunkPass:
         cache: GgmlCache,
         shape: TrunkShape,
         experts: ExpertSource | None = None,
+        routes: RouteSink | None = None,
     ) -> None:
+        """`routes` is told the experts every layer chose; without it resident layers keep theirs
+        inside the graph."""
         self.config = cache.config
         self.shape = shape
         self._device = device
         self._segments: list[_Segment] = []
         self._inputs = Inputs(device)
         self._source = experts
+        self._routes = routes
+        self._resident_routes: list[tuple[int, Tensor]] = []
         self._carry: Carry | None = None
         self._slot_experts: SlotExperts | None = None
         self._epoch = -1
@@ -154,7 +166,9 @@ class TrunkPass:
             if w.spec.moe and w.experts is None:
                 h = self._cut(w, h, x)
             else:
-                h = self._graph.add(h, blocks.feed_forward(self._graph, w, c, x))
+                ids: list[Tensor] | None = [] if self._routes is not None else None
+                h = self._graph.add(h, blocks.feed_forward(self._graph, w, c, x, ids))
+                self._resident_routes += [(index, one) for one in ids or ()]
             self._graph.run_now(h)
         g = self._graph
         if h is not None:
@@ -166,7 +180,7 @@ class TrunkPass:
                 eps = c.layernorm_epsilon
                 logits = blocks.head(g, model.output, model.output_norm, eps, rows)
                 self.logits_tensor = g.output(logits)
-        self._segments.append(_Segment(g))
+        self._segments.append(_Segment(g, routes=self._take_routes()))
         graphs = [segment.graph for segment in self._segments]
         if self._slot_experts is not None:
             graphs += self._slot_experts.largest()
@@ -180,10 +194,14 @@ class TrunkPass:
         ids, weights = blocks.route(g, w, self.config, x)
         ids = g.output(g.contiguous(ids))
         self._carry.save(g, h, x, weights)
-        self._segments.append(_Segment(g, w.spec.index, ids))
+        self._segments.append(_Segment(g, w.spec.index, ids, self._take_routes()))
         rest = self.config.num_hidden_layers - w.spec.index
         self._graph = Graph(self._device, _nodes(self.config, rest))
         return self._carry.restore(self._graph, h.ne[1])
+
+    def _take_routes(self) -> tuple[tuple[int, Tensor], ...]:
+        taken, self._resident_routes = tuple(self._resident_routes), []
+        return taken
 
     @property
     def current(self) -> bool:
@@ -200,12 +218,17 @@ class TrunkPass:
         """Run with the inputs filled before."""
         for segment in self._segments:
             segment.graph.compute()
+            if self._routes is not None:
+                for layer, chosen in segment.routes:
+                    self._routes(layer, _rows(chosen))
             if segment.layer is not None:
                 assert segment.ids is not None
                 assert self._slot_experts is not None
-                ids = segment.ids.array().reshape(-1, segment.ids.ne[0])
                 # a copy: computing experts reuses the scratch memory they are in
-                self._slot_experts.run(segment.layer, ids.copy())
+                ids = _rows(segment.ids).copy()
+                if self._routes is not None:
+                    self._routes(segment.layer, ids)
+                self._slot_experts.run(segment.layer, ids)
 
     def close(self) -> None:
         """Free graphs and inputs."""
