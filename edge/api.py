@@ -126,6 +126,7 @@ class Runtime:
         backend: str = "auto",
         threads: int | None = None,
         draft: DraftSetting = "auto",
+        kv_type: str | None = None,
         trace: str | Path | None = None,
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
@@ -133,10 +134,11 @@ class Runtime:
         `ram` is a bound on the process in bytes (or "900MiB"): the ggml backend reads routed
         experts from flash when they do not fit, the reference backend refuses. `context` is the
         most tokens of a conversation (default 4,096 or what the model has), `draft` 0 to 3 or
-        "auto". `trace` is a file for the experts every layer chooses for every token
-        (`mimo-edge trace` reads it). "mimo-nano" is the built-in model. Raises a MimoEdgeError:
-        BundleError, CheckpointError, DeviceError when the model does not fit `ram`,
-        BackendError, UsageError.
+        "auto". `kv_type` is the format of the KV cache of global layers on the ggml backend: "f16"
+        (default), "q8_0" (about half), "f32". `trace` is a file for the experts every layer
+        chooses for every token (`mimo-edge trace` reads it). "mimo-nano" is the built-in model.
+        Raises a MimoEdgeError: BundleError, CheckpointError, DeviceError when the model does not
+        fit `ram`, BackendError, UsageError.
         """
         if profile is not None:
             raise UsageError(
@@ -153,7 +155,8 @@ class Runtime:
             limit,
             context or DEFAULT_CONTEXT,
             threads,
-            None if trace is None else Path(trace),
+            kv_type=kv_type,
+            trace=None if trace is None else Path(trace),
         )
         positions = model.backend.config.max_position_embeddings
         try:

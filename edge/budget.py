@@ -19,6 +19,7 @@ from mimo_edge.errors import DeviceError
 from mimo_edge.experts.reader import COALESCE_BYTES, DEFAULT_LANES
 from mimo_edge.experts.slots import round_up
 from mimo_edge.gguf_file import TensorInfo
+from mimo_edge.kv_format import DEFAULT_KV_TYPE, KV_FORMATS, check_kv_type, ring_type
 from mimo_edge.speculative import MAX_DRAFT
 from mimo_edge.units import format_bytes
 
@@ -66,6 +67,7 @@ class Budget:
     slots: int = 0
     slot_bytes: int = 0
     experts: int = 0  # routed experts of all layers
+    kv_type: str = DEFAULT_KV_TYPE
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +90,7 @@ class Budget:
             "slots": self.slots,
             "slot_bytes": self.slot_bytes,
             "experts": self.experts,
+            "kv_type": self.kv_type,
             "lines": {line.name: line.nbytes for line in self.lines},
             "total": self.nbytes,
         }
@@ -101,12 +104,16 @@ def plan(
     *,
     lanes: int = DEFAULT_LANES,
     process_bytes: int | None = None,
+    kv_type: str = DEFAULT_KV_TYPE,
 ) -> Budget:
-    """The budget of a model with `tensors` for conversations of `context` tokens.
+    """The budget of a model with `tensors` for conversations of `context` tokens in a KV cache of
+    format `kv_type`.
 
     Without `ram`, or when everything fits, all weights are resident. `process_bytes`: what this
-    process holds already. Raises DeviceError with the table when `ram` is too small.
+    process holds already. Raises DeviceError with the table when `ram` is too small, UsageError
+    when the format does not fit the model.
     """
+    check_kv_type(kv_type, config)
     context = min(context, config.max_position_embeddings)
     base = max(PROCESS_BYTES, process_bytes or 0) + LIBRARY_BYTES
     routed = {name for name in tensors if _is_routed(name)}
@@ -114,20 +121,24 @@ def plan(
         Line("process", base, "Python, libraries, tokenizer"),
         Line("file pages", FILE_PAGES_BYTES, "header, embedding rows"),
         *_weight_lines(config, tensors),
-        Line("KV cache", kv_bytes(config, context), f"{context} tokens, f16"),
+        Line("KV cache", kv_bytes(config, context, kv_type), f"{context} tokens, {kv_type}"),
     ]
     experts = sum(tensors[name].nbytes for name in routed)
     whole = [*fixed, *([Line("experts", experts, "all of them")] if experts else [])]
     whole += [
-        Line("graphs", graph_bytes(config, context, DEFAULT_CHUNK, False), _chunk(DEFAULT_CHUNK)),
+        Line(
+            "graphs",
+            graph_bytes(config, context, DEFAULT_CHUNK, False, kv_type),
+            _chunk(DEFAULT_CHUNK),
+        ),
         Line("loading", _loading_bytes(tensors, routed=True), "the largest tensor, as read"),
     ]
-    resident = Budget(tuple(whole), ram, context, DEFAULT_CHUNK, False)
+    resident = Budget(tuple(whole), ram, context, DEFAULT_CHUNK, False, kv_type=kv_type)
     if ram is None or resident.nbytes <= ram:
         return resident
     if not routed:
         raise _too_small(resident, resident.nbytes, "it has no experts to leave on flash")
-    return _streamed(config, tensors, fixed, context, ram, lanes)
+    return _streamed(config, tensors, fixed, context, ram, lanes, kv_type)
 
 
 def _streamed(
@@ -137,6 +148,7 @@ def _streamed(
     context: int,
     ram: int,
     lanes: int,
+    kv_type: str,
 ) -> Budget:
     layers = [spec.index for spec in config.layers if spec.moe]
     slot_bytes, bounce = 0, 0
@@ -158,7 +170,7 @@ def _streamed(
     total = config.n_routed_experts * len(layers)
     chosen = config.num_experts_per_tok
     # A chunk costs one pass over the experts, so it is as large as a quarter of the room allows.
-    graphs = {size: graph_bytes(config, context, size, True) for size in CHUNKS}
+    graphs = {size: graph_bytes(config, context, size, True, kv_type) for size in CHUNKS}
     chunk = next((size for size in CHUNKS if graphs[size] <= room // 4), CHUNKS[-1])
     slots = min(total, max(0, room - graphs[chunk]) // slot_bytes)
     lines = [
@@ -170,7 +182,7 @@ def _streamed(
             f"{max(slots, chosen)} of {total} experts, {format_bytes(slot_bytes)} each",
         ),
     ]
-    budget = Budget(tuple(lines), ram, context, chunk, True, slots, slot_bytes, total)
+    budget = Budget(tuple(lines), ram, context, chunk, True, slots, slot_bytes, total, kv_type)
     if slots < chosen:
         raise _too_small(
             budget, budget.nbytes, f"a token needs {chosen} experts of a layer at once"
@@ -247,22 +259,29 @@ def _block(name: str) -> int:
     return int(name.split(".")[1]) if name.startswith("blk.") else -1
 
 
-def kv_bytes(config: MimoConfig, context: int) -> int:
-    """Bytes of the ggml backend's f16 cache for `context` tokens, all rows written."""
+def kv_bytes(config: MimoConfig, context: int, kv_type: str = DEFAULT_KV_TYPE) -> int:
+    """Bytes of the ggml backend's cache for `context` tokens, all rows written."""
     total = 0
     for index in range(config.num_hidden_layers + config.num_mtp_layers):
         spec = config.layer(index)
         if spec.window is None:
-            rows = round_up(context, 256)
+            kind, rows = KV_FORMATS[kv_type], round_up(context, 256)
         else:
+            kind = KV_FORMATS[ring_type(kv_type)]
             spare = MAX_DRAFT if index < config.num_hidden_layers else 0
             rows = min(context, spec.window + spare)
         for dim in (config.head_dim, config.v_head_dim):
-            total += round_up(2 * spec.num_key_value_heads * dim * rows, PAGE)
+            total += round_up(kind.row_bytes(spec.num_key_value_heads, dim) * rows, PAGE)
     return total
 
 
-def graph_bytes(config: MimoConfig, context: int, chunk: int, streamed: bool) -> int:
+def graph_bytes(
+    config: MimoConfig,
+    context: int,
+    chunk: int,
+    streamed: bool,
+    kv_type: str = DEFAULT_KV_TYPE,
+) -> int:
     """An upper bound on the memory of passes of up to `chunk` tokens: shared scratch, the inputs
     and descriptions of every graph a cache keeps, and results on the host."""
     chunk = min(chunk, context)
@@ -270,7 +289,7 @@ def graph_bytes(config: MimoConfig, context: int, chunk: int, streamed: bool) ->
     kept = _LARGE_GRAPHS * _pass_bytes(config, context, chunk, streamed)
     kept += _SMALL_GRAPHS * _pass_bytes(config, context, small, streamed)
     host = 4 * (config.vocab_size * (2 * MAX_DRAFT + 4) + 3 * config.hidden_size * chunk)
-    return kept + host + _scratch_bytes(config, context, chunk, streamed)
+    return kept + host + _scratch_bytes(config, chunk, streamed, kv_type)
 
 
 def _pass_bytes(config: MimoConfig, context: int, tokens: int, streamed: bool) -> int:
@@ -289,7 +308,7 @@ def _pass_bytes(config: MimoConfig, context: int, tokens: int, streamed: bool) -
     return total
 
 
-def _scratch_bytes(config: MimoConfig, context: int, tokens: int, streamed: bool) -> int:
+def _scratch_bytes(config: MimoConfig, tokens: int, streamed: bool, kv_type: str) -> int:
     """Intermediate results of the largest graph, and ggml's work buffer."""
     c, t = config, tokens
     groups = max(c.num_key_value_heads, c.swa_num_key_value_heads or 0)
@@ -307,7 +326,9 @@ def _scratch_bytes(config: MimoConfig, context: int, tokens: int, streamed: bool
             feed = max(feed, per_pair // 4 * c.num_experts_per_tok)
         feed = max(feed, 6 * c.n_routed_experts)
     ring = c.sliding_window + MAX_DRAFT + t if any(c.hybrid_layer_pattern) else 0
-    joined = 4 * groups * (c.head_dim + c.v_head_dim) * ring  # f16, cast and concatenated
+    # cast, and concatenated with the ring
+    row = KV_FORMATS[ring_type(kv_type)].row_bytes(groups, c.head_dim + c.v_head_dim)
+    joined = 2 * row * ring
     logits = 4 * c.vocab_size * (2 * MAX_DRAFT + 4)
     # ggml's work buffer: activations of one product in the weight's vector format, at most f32
     widest = max(c.hidden_size, heads * c.v_head_dim, c.intermediate_size, 2 * c.hidden_size)

@@ -14,6 +14,7 @@ from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, BundleError, DeviceError, UsageError
 from mimo_edge.experts.trace import TraceWriter
+from mimo_edge.kv_format import DEFAULT_KV_TYPE
 from mimo_edge.manifest import MANIFEST_NAME
 from mimo_edge.runtimes.base import Backend, RouteSink, Weights
 from mimo_edge.speculative import MAX_DRAFT
@@ -66,13 +67,16 @@ def open_model(
     ram: int | None,
     context: int,
     threads: int | None,
+    *,
+    kv_type: str | None = None,
     trace: Path | None = None,
 ) -> Model:
     """Open a bundle folder, a GGUF file or a checkpoint folder; "mimo-nano" is the built-in one.
 
     Raises UsageError, BundleError, CheckpointError, BackendError, or DeviceError when the
     backend would need more than `ram` bytes. The ggml backend then reads routed experts from
-    flash, and refuses only what does not fit that way. `trace` is the file routes are recorded
+    flash, and refuses only what does not fit that way. `kv_type` is the format of its KV cache
+    (None: its own choice). `trace` is the file routes are recorded
     in while the model runs; whoever uses the model closes it.
     """
     if backend not in BACKENDS:
@@ -93,8 +97,14 @@ def open_model(
         routes = None if writer is None else writer.record
         experts, budget = None, None
         if backend == "ggml":
-            opened, experts, budget = _open_ggml(source, ram, context, threads, routes)
+            kind = DEFAULT_KV_TYPE if kv_type is None else kv_type
+            opened, experts, budget = _open_ggml(source, ram, context, threads, kind, routes)
         else:
+            if kv_type not in (None, "f32"):
+                raise UsageError(
+                    f"the reference backend keeps its KV cache in f32, not {kv_type}",
+                    "use --backend ggml, or leave --kv-type out",
+                )
             opened = _open_reference(source, ram, context, threads, routes)
     except BaseException:
         source.weights.close()
@@ -134,6 +144,7 @@ def _open_ggml(
     ram: int | None,
     context: int,
     threads: int | None,
+    kv_type: str,
     routes: RouteSink | None,
 ) -> tuple[Backend, CachedExperts | None, memory.Budget]:
     """The ggml backend: all weights resident, or routed experts on flash when `ram` demands it.
@@ -145,7 +156,12 @@ def _open_ggml(
         )
     bundle, config = source.bundle, source.weights.config
     budget = memory.plan(
-        config, bundle.tensors, context, ram, process_bytes=memory.resident_bytes()
+        config,
+        bundle.tensors,
+        context,
+        ram,
+        process_bytes=memory.resident_bytes(),
+        kv_type=kv_type,
     )
     from mimo_edge.experts.table import ExpertTable
     from mimo_edge.runtimes.ggml.backend import GgmlBackend
@@ -161,6 +177,7 @@ def _open_ggml(
     backend = GgmlBackend(
         GgufTensors(config, [bundle.gguf], bounded=ram is not None),
         threads=threads,
+        kv_type=kv_type,
         chunk=budget.chunk,
         experts=experts if budget.streamed else None,
         routes=routes,

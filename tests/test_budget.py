@@ -14,11 +14,12 @@ from make_random_model import write_model
 
 from mimo_edge.budget import CHUNKS, Budget, graph_bytes, kv_bytes, plan
 from mimo_edge.config import MimoConfig
-from mimo_edge.errors import DeviceError
+from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.table import ExpertTable
 from mimo_edge.gguf_file import GgufFile, TensorInfo
 from mimo_edge.gguf_meta import expected_shapes
 from mimo_edge.known_models import known_model
+from mimo_edge.kv_format import KV_FORMATS
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.expert_source import CachedExperts
@@ -99,7 +100,7 @@ def test_graphs_take_what_was_planned(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_weights_and_cache_take_what_was_planned(files: dict[str, Path], name: str) -> None:
+def test_weights_take_what_was_planned(files: dict[str, Path], name: str) -> None:
     config = CONFIGS[name]
     with GgufFile.open(files[name]) as file:
         budget = plan(config, file.tensors, 256)
@@ -111,15 +112,52 @@ def test_weights_and_cache_take_what_was_planned(files: dict[str, Path], name: s
             if not streamed and config.n_routed_experts:
                 planned += line(budget, "experts")
             assert real <= planned < 1.1 * real
-            cache = backend.new_cache(256, 4)
-            ids = np.zeros(256, np.int32)
-            hidden = backend.forward(ids, cache, hidden_rows=256).hidden
-            for depth in range(config.num_mtp_layers):
-                backend.mtp_forward(depth, ids, hidden, 0, cache)
-            assert cache.nbytes() <= kv_bytes(config, 256)
-            assert kv_bytes(config, 256) < cache.nbytes() + 20 * 4096
         finally:
             backend.close()
+
+
+# Heads of whole q8_0 blocks, two global and two sliding layers, and one global MTP block.
+BLOCKS = {
+    "hybrid": tiny.tiny_config(head_dim=96, v_head_dim=64),
+    "dense": tiny.tiny_mimo7b_config(hidden_size=128, head_dim=32, v_head_dim=32),
+}
+
+
+@pytest.mark.parametrize("kv_type", KV_FORMATS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_caches_take_what_was_planned(tmp_path: Path, name: str, kv_type: str) -> None:
+    config = BLOCKS[name]
+    path = tmp_path / "m.gguf"
+    write_model(path, config, experts="Q8_0", dense="Q8_0", head="Q8_0")
+    file = GgufFile.open(path)
+    planned = kv_bytes(config, 256, kv_type)
+    assert line(plan(config, file.tensors, 256, kv_type=kv_type), "KV cache") == planned
+    backend = GgmlBackend(GgufTensors(config, [file]), threads=1, kv_type=kv_type)
+    try:
+        cache = backend.new_cache(256, 4)
+        ids = np.zeros(256, np.int32)
+        hidden = backend.forward(ids, cache, hidden_rows=256).hidden
+        for depth in range(config.num_mtp_layers):
+            backend.mtp_forward(depth, ids, hidden, 0, cache)
+        assert cache.nbytes() <= planned < cache.nbytes() + 20 * 4096
+        real = backend.scratch_bytes + cache.graph_bytes()
+        assert real <= graph_bytes(config, 256, 512, False, kv_type)
+    finally:
+        backend.close()
+
+
+def test_a_quantised_cache_of_the_real_model_takes_about_half() -> None:
+    """Per token: 9 global layers of 4 heads of 192 + 128 (spec section 6)."""
+    config = known_model("MiMo-V2-Flash")
+    sizes = {}
+    for kv_type in KV_FORMATS:
+        short, long = (kv_bytes(config, n, kv_type) for n in (8192, 16384))
+        sizes[kv_type] = (long - short) / 8192
+    assert sizes == {"f16": 23040, "q8_0": 9 * 4 * 320 / 32 * 34, "f32": 46080}
+    with pytest.raises(UsageError, match="kv_type 'q4_0'"):
+        plan(*flash(), 4096, kv_type="q4_0")
+    with pytest.raises(UsageError, match="head_dim = 24"):
+        plan(tiny.tiny_config(), {}, 4096, kv_type="q8_0")
 
 
 # --- What is left for experts -------------------------------------------------------------------

@@ -434,6 +434,34 @@ def test_run_shows_plan_and_hits_and_says_the_same(
     assert re.search(r"experts: [0-9.]+ % of \d+ in memory, .* read, .* per token", shown.stderr)
 
 
+def test_the_cache_format_is_chosen_shown_and_checked(
+    spoken: Path, large: Path, tmp_path: Path
+) -> None:
+    options = ["-p", "hello", "--max-tokens", "2", "--draft", "0", "-v"]
+    shown = CliRunner().invoke(
+        app, ["run", str(spoken), *options, "--backend", "ggml", "--kv-type", "f32"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"KV cache +[0-9.]+ [KM]iB +\d+ tokens, f32", shown.stderr)
+    for backend, kv_type, message in (
+        ("ggml", "q8_0", "head_dim = 24 is not whole blocks"),
+        ("ggml", "q4_0", "choose one of"),
+        ("reference", "q8_0", "reference backend keeps its KV cache in f32"),
+    ):
+        refused = CliRunner().invoke(
+            app, ["run", str(spoken), *options, "--backend", backend, "--kv-type", kv_type]
+        )
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+    plans = []
+    for kv_type in ("f16", "f32"):
+        command = ["inspect", str(large), "--plan", "--kv-type", kv_type, "--json"]
+        plans.append(json.loads(CliRunner().invoke(app, command).stdout)["plan"])
+    assert [plan["kv_type"] for plan in plans] == ["f16", "f32"]
+    short, long = (plan["lines"]["KV cache"] for plan in plans)
+    assert 1.9 * short < long <= 2 * short  # every tensor takes whole pages
+
+
 def test_inspect_plans_without_loading(large: Path) -> None:
     def invoke(*options: str) -> Any:
         return CliRunner().invoke(app, ["inspect", str(large), "--context", "256", *options])

@@ -31,6 +31,9 @@ def inspect(
     ] = False,
     ram: Annotated[str | None, typer.Option(help='--plan: bound on memory, as "8GiB".')] = None,
     context: Annotated[int, typer.Option(help="--plan: most tokens of a conversation.")] = 4096,
+    kv_type: Annotated[
+        str, typer.Option(help="--plan: format of the KV cache: f16, q8_0 or f32.")
+    ] = "f16",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show layers, bytes by role, formats, MTP blocks and window. Reads headers only."""
@@ -38,7 +41,7 @@ def inspect(
 
     output = Output(json=json)
     found = inventory(what)
-    budget = memory_plan(what, found, ram, context) if plan else None
+    budget = memory_plan(what, found, ram, context, kv_type) if plan else None
     output.result(
         found.to_dict() if budget is None else {**found.to_dict(), "plan": budget.to_dict()}
     )
@@ -58,7 +61,7 @@ def inspect(
         )
 
 
-def memory_plan(what: str, found: Inventory, ram: str | None, context: int) -> Budget:
+def memory_plan(what: str, found: Inventory, ram: str | None, context: int, kv_type: str) -> Budget:
     """The budget of a run. Raises UsageError for what the ggml backend does not open, DeviceError
     with the table when `ram` is too small."""
     from mimo_edge.budget import plan
@@ -73,7 +76,7 @@ def memory_plan(what: str, found: Inventory, ram: str | None, context: int) -> B
         raise UsageError(f"--context {context}", "use 1 or more")
     with Bundle.open(what) as bundle:
         limit = None if ram is None else parse_bytes(ram)
-        return plan(bundle.config, bundle.tensors, context, limit)
+        return plan(bundle.config, bundle.tensors, context, limit, kv_type=kv_type)
 
 
 def print_model(output: Output, found: Inventory) -> None:

@@ -57,6 +57,9 @@ def run(
     profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
     backend: Annotated[str, typer.Option(help="auto, reference or ggml.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of the computation.")] = None,
+    kv_type: Annotated[
+        str | None, typer.Option(help="KV cache of the ggml backend: f16 (default), q8_0 or f32.")
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Record which experts every token uses, in this file.")
     ] = None,
@@ -86,6 +89,7 @@ def run(
         backend=backend,
         threads=threads,
         draft=parse_draft(draft),
+        kv_type=kv_type,
         trace=trace,
     ) as runtime:
         if _is_nano(runtime):

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
+from mimo_edge.kv_format import DEFAULT_KV_TYPE, check_kv_type
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, RouteSink, TokenIds
-from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0
-from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex, check_kv_type
+from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.passes import (
     MtpPass,
@@ -31,7 +31,6 @@ from mimo_edge.runtimes.ggml.raw import RawTensors
 from mimo_edge.runtimes.ggml.resident import ResidentWeights
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 
-KV_TYPES = {"f16": TYPE_F16, "f32": TYPE_F32, "q8_0": TYPE_Q8_0}
 DEFAULT_CHUNK = 512
 
 
@@ -42,10 +41,9 @@ class GgmlBackend:
     `experts` makes the source of streamed experts for the device it is given: the layers of its
     slots are streamed, all others resident. The backend owns it and closes it.
 
-    `kv_type` is the format of global layers' rows ("f16", "f32", "q8_0"); rings are f16, or f32
-    with "f32". `repack=False` keeps weights in file order: slower prefill, same results within
-    rounding. `routes` is told which experts every pass chose. One call at a time; `abort` may be
-    called from anywhere.
+    `kv_type` is the format of global layers' rows (see `kv_format`). `repack=False` keeps weights
+    in file order: slower prefill, same results within rounding. `routes` is told which experts
+    every pass chose. One call at a time; `abort` may be called from anywhere.
     """
 
     name = "ggml"
@@ -55,7 +53,7 @@ class GgmlBackend:
         source: RawTensors,
         *,
         threads: int | None = None,
-        kv_type: str = "f16",
+        kv_type: str = DEFAULT_KV_TYPE,
         repack: bool = True,
         chunk: int = DEFAULT_CHUNK,
         experts: Callable[[Device], ExpertSource] | None = None,
@@ -64,12 +62,10 @@ class GgmlBackend:
         """Raises BackendError (library missing or of another version, memory), BundleError
         (weights), UsageError (options)."""
         self.config: MimoConfig = source.config
-        if kv_type not in KV_TYPES:
-            raise UsageError(f"kv_type {kv_type!r}", f"choose one of {', '.join(KV_TYPES)}")
+        check_kv_type(kv_type, self.config)
         if chunk < 1:
             raise UsageError(f"chunk = {chunk}", "give 1 or more")
-        self._kv_type = KV_TYPES[kv_type]
-        check_kv_type(self._kv_type, self.config)
+        self._kv_type = kv_type
         self._chunk = chunk
         self._source = source
         self._routes = routes

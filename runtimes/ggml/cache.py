@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
-from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32
+from mimo_edge.kv_format import ring_type
+from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0
 from mimo_edge.runtimes.ggml.device import Device, Region
 from mimo_edge.runtimes.ggml.graph import Context, Tensor
-from mimo_edge.runtimes.ggml.library import TYPES
 
 Positions = NDArray[np.int64]
 
+KV_TYPES = {"f16": TYPE_F16, "f32": TYPE_F32, "q8_0": TYPE_Q8_0}
 EMPTY = -(1 << 60)  # position of a slot that holds nothing: no mask admits it
 # Global layers attend to a multiple of this many rows, so that one graph serves that many tokens.
 KV_BLOCK = 256
@@ -189,7 +190,7 @@ class GgmlCache:
     """KV state of one sequence; made by `GgmlBackend.new_cache`, freed by `close` or with it."""
 
     def __init__(
-        self, device: Device, config: MimoConfig, kv_type: int, context: int, verify_rows: int
+        self, device: Device, config: MimoConfig, kv_type: str, context: int, verify_rows: int
     ) -> None:
         if context < 1 or verify_rows < 1:
             raise UsageError(
@@ -218,13 +219,11 @@ class GgmlCache:
             RingIndex(window, mtp_rows) if config.layer(i).sliding else FullIndex(context)
             for i in mtp
         ]
-        ring_type = TYPE_F32 if kv_type == TYPE_F32 else TYPE_F16
         self._context = Context(device, 2 * (len(trunk) + len(mtp)) + 1)
 
         def describe(spec: LayerSpec, ring: int) -> KvTensors:
             rows = ring if spec.sliding else kv_rows(context)
-            # A ring is small whatever the context, and ggml cannot append to quantised rows.
-            kind = ring_type if spec.sliding else kv_type
+            kind = KV_TYPES[ring_type(kv_type) if spec.sliding else kv_type]
             g = spec.num_key_value_heads
             key = self._context.new(kind, (g * config.head_dim, rows))
             value = self._context.new(kind, (g * config.v_head_dim, rows))
@@ -358,14 +357,3 @@ def _release(graphs: OrderedDict[object, Reusable], region: Region, context: Con
     graphs.clear()
     context.close()
     region.close()
-
-
-def check_kv_type(kv_type: int, config: MimoConfig) -> None:
-    """Raise UsageError when heads are not whole blocks of the cache's format."""
-    block = TYPES[kv_type].blck_size
-    for label, dim in (("head_dim", config.head_dim), ("v_head_dim", config.v_head_dim)):
-        if dim % block:
-            raise UsageError(
-                f"{label} = {dim} is not whole blocks of {TYPES[kv_type].name} ({block})",
-                "use an f16 cache",
-            )
