@@ -240,6 +240,7 @@ class Runtime:
         tokens = totals.prompt_tokens - totals.reused_tokens + totals.tokens
         return {
             "slots": found.slots,
+            "slots_planned": self._model.experts.cache.pool.count,
             "slots_used": found.slots_used,
             "hits": total.hits,
             "misses": total.misses,
@@ -249,6 +250,26 @@ class Runtime:
             "flash_bytes": found.flash_bytes,
             "flash_bytes_per_token": found.flash_bytes / tokens if tokens else 0.0,
         }
+
+    def trim(self, fraction: float, timeout: float = 5.0) -> int:
+        """Give memory back while the system is short of it; from any thread.
+
+        `fraction` of the expert slots that were planned, from 0 to 1, is released; what a token
+        needs at least stays. 0 takes everything into use again and reads hot experts anew in the
+        background. A running answer goes on with the same tokens, more slowly: slots go between
+        two of its layers, `timeout` seconds is the most this waits for that. Returns the bytes
+        released by this call. A resident model has nothing to give, every token needs all of it:
+        it returns 0. Raises UsageError for other fractions or a closed runtime.
+        """
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+            raise UsageError(f"trim({fraction!r})", "give the share to release, from 0 to 1")
+        if not 0 <= fraction <= 1:  # NaN too
+            raise UsageError(f"trim({fraction!r})", "give the share to release, from 0 to 1")
+        if not 0 <= timeout < threading.TIMEOUT_MAX:
+            raise UsageError(f"timeout = {timeout!r} seconds", "use 0 or more")
+        self._engine.check_open()
+        experts = self._model.experts
+        return 0 if experts is None else experts.trim(fraction, timeout)
 
     def memory_plan(self) -> list[str]:
         """The memory budget as lines of text; empty when the backend does not plan."""

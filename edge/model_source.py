@@ -182,6 +182,8 @@ def _open_ggml(
         experts=experts if budget.streamed else None,
         routes=routes,
     )
+    for one in made:
+        one.warm_up()  # not earlier: loading weights needs the memory of empty slots
     return backend, (made[0] if made else None), budget
 
 

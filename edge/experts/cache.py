@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 # How often a waiting caller looks at its cancel event.
 _CANCEL_POLL_S = 0.02
+# Reads of `warm_up` in the queue at a time: enough for every lane, dropped quickly.
+_WARM_READS = 4
 
 
 class ExpertGroup(NamedTuple):
@@ -137,6 +139,8 @@ class ExpertCache:
         self._reads: dict[tuple[int, int], ExpertRead] = {}
         self._waiting: dict[tuple[int, int], list[Ticket]] = {}
         self._ahead: dict[int, set[int]] = {}  # experts read ahead and held for their layer
+        self._warming: deque[tuple[int, int]] = deque()  # to be read into free slots, best first
+        self._warm_reads: set[tuple[int, int]] = set()
         self._tickets = 0
         self._closed = False
         self._hits, self._misses, self._loads, self._nbytes = np.zeros((4, rows), np.int64)
@@ -218,6 +222,11 @@ class ExpertCache:
         with self._change:
             values, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
             unique = values.astype(np.int64)
+            if len(unique) > self.slots:
+                raise DeviceError(
+                    f"{len(unique)} experts are needed at once and there are {self.slots} slots",
+                    "process the layer in smaller groups",
+                )
             if not self.holds_everything:
                 self._residency.policy.touch(row, unique, counts, _tokens(ids))
             return self._ticket(row, unique, inverse.reshape(ids.shape), cancel)
@@ -308,28 +317,49 @@ class ExpertCache:
                 self._queue(row, wanted, ahead=True)
             return len(wanted)
 
-    def warm(self, *, most: int | None = None, cancel: threading.Event | None = None) -> int:
-        """Fill free slots: pinned experts first, then the most valuable ones. Returns how many
-        were read. Raises as `Ticket.wait`."""
-        r = self._residency
+    def warm_up(self) -> int:
+        """Begin to fill free slots, pinned experts first, then the most valuable ones. Returns how
+        many will be read, at once.
+
+        The reads go behind all others, few at a time, and end when the slots are full: no pass
+        waits for more than the one or two that run. An error is logged, and shows when the expert
+        is asked for.
+        """
         with self._change:
+            self._check_open()
+            r = self._residency
             value = r.policy.value()
             value[r.pinned] = np.inf
             value[r.slot_of >= 0] = -np.inf
-            free = r.limit - r.used
-            count = min(free if most is None else most, free, int((r.slot_of < 0).sum()))
+            count = min(r.free, int((r.slot_of < 0).sum()))
             order = np.argsort(-value, axis=None, kind="stable")[:count]
-            rows, experts = np.divmod(order, self.table.experts)
-        done = 0
-        for row in np.unique(rows).tolist():
-            mine = np.sort(experts[rows == row])
-            for start in range(0, len(mine), 32):
-                with self._change:
-                    ticket = self._plain_ticket(row, mine[start : start + 32], cancel)
-                with ticket:
-                    ticket.wait()
-                done += len(ticket.ids)
-        return done
+            pairs = zip(*(n.tolist() for n in np.divmod(order, self.table.experts)), strict=True)
+            self._warming = deque(pairs)
+            self._read_warm()
+            return count
+
+    def warm(self, cancel: threading.Event | None = None) -> int:
+        """`warm_up` and wait until nothing more will be read; returns how many were. Raises
+        Cancelled."""
+        count = self.warm_up()
+        with self._change:
+            while (self._warming or self._warm_reads) and not self._closed:
+                self._sleep(cancel)
+        return count
+
+    def _read_warm(self) -> None:
+        """Keep a few reads of `warm_up` in the queue while slots are free. The lock is held."""
+        r = self._residency
+        while self._warming and len(self._warm_reads) < _WARM_READS:
+            if not r.free:
+                self._warming.clear()
+                return
+            row, expert = self._warming.popleft()
+            if r.slot_of[row, expert] < 0:
+                one = np.array([expert])
+                r.claim(row, one)
+                self._warm_reads.add((row, expert))
+                self._queue(row, one, ahead=True)
 
     def pin(self, layer: int, ids: NDArray[np.integer[Any]]) -> None:
         """Never give up these experts once they are read (`warm` reads them now).
@@ -355,15 +385,22 @@ class ExpertCache:
     def release(self, count: int, *, timeout_s: float = 1.0) -> int:
         """Give the memory of up to `count` slots back, least valuable experts first.
 
-        Waits up to `timeout_s` for the layer in use to finish. Returns how many slots were given
-        up: never the ones a token needs at least, nor those of pinned experts or running reads.
+        Waits up to `timeout_s` for the layer in use, and reads for no layer, to finish. Returns
+        how many slots were given up: never the ones a token needs at least, nor those of pinned
+        experts.
         """
         with self._change:
-            if not self._change.wait_for(lambda: not self._tickets or self._closed, timeout_s):
+            self._check_open()
+            r = self._residency
+
+            def idle() -> bool:
+                if not self._tickets:
+                    self._drop_ahead()
+                return self._closed or not (self._tickets or self._reads)
+
+            if not self._change.wait_for(idle, timeout_s):
                 return 0
             self._check_open()
-            self._drop_ahead()
-            r = self._residency
             least = self.table.chosen + int(np.count_nonzero(r.pinned))
             count = min(count, r.limit - least)
             if count <= 0:
@@ -375,7 +412,7 @@ class ExpertCache:
             return given
 
     def grow(self, count: int) -> int:
-        """Use up to `count` slots given up before again; returns how many."""
+        """Use up to `count` slots given up before again; returns how many. They are empty."""
         with self._change:
             self._check_open()
             return self._residency.grow(max(count, 0))
@@ -431,19 +468,24 @@ class ExpertCache:
         """Hold what is there, claim and queue the rest. The lock is held."""
         self._check_open()
         r = self._residency
-        slots = r.slot_of[row, ids]
-        missing = slots < 0
-        present = ids[~missing]
-        r.hold(row, present)
-        if missing.any():
-            wanted = ids[missing]
+        while True:
+            slots = r.slot_of[row, ids]
+            missing = slots < 0
+            present, wanted = ids[~missing], ids[missing]
+            r.hold(row, present)
             try:
-                self._make_room(len(wanted), cancel)
-                slots[missing] = r.claim(row, wanted)
+                if len(wanted):
+                    self._make_room(len(wanted), cancel)
+                gone = r.slot_of[row, present] < 0
+                if not gone.any():
+                    slots[missing] = r.claim(row, wanted)
+                    break
             except BaseException:
-                r.unhold(row, present)
+                r.unhold(row, present[r.slot_of[row, present] >= 0])
                 raise
-            r.hold(row, wanted)
+            # While this waited for room, a read left over from an earlier pass failed.
+            r.unhold(row, present[~gone])
+        r.hold(row, wanted)
         resident = r.settled[row, ids]
         ticket = Ticket(self, row, ids, slots, resident, slots[inverse], cancel)
         self._tickets += 1
@@ -473,6 +515,8 @@ class ExpertCache:
         key = (read.row, read.expert)
         with self._change:
             self._reads.pop(key, None)
+            warm = key in self._warm_reads
+            self._warm_reads.discard(key)
             self._nbytes[read.row] += read.nbytes
             tickets = self._waiting.pop(key, [])
             joined = [ticket for ticket in tickets if read.expert in ticket._joined]
@@ -494,10 +538,11 @@ class ExpertCache:
                 return
             else:
                 self._residency.drop(*key)
-                if read.expert in self._ahead.get(read.row, ()):
+                ahead = read.expert in self._ahead.get(read.row, ())
+                if ahead:
                     self._ahead[read.row].discard(read.expert)
-                    if not tickets:
-                        _log.warning("reading ahead failed: %s", error)
+                if (ahead or warm) and not tickets:
+                    _log.warning("reading ahead failed: %s", error)
             for ticket in tickets:
                 position = ticket._pending.pop(read.expert)
                 if error is None:
@@ -505,6 +550,8 @@ class ExpertCache:
                 else:
                     ticket._lost.add(read.expert)
                     ticket._error = ticket._error or error
+            if not self._closed:
+                self._read_warm()
             self._change.notify_all()
 
     def _wait(self, ticket: Ticket, *, everything: bool) -> list[int]:
@@ -549,6 +596,7 @@ class ExpertCache:
             return
         if self._reader.drop(read):
             del self._reads[row, expert]
+            self._warm_reads.discard((row, expert))
             self._residency.drop(row, expert)
 
     def _let_go_ahead(self, row: int) -> None:
@@ -557,7 +605,10 @@ class ExpertCache:
             self._residency.unhold(row, np.array([expert]))
 
     def _drop_ahead(self) -> None:
-        """Slots are short: stop protecting, and reading, what was read ahead."""
+        """Slots are short: stop protecting, and reading, what was read ahead or to warm up."""
+        self._warming.clear()
+        for key in list(self._warm_reads):
+            self._abandon(*key)
         for row in list(self._ahead):
             experts = self._ahead[row]
             self._let_go_ahead(row)

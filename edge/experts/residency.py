@@ -45,6 +45,11 @@ class Residency:
         """(row, expert) of a slot, None when it is free."""
         return self._owner[slot]
 
+    @property
+    def free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
     def available(self) -> int:
         """Slots that could be claimed now: free ones and those that may be given up."""
         return len(self._free) + int(np.count_nonzero(self._evictable))

@@ -11,7 +11,7 @@ from collections.abc import Generator
 
 import numpy as np
 
-from mimo_edge.errors import BackendError
+from mimo_edge.errors import BackendError, DeviceError
 from mimo_edge.experts.cache import ExpertCache
 from mimo_edge.experts.policy import MOST_ROWS_OF_A_STEP
 from mimo_edge.experts.reader import DEFAULT_LANES
@@ -106,7 +106,12 @@ class CachedExperts:
         return self._in_turn(layer, ids)
 
     def _at_once(self, layer: int, ids: Ids) -> Generator[ExpertGroup, None, None]:
-        with self.cache.begin(layer, ids) as ticket:
+        try:
+            ticket = self.cache.begin(layer, ids)
+        except DeviceError:  # slots were given back since they were counted
+            yield from self._in_turn(layer, ids)
+            return
+        with ticket:
             for positions in ticket.groups():
                 yield ExpertGroup(ticket.ids[positions], ticket.slots[positions].astype(np.int64))
 
@@ -118,6 +123,26 @@ class CachedExperts:
                 yield ExpertGroup(found.ids, found.slots.astype(np.int64))
         finally:
             stream.close()
+
+    def warm_up(self) -> int:
+        """Begin to read, behind everything else, the experts used most into free slots, when it is
+        known which they are or all fit. Returns how many will be read."""
+        if self.cache.table.heat is None and not self.cache.holds_everything:
+            return 0
+        return self.cache.warm_up()
+
+    def trim(self, fraction: float, timeout_s: float) -> int:
+        """Give back `fraction` of all slots (0: use all of them again), between two layers of a
+        running pass. Returns the bytes given back: less, or 0, when the layer in use does not end
+        in time, or a token's experts would not fit any more."""
+        cache = self.cache
+        target = cache.pool.count - round(fraction * cache.pool.count)
+        given = 0
+        if target < cache.slots:
+            given = cache.release(cache.slots - target, timeout_s=timeout_s)
+        elif cache.grow(target - cache.slots):
+            self.warm_up()
+        return given * cache.pool.slot_bytes
 
     def stats(self) -> CacheStats:
         """Hits, misses and bytes so far."""
