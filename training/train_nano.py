@@ -38,8 +38,9 @@ from mimo_edge.nano import commands as grammar
 from training import data, evaluate, export, load, make_tokenizer, optim, quantise
 from training.model import MoE, Nano, NanoConfig
 
-DRILLS_TO, MTP_AT, QUANT_AT = 0.6, 0.75, 0.9
-"""Shares of a schedule: copying drills end (first schedule only), MTP and quantisation start."""
+DRILLS_TO, MTP_AT, MTP_ALL, QUANT_AT = 0.6, 0.75, 0.8, 0.9
+"""Shares of a schedule: copying drills end (first schedule only), MTP starts, MTP at every step,
+quantisation starts."""
 SHAPES = ((6, 1024), (14, 384), (6, 1024))
 """Batch shapes in turn: long conversations, and short ones where the first answers weigh more."""
 
@@ -395,7 +396,9 @@ def main() -> None:
         quant = 0 if progress < QUANT_AT else 1 + step % 2
         first = not cycle and not a.start
         drills = 1 if t == 1024 and first and progress < DRILLS_TO else 0  # for each worker
-        parts, worst = team.step(b, t, quant, drills, len(model.mtp) > 1, lr)
+        # Blocks that follow a moving trunk learn as much from every other step; the end is theirs.
+        mtp = len(model.mtp) > 1 and (step // len(SHAPES) % 2 == 0 or progress > MTP_ALL)
+        parts, worst = team.step(b, t, quant, drills, mtp, lr)
         tokens += b * t
         row = [f"{x:.4f}" for x in parts] + [""] * (4 - len(parts))
         log.writerow([step, f"{spent / 60:.3f}", tokens, f"{lr:.4f}", quant, *row, f"{worst:.2f}"])

@@ -514,13 +514,50 @@ def _contact_en(rng: random.Random) -> str:
     return _name_en(rng)
 
 
+_ANY_EN = sorted({*FIRST_EN, *NOUN_EN, *VERB_EN, *PLACES_EN, *APPS_EN, *" ".join(ROOMS_EN).split()})
+_ANY_ZH = sorted(
+    {*CHARS_ZH, *SURNAMES_ZH, *GIVEN_ZH, *"".join((*ROOMS_ZH, *WORDS_ZH, *APPS_ZH, *PLACES_ZH))}
+)
+_LETTERS, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
+
+
+def _wild(rng: random.Random, lang: str) -> str:
+    """Something nobody would guess: any words, characters or letters, in any order."""
+    if lang == "zh" and rng.random() < 0.85:
+        return "".join(rng.choice(_ANY_ZH) for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5))))
+    words = []
+    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
+        r = rng.random()
+        if r < 0.4:
+            word = rng.choice(_ANY_EN)
+        elif r < 0.7:
+            word = _pseudo(rng)
+        else:
+            word = "".join(rng.choice(_LETTERS) for _ in range(rng.randint(2, 7)))
+        if rng.random() < 0.1:
+            word += rng.choice(("", "-", "_")) + "".join(
+                rng.choice(_DIGITS) for _ in range(rng.randint(1, 3))
+            )
+        words.append(word.capitalize() if rng.random() < 0.5 else word.lower())
+    return " ".join(words)
+
+
+def _free(rng: random.Random, slot: str, lang: str, held: bool) -> str:
+    """A value of a free-text slot. In training half of them belong to another slot or to none:
+    what follows "open" is to be copied because of where it stands, not because it is known."""
+    r = 1.0 if held else rng.random()
+    if r < 0.3:
+        return _wild(rng, lang)
+    return FREE_TEXT[rng.choice(list(FREE_TEXT)) if r < 0.5 else slot](rng, lang)
+
+
 def fill(rng: random.Random, slot: str, lang: str, held: bool) -> Slot:
     """Draw a value for a slot; held-out or training values where the slot has enough of them to
     split.
     """
     if slot in FREE_TEXT:
         while True:
-            value = FREE_TEXT[slot](rng, lang)
+            value = _free(rng, slot, lang, held)
             if is_held(value) == held:
                 return value, {"": value}
     if slot in _CHOICES:
