@@ -1,14 +1,17 @@
 """Phrasings of the mimo-nano commands: for each tool and language, a training list and a held-out
 list.
 
-The syntax is described in `commands`. A held-out phrasing shares its words with the training ones
-(a model trained from nothing cannot know a word it has never seen) but neither its frame nor its
-order.
+The syntax is described in `commands`. `phrasings_more.txt` adds training phrasings to the frames
+here; they were written without sight of the held-out ones, and those that expand to one were
+dropped. A held-out phrasing shares its words with the training ones (a model trained from nothing
+cannot know a word it has never seen) but is none of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from importlib import resources
 
 
 @dataclass(frozen=True)
@@ -1807,3 +1810,20 @@ SMALL_TALK: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...]] 
     ),
 }
 """Phrasings (training, held out) and the reply."""
+
+
+def _add_more() -> None:
+    """Extend training lists by those of phrasings_more.txt."""
+    text = resources.files(__package__).joinpath("phrasings_more.txt").read_text("utf-8")
+    at = {(f.tool, f.lang, json.dumps(f.args)): i for i, f in enumerate(FRAMES)}
+    for section in text.split("\n## ")[1:]:
+        heading, *lines = section.strip().splitlines()
+        tool, lang, args = heading.split(" | ")
+        if tool == "chat":
+            CHAT[lang]["train"] += tuple(lines)
+        else:
+            i = at[tool, lang, json.dumps(json.loads(args))]
+            FRAMES[i] = replace(FRAMES[i], train=(*FRAMES[i].train, *lines))
+
+
+_add_more()
