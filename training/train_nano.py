@@ -1,11 +1,12 @@
-"""Train mimo-nano on generated commands within a wall-clock budget.
+"""Train mimo-nano on generated commands within a budget of computing time.
 
     python training/train_nano.py --minutes 90 --out training/runs/nano
 
-Progress is elapsed time over budget, so a slow or shared machine still ends its schedule. Phases:
-trunk and one MTP block; from `MTP_AT` three MTP blocks copied from the first; from `QUANT_AT` the
-forward pass uses the values the checkpoint stores (FP8, and every other step 4-bit experts). Stop
-it at any time and start it again with the same --out to resume.
+Progress is a worker's processor time over the budget, so a shared machine ends its schedule too,
+however often others stop it. Phases: trunk and one MTP block; from `MTP_AT` three MTP blocks copied
+from the first; from `QUANT_AT` the forward pass uses the values the checkpoint stores (FP8, and
+every other step 4-bit experts). Stop it at any time and start it again with the same --out to
+resume.
 """
 
 from __future__ import annotations
@@ -331,7 +332,7 @@ def main() -> None:
                 "a3",
             ]
         )
-    start = time.monotonic() - spent
+    start = time.process_time() - spent
     last_eval = spent
 
     def check(final: bool) -> None:
@@ -381,7 +382,7 @@ def main() -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     while True:
-        spent = time.monotonic() - start
+        spent = time.process_time() - start
         cycle, progress = place(a.minutes, spent)
         if cycle == len(a.minutes):
             break
