@@ -12,8 +12,6 @@ One session serves one generation at a time.
 from __future__ import annotations
 
 import asyncio
-import resource
-import sys
 import threading
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +24,7 @@ from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
 from mimo_edge.engine import Engine, Generation, GenerationStats, token_list
 from mimo_edge.errors import TokenizerError, UsageError
+from mimo_edge.machine import peak_rss_bytes
 from mimo_edge.model_source import Model, open_model
 from mimo_edge.runtimes.base import F32
 from mimo_edge.sampling import Mask, Sampler, SamplingParams
@@ -183,6 +182,11 @@ class Runtime:
     def config(self) -> MimoConfig:
         """The model's configuration."""
         return self._model.backend.config
+
+    @property
+    def engine(self) -> Engine:
+        """The engine below: token ids in, token ids out, no end-of-text. For measuring."""
+        return self._engine
 
     @property
     def context(self) -> int:
@@ -565,9 +569,3 @@ def _checked_stops(stop: Sequence[str]) -> tuple[str, ...]:
             raise UsageError(f"stop = {text!r} is not a text")
         check_unicode(text)
     return stops
-
-
-def peak_rss_bytes() -> int:
-    """Most memory this process has had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from mimo_edge import __version__
-from mimo_edge.cli import eval, export, inspect, run, trace, verify
+from mimo_edge.cli import bench, eval, export, inspect, run, trace, verify
 from mimo_edge.cli.output import print_error
 from mimo_edge.errors import MimoEdgeError
 
@@ -89,5 +89,5 @@ def _main(
     pass
 
 
-for _module in (export, run, inspect, verify, eval, trace):
+for _module in (export, run, bench, inspect, verify, eval, trace):
     _module.register(app)

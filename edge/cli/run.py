@@ -233,7 +233,7 @@ def show_call(call: ToolCall) -> str:
 
 def stats_line(reply: Reply) -> str:
     """Speed and memory of one answer."""
-    from mimo_edge.api import peak_rss_bytes
+    from mimo_edge.machine import peak_rss_bytes
     from mimo_edge.units import format_bytes
 
     stats = reply.stats
@@ -265,7 +265,7 @@ def experts_line(runtime: Runtime) -> list[str]:
 def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from mimo_edge.api import peak_rss_bytes
+    from mimo_edge.machine import peak_rss_bytes
 
     stats = reply.stats
     return {

@@ -7,7 +7,6 @@ how to call `mtp_forward`). Long inputs are processed in chunks of `chunk` token
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE, check_kv_type
+from mimo_edge.machine import usable_cores
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, RouteSink, TokenIds
 from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex
 from mimo_edge.runtimes.ggml.device import Device
@@ -69,7 +69,7 @@ class GgmlBackend:
         self._chunk = chunk
         self._source = source
         self._routes = routes
-        self.device = Device(threads if threads is not None else _usable_cores())
+        self.device = Device(threads if threads is not None else usable_cores())
         self._experts: ExpertSource | None = None
         try:
             if experts is not None:
@@ -307,10 +307,3 @@ def _release(
         experts.close()
     device.close()
     source.close()
-
-
-def _usable_cores() -> int:
-    """Cores this process may run on, which a container or taskset can make fewer than exist."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,0 +1,221 @@
+"""One case on this runtime, in the process it has to itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mimo_edge.api import Runtime
+from mimo_edge.bench.cases import Case, Settings, context_for
+from mimo_edge.bench.flash_rate import flash_rate
+from mimo_edge.engine import Generation
+from mimo_edge.errors import UsageError
+from mimo_edge.machine import peak_rss_bytes, storage_read_bytes
+from mimo_edge.runtimes.base import F32
+from mimo_edge.sampling import Mask, Sampler, SamplingParams
+
+WARMUP_PROMPT = 512
+
+
+class ChosenTokens(Sampler):
+    """Greedy choice, remembered; goes on with `forced` ids instead where there are any."""
+
+    def __init__(self, banned: Mask | None, forced: list[int] | None) -> None:
+        super().__init__(SamplingParams(), banned)
+        self.choices: list[int] = []
+        self._forced = forced
+
+    def sample(self, logits: F32) -> int:
+        choice = super().sample(logits)
+        self.choices.append(choice)
+        if self._forced is None:
+            return choice
+        return self._forced[len(self.choices) - 1]
+
+
+def drawn_ids(seed: int, stream: int, count: int, vocab: int) -> list[int]:
+    """`count` token ids, uniform over the vocabulary, the same for the same seed and stream."""
+    ids: list[int] = np.random.default_rng((seed, stream)).integers(0, vocab, count).tolist()
+    return ids
+
+
+def measure(case: Case, settings: Settings, repetitions: int, first: int) -> dict[str, Any]:
+    """Open the model, warm up, measure repetitions `first`, `first` + 1, ...
+
+    Returns samples and settings, JSON-ready. Raises MimoEdgeError.
+    """
+    began = time.perf_counter()
+    prompt_tokens = case.tokens if case.kind == "prefill" else case.depth
+    context = context_for(case, settings, repetitions, prompt_tokens)
+    with Runtime.open(
+        settings.model,
+        ram=case.ram,
+        context=context,
+        backend=settings.backend,
+        threads=case.threads,
+        draft=case.draft,
+    ) as runtime:
+        load_s = time.perf_counter() - began
+        source = settings.tokens
+        if source == "auto":
+            source = "drawn" if runtime.tokenizer is None else "greedy"
+        run = _Run(runtime, case, settings, source == "drawn")
+        found = (
+            run.prefill(repetitions, first)
+            if case.kind == "prefill"
+            else (run.decode(repetitions, first))
+        )
+        stats = runtime.stats()
+        found |= {
+            "model": runtime.name,
+            "backend": stats["backend"],
+            "load_s": load_s,
+            "context": runtime.context,
+            "tokens": source,
+            "budget": stats["budget"],
+            "draft_why": run.draft_why,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        experts = stats["experts"]
+    # The disk's own speed, close to the run in time but not beside it.
+    if experts is not None:
+        found["flash_bytes_per_s"] = flash_rate(settings.model)
+        found["slots"] = experts["slots"]
+    return found
+
+
+class _Run:
+    """Measurements on one open runtime."""
+
+    def __init__(self, runtime: Runtime, case: Case, settings: Settings, drawn: bool) -> None:
+        self._runtime = runtime
+        self._case = case
+        self._settings = settings
+        self._drawn = drawn
+        self._vocab = runtime.config.vocab_size
+        self.draft_why = ""
+
+    def prefill(self, repetitions: int, first: int) -> dict[str, Any]:
+        case = self._case
+        warmup_prompt = self._ids(-1, min(case.tokens, WARMUP_PROMPT))
+        self._prefill_once(warmup_prompt)
+        prompts, samples, choices = [], [], []
+        for index in range(first, first + repetitions):
+            ids = self._ids(index, case.tokens)
+            before = self._counters()
+            seconds, choice = self._prefill_once(ids)
+            samples.append(
+                {"seconds": seconds, "tokens": case.tokens, "first_token_s": seconds}
+                | self._difference(before)
+            )
+            prompts.append(ids)
+            choices.append(choice)
+        return {
+            "prompts": prompts,
+            "warmup_prompt": warmup_prompt,
+            "forced": None,
+            "samples": samples,
+            "choices": choices,
+        }
+
+    def _prefill_once(self, ids: list[int]) -> tuple[float, int]:
+        engine = self._runtime.engine
+        sampler = ChosenTokens(self._banned, None)
+        began = time.perf_counter()
+        steps = iter(engine.generate(engine.sequence(), ids, sampler))
+        next(steps)
+        seconds = time.perf_counter() - began
+        steps.close()  # type: ignore[attr-defined]
+        return seconds, sampler.choices[0]
+
+    def decode(self, repetitions: int, first: int) -> dict[str, Any]:
+        case, engine = self._case, self._runtime.engine
+        ids = self._ids(0, case.depth)
+        room = engine.context - len(ids)
+        if room < 1:
+            raise UsageError(f"a prompt of {len(ids)} tokens fills the context of {engine.context}")
+        forced = drawn_ids(self._settings.seed, 1 << 20, room + 1, self._vocab)
+        sampler = ChosenTokens(self._banned, forced if self._drawn else None)
+        generation = engine.generate(engine.sequence(), ids, sampler)
+        steps = iter(generation)
+        began = time.perf_counter()
+        next(steps)
+        first_token_s = time.perf_counter() - began
+        self._advance(steps, self._settings.warmup)
+        samples = []
+        for _ in range(repetitions):
+            before, stats = self._counters(), _verify_counts(generation)
+            start = time.perf_counter()
+            gained = self._advance(steps, case.tokens)
+            seconds = time.perf_counter() - start
+            samples.append(
+                {"seconds": seconds, "tokens": gained, "first_token_s": first_token_s}
+                | _minus(_verify_counts(generation), stats)
+                | self._difference(before)
+            )
+        steps.close()  # type: ignore[attr-defined]
+        self.draft_why = generation.stats.draft_why
+        return {
+            "prompts": [ids],
+            "warmup_prompt": [],
+            "forced": forced[: len(sampler.choices)] if self._drawn else None,
+            "samples": samples,
+            "choices": sampler.choices,
+        }
+
+    def _advance(self, steps: Iterator[list[int]], count: int) -> int:
+        """Decode until `count` tokens or more are gained; how many were."""
+        gained = 0
+        while gained < count:
+            step = next(steps, None)
+            if step is None:
+                raise UsageError(
+                    f"the context of {self._runtime.context} ended after {gained} of {count} "
+                    "tokens",
+                    "use a larger --context",
+                )
+            gained += len(step)
+        return gained
+
+    @property
+    def _banned(self) -> Mask | None:
+        tokenizer = self._runtime.tokenizer
+        return None if tokenizer is None else tokenizer.padding_mask(self._vocab)
+
+    def _ids(self, stream: int, count: int) -> list[int]:
+        return drawn_ids(self._settings.seed, stream + 1, count, self._vocab)
+
+    def _counters(self) -> dict[str, Any]:
+        experts = self._runtime.stats()["experts"] or {}
+        names = ("hits", "misses", "flash_bytes", "wait_ms")
+        counters = {name: experts[name] for name in names if name in experts}
+        return counters | {"read_bytes": storage_read_bytes()}
+
+    def _difference(self, before: dict[str, Any]) -> dict[str, Any]:
+        return _minus(self._counters(), before)
+
+
+def _verify_counts(generation: Generation) -> dict[str, Any]:
+    stats = generation.stats
+    return {
+        "verifies": stats.verifies,
+        "drafted": list(stats.drafted_by_depth),
+        "accepted": list(stats.accepted_by_depth),
+    }
+
+
+def _minus(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Differences of counters, lists element by element; None stays None."""
+    found: dict[str, Any] = {}
+    for name, value in after.items():
+        was = before[name]
+        if value is None or was is None:
+            found[name] = None
+        elif isinstance(value, list):
+            found[name] = [a - b for a, b in zip(value, was, strict=True)]
+        else:
+            found[name] = value - was
+    return found

@@ -1,0 +1,74 @@
+"""How fast this disk delivers experts: the rate that bounds decoding when they are streamed."""
+
+from __future__ import annotations
+
+import mmap
+import random
+import threading
+import time
+from contextlib import suppress
+
+from mimo_edge.bundle import Bundle
+from mimo_edge.experts.flash_file import FlashFile
+from mimo_edge.experts.reader import DEFAULT_LANES
+from mimo_edge.experts.slots import round_up
+from mimo_edge.experts.table import ExpertTable
+
+_MAX_S = 0.5
+_LEAST_BLOCK = 1 << 20
+_UNIT = 65536  # the largest alignment that direct reads ask for
+_HUGE = 2 << 20
+
+
+def flash_rate(model: str, *, lanes: int = DEFAULT_LANES, max_s: float = _MAX_S) -> float:
+    """Bytes per second of `lanes` threads reading random whole expert matrices of `model` (at
+    least 1 MiB at a time), past the page cache where the file system allows it.
+
+    Raises BundleError.
+    """
+    with Bundle.open(model) as bundle:
+        table = ExpertTable.from_bundle(bundle)
+    stacks = [stack for layer in table.layers for stack in layer.stacks]
+    files = {stack.file: FlashFile(stack.file) for stack in stacks}
+    block = round_up(max(_LEAST_BLOCK, *(stack.nbytes for stack in stacks)), _UNIT)
+    places = [
+        (files[stack.file], at // _UNIT * _UNIT)
+        for stack in stacks
+        for expert in range(table.experts)
+        if (at := stack.offset + expert * stack.nbytes) // _UNIT * _UNIT + block
+        <= files[stack.file].size
+    ]
+    try:
+        return _measure(places, block, lanes, max_s) if places else 0.0
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def _measure(places: list[tuple[FlashFile, int]], block: int, lanes: int, max_s: float) -> float:
+    done = [0] * lanes
+    errors: list[BaseException] = []
+    began = time.perf_counter()
+
+    def read(lane: int) -> None:
+        order = random.Random(lane)
+        try:
+            with mmap.mmap(-1, block + _HUGE) as memory, memoryview(memory) as view:
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    with suppress(OSError):  # only faster: the kernel pins fewer pages
+                        memory.madvise(mmap.MADV_HUGEPAGE)
+                with view[:block] as target:
+                    while time.perf_counter() - began < max_s:
+                        file, offset = order.choice(places)
+                        done[lane] += file.read(offset, [target])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read, args=(lane,)) for lane in range(lanes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return sum(done) / (time.perf_counter() - began)

@@ -1,0 +1,200 @@
+"""`mimo-edge bench`: speed and memory, alone or against stock llama.cpp."""
+
+from __future__ import annotations
+
+import csv as csv_writer
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mimo_edge.cli.output import Output
+from mimo_edge.cli.run import parse_draft
+from mimo_edge.errors import UsageError
+from mimo_edge.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from mimo_edge.bench.results import Result, Row
+
+HEADER = (
+    "test", "engine", "draft", "RAM", "thr", "tok/s", "min..max", "first", "tok/verify", "hits",
+    "MB/tok", "RSS", "kernel", "plan", "ratio",
+)  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("bench")(bench)
+
+
+def bench(
+    bundle: Annotated[
+        str, typer.Argument(help="Bundle, .gguf file or checkpoint folder, or mimo-nano.")
+    ],
+    prefill: Annotated[
+        str, typer.Option("--prefill", "-p", help='Prompt lengths, as "128,512"; "none".')
+    ] = "512",
+    decode: Annotated[
+        str, typer.Option("--decode", "-n", help='Tokens to generate, as "32,128"; "none".')
+    ] = "64",
+    depth: Annotated[
+        str, typer.Option("--depth", "-d", help="Tokens in the context before decoding.")
+    ] = "128",
+    draft: Annotated[str, typer.Option(help='Draft settings, as "0,3,auto".')] = "auto",
+    ram: Annotated[str, typer.Option(help='Caps on memory, as "none,8GiB,4GiB".')] = "none",
+    threads: Annotated[
+        str | None, typer.Option("--threads", "-t", help='Threads, as "1,2"; all usable cores.')
+    ] = None,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", help="Measurements; the median is shown.")
+    ] = 3,
+    warmup: Annotated[int, typer.Option(help="Tokens decoded before the clock runs.")] = 16,
+    tokens: Annotated[
+        str,
+        typer.Option(
+            help="Decode on with: greedy (own choice), drawn (random ids); auto is greedy for "
+            "models with a tokenizer."
+        ),
+    ] = "auto",
+    prompt: Annotated[str | None, typer.Option(help="Answer this instead of random ids.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help='Compare with stock "llama.cpp", by turns.')
+    ] = None,
+    repack: Annotated[
+        str, typer.Option(help="llama.cpp's weight reordering: on, off, auto (on where it fits).")
+    ] = "auto",
+    context: Annotated[
+        int | None, typer.Option(help="Most tokens of the conversation; what a case needs.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, reference or ggml.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the random ids.")] = 0,
+    csv: Annotated[Path | None, typer.Option(help="Write a table to this file as well.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure prefill and decode: greedy, end of text ignored, each case in its own process."""
+    from mimo_edge import __version__, machine
+    from mimo_edge.bench.cases import Settings, grid
+    from mimo_edge.bench.results import SCHEMA
+    from mimo_edge.bench.session import Bench
+
+    out = Output(json=json)
+    if against not in (None, "llama.cpp"):
+        raise UsageError(f"--against {against!r}", "only llama.cpp is known")
+    if repack not in ("auto", "on", "off"):
+        raise UsageError(f"--repack {repack!r}", "use auto, on or off")
+    settings = Settings(
+        model=bundle,
+        backend=backend,
+        context=context,
+        repetitions=repetitions,
+        warmup=warmup,
+        tokens=tokens,  # type: ignore[arg-type]  # checked there
+        seed=seed,
+        prompt=prompt,
+    )
+    cases = grid(
+        prefill=_counts("--prefill", prefill),
+        decode=_counts("--decode", decode),
+        depths=_counts("--depth", depth),
+        drafts=[parse_draft(text) for text in _parts(draft)],
+        rams=[None if text == "none" else parse_bytes(text) for text in _parts(ram)],
+        threads=_counts("--threads", threads) if threads else [machine.usable_cores()],
+    )
+    run = Bench(settings, against=against is not None, repack=repack)  # type: ignore[arg-type]
+    about = machine.describe()
+    if run.no_cgroup and any(case.ram is not None for case in cases):
+        out.note(f"caps are not enforced: {run.no_cgroup}")
+    results: list[Result] = []
+
+    def report() -> None:
+        _print(out, results)
+        if csv is not None:
+            _write_csv(csv, results)
+        out.result(
+            {
+                "schema": SCHEMA,
+                "version": __version__,
+                "model": bundle,
+                "machine": about,
+                "settings": settings.__dict__,
+                "no_cgroup": run.no_cgroup or None,
+                "results": [result.to_dict() for result in results],
+            }
+        )
+
+    try:
+        for result in run.run(cases, lambda label, i, n: out.progress(label, i, n, unit="count")):
+            results.append(result)
+            for row in result.rows:
+                if row.error is not None:
+                    out.note(f"{row.case.label}: {row.engine}: {row.error['message']}")
+    finally:
+        if results:
+            report()  # also what was measured before an interrupt
+    if all(result.ours.error is not None for result in results):
+        raise typer.Exit(1)
+
+
+def _parts(text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"{text!r} has an empty part", "separate values by commas")
+    return parts
+
+
+def _counts(option: str, text: str) -> list[int]:
+    if text == "none":
+        return []
+    try:
+        return [int(part) for part in _parts(text)]
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is no list of whole numbers") from None
+
+
+def _print(out: Output, results: list[Result]) -> None:
+    out.table([_cells(result, row) for result in results for row in result.rows], HEADER)
+    for result in results:
+        for row in result.rows:
+            for note in row.notes:
+                out.text(f"{row.case.label}, {row.engine}: {note}")
+
+
+def _cells(result: Result, row: Row) -> list[str]:
+    case, tps = row.case, row.tps
+    ours = row is result.ours
+    ratio = result.ratio if ours else None
+    measured, planned = row.measured_bytes, row.planned_bytes
+    return [
+        case.label,
+        row.engine,
+        str(case.draft),
+        "-" if case.ram is None else format_bytes(case.ram),
+        str(case.threads),
+        "-" if tps is None else f"{tps.median:.2f}",
+        "-" if tps is None else f"{tps.min:.2f}..{tps.max:.2f}",
+        "-" if row.first_token_ms is None else f"{row.first_token_ms.median:.0f} ms",
+        _number(row.tokens_per_verify, "{:.2f}"),
+        _number(row.hit_rate, "{:.1%}"),
+        _number(row.read_bytes_per_token, "{:.1f}", 1e-6),
+        _size(row.peak_rss_bytes),
+        _size(row.kernel_peak_bytes),
+        "-" if not measured or not planned else f"{planned / measured:.1%}",
+        "-" if ratio is None else f"{ratio.median:.2f} ({ratio.min:.2f}..{ratio.max:.2f})",
+    ]
+
+
+def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else form.format(value * scale)
+
+
+def _size(nbytes: int | None) -> str:
+    return "-" if nbytes is None else format_bytes(nbytes)
+
+
+def _write_csv(path: Path, results: list[Result]) -> None:
+    from mimo_edge.bench.results import COLUMNS, csv_rows
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer: Any = csv_writer.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(csv_rows(results))
