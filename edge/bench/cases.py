@@ -75,14 +75,17 @@ class Settings:
             raise UsageError(f"context = {self.context}", "use 1 or more")
 
 
-def context_for(case: Case, settings: Settings, repetitions: int, prompt_tokens: int) -> int:
-    """Tokens a case needs room for: a step of decoding may gain MAX_DRAFT tokens too many."""
-    if settings.context is not None:
+def context_for(case: Case, settings: Settings, repetitions: int) -> int | None:
+    """Tokens a case needs room for; None, the default, for a prompt of yet unknown length.
+
+    A step of decoding may gain MAX_DRAFT tokens too many.
+    """
+    if settings.context is not None or settings.prompt is not None:
         return settings.context
     if case.kind == "prefill":
-        return prompt_tokens + 1
+        return case.tokens + 1
     spare = MAX_DRAFT + 1
-    return prompt_tokens + settings.warmup + spare + repetitions * (case.tokens + spare) + 1
+    return case.depth + settings.warmup + spare + repetitions * (case.tokens + spare) + 1
 
 
 def grid(
@@ -95,11 +98,14 @@ def grid(
     threads: Sequence[int],
 ) -> list[Case]:
     """Every combination, prefill first; prefill takes the first draft setting only, because
-    drafting begins after it. Raises UsageError on lengths that make no sense."""
+    drafting begins after it. A depth of 0 stands for the length of a given prompt.
+
+    Raises UsageError on lengths that make no sense.
+    """
     for name, values, least in (
         ("prefill", prefill, 1),
         ("decode", decode, 1),
-        ("depth", depths, 1),
+        ("depth", depths, 0),
         ("threads", threads, 1),
     ):
         for value in values:

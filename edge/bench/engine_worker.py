@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,11 @@ import numpy as np
 from mimo_edge.api import Runtime
 from mimo_edge.bench.cases import Case, Settings, context_for
 from mimo_edge.bench.flash_rate import flash_rate
-from mimo_edge.engine import Generation
-from mimo_edge.errors import UsageError
+from mimo_edge.chat_template import ChatTemplate
+from mimo_edge.engine import Engine
+from mimo_edge.errors import TokenizerError, UsageError
 from mimo_edge.machine import peak_rss_bytes, storage_read_bytes
+from mimo_edge.nano.commands import DEMO_TOOLS, is_nano_template
 from mimo_edge.runtimes.base import F32
 from mimo_edge.sampling import Mask, Sampler, SamplingParams
 
@@ -48,12 +49,10 @@ def measure(case: Case, settings: Settings, repetitions: int, first: int) -> dic
     Returns samples and settings, JSON-ready. Raises MimoEdgeError.
     """
     began = time.perf_counter()
-    prompt_tokens = case.tokens if case.kind == "prefill" else case.depth
-    context = context_for(case, settings, repetitions, prompt_tokens)
     with Runtime.open(
         settings.model,
         ram=case.ram,
-        context=context,
+        context=context_for(case, settings, repetitions),
         backend=settings.backend,
         threads=case.threads,
         draft=case.draft,
@@ -132,53 +131,60 @@ class _Run:
         return seconds, sampler.choices[0]
 
     def decode(self, repetitions: int, first: int) -> dict[str, Any]:
+        """From drawn ids one long generation, measured piece after piece; a prompt is answered
+        anew each time, because an answer has a beginning and an end."""
         case, engine = self._case, self._runtime.engine
-        ids = self._ids(0, case.depth)
+        prompt = self._settings.prompt
+        ids = self._ids(0, case.depth) if prompt is None else self._prompt_ids(prompt)
         room = engine.context - len(ids)
         if room < 1:
             raise UsageError(f"a prompt of {len(ids)} tokens fills the context of {engine.context}")
         forced = drawn_ids(self._settings.seed, 1 << 20, room + 1, self._vocab)
-        sampler = ChosenTokens(self._banned, forced if self._drawn else None)
-        generation = engine.generate(engine.sequence(), ids, sampler)
-        steps = iter(generation)
-        began = time.perf_counter()
-        next(steps)
-        first_token_s = time.perf_counter() - began
-        self._advance(steps, self._settings.warmup)
+        answer = _Answer(engine, ids, self._sampler(forced))
+        answer.advance(self._settings.warmup)
         samples = []
         for _ in range(repetitions):
-            before, stats = self._counters(), _verify_counts(generation)
+            if prompt is not None:
+                answer.close()
+                answer = _Answer(engine, ids, self._sampler(forced))
+            before, verifies = self._counters(), answer.counts()
             start = time.perf_counter()
-            gained = self._advance(steps, case.tokens)
+            gained = answer.advance(case.tokens)
             seconds = time.perf_counter() - start
             samples.append(
-                {"seconds": seconds, "tokens": gained, "first_token_s": first_token_s}
-                | _minus(_verify_counts(generation), stats)
+                {"seconds": seconds, "tokens": gained, "first_token_s": answer.first_token_s}
+                | _minus(answer.counts(), verifies)
                 | self._difference(before)
             )
-        steps.close()  # type: ignore[attr-defined]
-        self.draft_why = generation.stats.draft_why
+        answer.close()
+        self.draft_why = answer.generation.stats.draft_why
+        choices = answer.sampler.choices
         return {
             "prompts": [ids],
             "warmup_prompt": [],
-            "forced": forced[: len(sampler.choices)] if self._drawn else None,
+            "forced": forced[: len(choices)] if self._drawn else None,
             "samples": samples,
-            "choices": sampler.choices,
+            "choices": choices,
         }
 
-    def _advance(self, steps: Iterator[list[int]], count: int) -> int:
-        """Decode until `count` tokens or more are gained; how many were."""
-        gained = 0
-        while gained < count:
-            step = next(steps, None)
-            if step is None:
-                raise UsageError(
-                    f"the context of {self._runtime.context} ended after {gained} of {count} "
-                    "tokens",
-                    "use a larger --context",
-                )
-            gained += len(step)
-        return gained
+    def _sampler(self, forced: list[int]) -> ChosenTokens:
+        return ChosenTokens(self._banned, forced if self._drawn else None)
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        """The prompt as its chat template puts it; mimo-nano gets the tools it knows."""
+        tokenizer = self._runtime.tokenizer
+        if tokenizer is None:
+            raise TokenizerError(
+                f"{self._runtime.name} has no tokenizer for --prompt", "leave the prompt out"
+            )
+        source = self._runtime.chat_template
+        nano = is_nano_template(source)
+        return ChatTemplate(source).encode(
+            tokenizer,
+            [{"role": "user", "content": prompt}],
+            DEMO_TOOLS if nano else (),
+            enable_thinking=False if nano else None,
+        )
 
     @property
     def _banned(self) -> Mask | None:
@@ -198,13 +204,43 @@ class _Run:
         return _minus(self._counters(), before)
 
 
-def _verify_counts(generation: Generation) -> dict[str, Any]:
-    stats = generation.stats
-    return {
-        "verifies": stats.verifies,
-        "drafted": list(stats.drafted_by_depth),
-        "accepted": list(stats.accepted_by_depth),
-    }
+class _Answer:
+    """One generation, its first token there."""
+
+    def __init__(self, engine: Engine, ids: list[int], sampler: ChosenTokens) -> None:
+        self.sampler = sampler
+        self.generation = engine.generate(engine.sequence(), ids, sampler)
+        self._context = engine.context
+        self._steps = iter(self.generation)
+        began = time.perf_counter()
+        next(self._steps)
+        self.first_token_s = time.perf_counter() - began
+
+    def advance(self, count: int) -> int:
+        """Decode until `count` tokens or more are gained; how many were."""
+        gained = 0
+        while gained < count:
+            step = next(self._steps, None)
+            if step is None:
+                raise UsageError(
+                    f"the context of {self._context} ended after {gained} of {count} tokens",
+                    "use a larger --context",
+                )
+            gained += len(step)
+        return gained
+
+    def counts(self) -> dict[str, Any]:
+        """Passes of the target, and drafts by depth, so far."""
+        stats = self.generation.stats
+        return {
+            "verifies": stats.verifies,
+            "drafted": list(stats.drafted_by_depth),
+            "accepted": list(stats.accepted_by_depth),
+        }
+
+    def close(self) -> None:
+        """End it."""
+        self._steps.close()  # type: ignore[attr-defined]
 
 
 def _minus(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

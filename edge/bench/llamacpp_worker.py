@@ -113,7 +113,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Warm up and measure what the engine measured, on the same ids.
 
     `request`: model, kind, tokens, warmup, repetitions, context, threads, repack, prompts, forced
-    (ids to continue with; None: its own greedy choice), warmup_prompt.
+    (ids to continue with; None: its own greedy choice), warmup_prompt, restart (decode from the
+    prompt anew each time).
     """
     model = LlamaCpp(
         request["model"],
@@ -157,9 +158,13 @@ def _prefill(model: LlamaCpp, request: dict[str, Any]) -> dict[str, Any]:
 def _decode(model: LlamaCpp, request: dict[str, Any]) -> dict[str, Any]:
     forced: list[int] | None = request["forced"]
     (prompt,) = request["prompts"]
-    began = time.perf_counter()
-    choices = [model.process(prompt, 0)]
-    first_token_s = time.perf_counter() - began
+    choices: list[int] = []
+
+    def begin() -> float:
+        model.clear()
+        began = time.perf_counter()
+        choices[:] = [model.process(prompt, 0)]
+        return time.perf_counter() - began
 
     def advance(count: int) -> None:
         for _ in range(count):
@@ -167,9 +172,12 @@ def _decode(model: LlamaCpp, request: dict[str, Any]) -> dict[str, Any]:
             token = choices[-1] if forced is None else forced[len(choices) - 1]
             choices.append(model.process([token], position))
 
+    first_token_s = begin()
     advance(request["warmup"])
     samples = []
     for _ in range(request["repetitions"]):
+        if request["restart"]:
+            first_token_s = begin()
         before = storage_read_bytes()
         start = time.perf_counter()
         advance(request["tokens"])

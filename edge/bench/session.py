@@ -68,7 +68,7 @@ class _Outcome:
     kernel_peak_bytes: int | None = None
     cached_before_bytes: int | None = None
     in_cgroup: bool = False
-    notes: list[str] = field(default_factory=list)
+    prompt: tuple[int, ...] = ()  # ids decoding began with
 
 
 class Bench:
@@ -158,6 +158,7 @@ class Bench:
                 "context": answer["context"],
                 "threads": case.threads,
                 "repack": self._repacks(case.ram),
+                "restart": self.settings.prompt is not None,
                 "prompts": answer["prompts"],
                 "forced": answer["forced"],
                 "warmup_prompt": answer["warmup_prompt"],
@@ -193,6 +194,8 @@ class Bench:
             return outcome
         outcome.error = answer.get("error")
         outcome.answer = {} if outcome.error else answer
+        prompts = answer.get("prompts") or request.get("prompts") or [()]
+        outcome.prompt = tuple(prompts[0])
         return outcome
 
 
@@ -229,6 +232,8 @@ def _row(engine: str, case: Case, outcomes: list[_Outcome]) -> Row:
     error = next((outcome.error for outcome in outcomes if outcome.error is not None), None)
     peaks = [o.kernel_peak_bytes for o in outcomes if o.kernel_peak_bytes is not None]
     cached = [o.cached_before_bytes for o in outcomes if o.cached_before_bytes is not None]
+    if good and case.kind == "decode":
+        case = replace(case, depth=len(good[0].prompt))
     notes = []
     if case.ram is not None and not all(outcome.in_cgroup for outcome in outcomes):
         notes.append("no memory cgroup: the cap is only what mimo-edge keeps by itself")

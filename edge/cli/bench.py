@@ -38,8 +38,9 @@ def bench(
         str, typer.Option("--decode", "-n", help='Tokens to generate, as "32,128"; "none".')
     ] = "64",
     depth: Annotated[
-        str, typer.Option("--depth", "-d", help="Tokens in the context before decoding.")
-    ] = "128",
+        str | None,
+        typer.Option("--depth", "-d", help='Tokens in the context before decoding; "128".'),
+    ] = None,
     draft: Annotated[str, typer.Option(help='Draft settings, as "0,3,auto".')] = "auto",
     ram: Annotated[str, typer.Option(help='Caps on memory, as "none,8GiB,4GiB".')] = "none",
     threads: Annotated[
@@ -82,6 +83,8 @@ def bench(
         raise UsageError(f"--against {against!r}", "only llama.cpp is known")
     if repack not in ("auto", "on", "off"):
         raise UsageError(f"--repack {repack!r}", "use auto, on or off")
+    if prompt is not None and depth is not None:
+        raise UsageError("--prompt sets the depth itself", "leave --depth out")
     settings = Settings(
         model=bundle,
         backend=backend,
@@ -95,7 +98,7 @@ def bench(
     cases = grid(
         prefill=_counts("--prefill", prefill),
         decode=_counts("--decode", decode),
-        depths=_counts("--depth", depth),
+        depths=[0] if prompt is not None else _counts("--depth", depth or "128"),
         drafts=[parse_draft(text) for text in _parts(draft)],
         rams=[None if text == "none" else parse_bytes(text) for text in _parts(ram)],
         threads=_counts("--threads", threads) if threads else [machine.usable_cores()],

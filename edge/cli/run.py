@@ -92,10 +92,10 @@ def run(
         kv_type=kv_type,
         trace=trace,
     ) as runtime:
-        if _is_nano(runtime):
-            # It was trained on commands with tools, without thinking.
-            from mimo_edge.nano.commands import DEMO_TOOLS
+        from mimo_edge.nano.commands import DEMO_TOOLS, is_nano_template
 
+        if is_nano_template(runtime.chat_template):
+            # It was trained on commands with tools, without thinking.
             tool_list = DEMO_TOOLS if tool_list is None else tool_list
             think = False if think is None else think
         session = runtime.session(system=system, tools=tool_list, enable_thinking=think)
@@ -109,14 +109,6 @@ def run(
             _answer(out, runtime, session, prompt, options)
         else:
             _chat(out, runtime, session, options)
-
-
-def _is_nano(runtime: Runtime) -> bool:
-    """Whether this is the built-in model, or a bundle made from it: its template tells."""
-    from mimo_edge.nano.commands import checkpoint_dir
-
-    template = checkpoint_dir() / "chat_template.jinja"
-    return runtime.chat_template == template.read_text("utf-8")
 
 
 def parse_draft(text: str) -> DraftSetting:

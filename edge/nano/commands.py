@@ -446,6 +446,11 @@ def checkpoint_dir() -> Path:
     return Path(str(resources.files(__package__).joinpath("checkpoint")))
 
 
+def is_nano_template(source: str) -> bool:
+    """Whether a chat template is mimo-nano's: its bundles carry it, whatever they are called."""
+    return source == (checkpoint_dir() / "chat_template.jinja").read_text("utf-8")
+
+
 def calibration_text() -> str:
     """Rendered training-split conversations, for quantisation statistics."""
     return resources.files(__package__).joinpath("calibration.txt").read_text("utf-8")
