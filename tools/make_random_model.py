@@ -7,7 +7,8 @@
 For speed and memory measurements: stock llama.cpp loads the file, and it works on token ids (no
 tokenizer). Weights are drawn from N(0, 1/in), so they have zero mean: with a mean, activations
 share a direction, all tokens route alike and every expert cache looks good. `--skew S` adds
-N(0, S) to the routing biases, which makes some experts favourites of every token.
+N(0, S) to the routing biases, which makes some experts favourites of every token. `--check N`
+routes N random tokens through the finished file and prints how the experts were used.
 
 A matrix is cut from one pool of quantised normal rows per format and width, every row at another
 place: gigabytes are written at disk speed and peak memory is one pool and one piece of a tensor.
@@ -18,18 +19,22 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mimo_edge.bundle import Bundle
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import ExportError, MimoEdgeError, UsageError
 from mimo_edge.export.gguf_writer import GgufLayout, PlannedTensor
 from mimo_edge.gguf_meta import architecture, config_metadata, expected_shapes, text, u32
 from mimo_edge.known_models import KNOWN_MODELS, known_model
 from mimo_edge.quant.base import Format, get_format
+from mimo_edge.runtimes.base import F32
+from mimo_edge.runtimes.reference import ReferenceBackend
 
 U8 = NDArray[np.uint8]
 
@@ -205,6 +210,63 @@ def _tensor(rows: RandomRows, tensor: PlannedTensor, fmt: Format, skew: float) -
     yield values.view(np.uint8)
 
 
+@dataclass(frozen=True)
+class LayerRoutes:
+    """How one layer used its experts: `distinct` were chosen at least once (`expected` when every
+    choice is equally likely), the busiest eighth took `busiest` of all uses, and `repeated` of a
+    token's experts were the token before's, too."""
+
+    layer: int
+    distinct: int
+    expected: float
+    busiest: float
+    repeated: float
+
+
+def routing(path: Path, tokens: int, seed: int = 0) -> list[LayerRoutes]:
+    """Route `tokens` ids drawn at random through the model, on the reference backend.
+
+    Raises MimoEdgeError subclasses.
+    """
+    with Bundle.open(path) as bundle:
+        backend = ReferenceBackend(bundle.weights(), max_cached_experts=1)
+        seen = backend.observer = _Routes()
+        config = bundle.config
+        ids = np.random.default_rng(seed).integers(0, config.vocab_size, tokens)
+        backend.forward(ids.astype(np.int32), backend.new_cache(tokens))
+    count, chosen = config.n_routed_experts, config.num_experts_per_tok
+    found = []
+    for layer, routes in sorted(seen.routes.items()):
+        uses = np.sort(np.bincount(routes.ravel(), minlength=count))[::-1]
+        repeats = [len(set(a) & set(b)) for a, b in pairwise(routes.tolist())]
+        found.append(
+            LayerRoutes(
+                layer,
+                int(np.count_nonzero(uses)),
+                count * (1 - (1 - chosen / count) ** tokens),
+                float(uses[: max(1, count // 8)].sum() / uses.sum()),
+                sum(repeats) / (len(repeats) * chosen) if repeats else 0.0,
+            )
+        )
+    return found
+
+
+class _Routes:
+    """An observer that keeps routes alone."""
+
+    def __init__(self) -> None:
+        self.routes: dict[int, NDArray[np.int64]] = {}
+
+    def matmul(self, name: str, x: F32) -> None:
+        return None
+
+    def expert_matmul(self, name: str, expert: int, x: F32) -> None:
+        return None
+
+    def route(self, layer: int, ids: NDArray[np.int64], weights: F32) -> None:
+        self.routes[layer] = ids.copy()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a GGUF of random weights.")
     parser.add_argument("out", type=Path)
@@ -219,6 +281,7 @@ def main() -> None:
     parser.add_argument("--head-format", default="Q6_K")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skew", type=float, default=0.0, help="spread of the routing biases")
+    parser.add_argument("--check", type=int, default=0, metavar="N", help="route N tokens")
     args = parser.parse_args()
     try:
         config = (
@@ -235,9 +298,16 @@ def main() -> None:
             seed=args.seed,
             skew=args.skew,
         )
+        print(f"{args.out}: {size} bytes, {config.num_hidden_layers} layers", flush=True)
+        for use in routing(args.out, args.check, args.seed) if args.check else ():
+            print(
+                f"layer {use.layer}: {use.distinct} of {config.n_routed_experts} experts used by "
+                f"{args.check} tokens (evenly: {use.expected:.1f}), the busiest eighth "
+                f"{use.busiest:.1%} of the time, {use.repeated:.1%} as the token before "
+                f"(by chance: {config.num_experts_per_tok / config.n_routed_experts:.1%})"
+            )
     except MimoEdgeError as error:
         parser.exit(error.exit_code, f"error: {error}\n")
-    print(f"{args.out}: {size} bytes, {config.num_hidden_layers} layers")
 
 
 if __name__ == "__main__":

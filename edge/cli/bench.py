@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HEADER = (
     "test", "engine", "draft", "RAM", "thr", "tok/s", "min..max", "first", "tok/verify", "hits",
-    "MB/tok", "RSS", "kernel", "plan", "ratio",
+    "MB/tok", "bound", "RSS", "kernel", "plan", "ratio",
 )  # fmt: skip
 
 
@@ -160,6 +160,9 @@ def _print(out: Output, results: list[Result]) -> None:
         for row in result.rows:
             for note in row.notes:
                 out.text(f"{row.case.label}, {row.engine}: {note}")
+    if alike := [result.same_choices for result in results if result.same_choices is not None]:
+        same, compared = (sum(counts) for counts in zip(*alike, strict=True))
+        out.text(f"both engines chose the same next token {same} of {compared} times")
 
 
 def _cells(result: Result, row: Row) -> list[str]:
@@ -179,9 +182,10 @@ def _cells(result: Result, row: Row) -> list[str]:
         _number(row.tokens_per_verify, "{:.2f}"),
         _number(row.hit_rate, "{:.1%}"),
         _number(row.read_bytes_per_token, "{:.1f}", 1e-6),
+        "-" if tps is None or row.bound_tps is None else f"{tps.median / row.bound_tps:.0%}",
         _size(row.peak_rss_bytes),
         _size(row.kernel_peak_bytes),
-        "-" if not measured or not planned else f"{planned / measured:.1%}",
+        "-" if not measured or not planned else f"{_size(planned)} {planned / measured:.0%}",
         "-" if ratio is None else f"{ratio.median:.2f} ({ratio.min:.2f}..{ratio.max:.2f})",
     ]
 
