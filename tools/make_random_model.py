@@ -138,8 +138,10 @@ def write_model(
     """Write the model to `path` (through a temporary name) and return its size in bytes.
 
     `experts`, `dense`, `head` name the formats of routed experts, of every other matrix, and of
-    output and embedding. Raises MimoEdgeError subclasses; leaves nothing behind when it fails.
+    output and embedding. `skew` is the spread of the routing biases. Raises MimoEdgeError subclasses; leaves nothing behind when it fails.
     """
+    if config.family == "mimo" and config.num_mtp_layers:
+        raise UsageError("a bare GGUF of a dense model has no place for MTP blocks", "use --mtp 0")
     shapes = _fused(expected_shapes(config), config)
     formats = {name: _format(name, len(s), experts, dense, head) for name, s in shapes.items()}
     planned = [PlannedTensor(n, formats[n].ggml_type, s) for n, s in shapes.items()]
@@ -274,7 +276,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, help="routed experts per layer")
     parser.add_argument("--vocab", type=int)
-    parser.add_argument("--mtp", type=int, default=3, help="MTP blocks")
+    parser.add_argument("--mtp", type=int, help="MTP blocks: 3, of a dense model 0")
     parser.add_argument("--tiny", action="store_true", help="small widths, 4 layers")
     parser.add_argument("--expert-format", default="Q4_0")
     parser.add_argument("--dense-format", default="Q4_0")
@@ -284,10 +286,13 @@ def main() -> None:
     parser.add_argument("--check", type=int, default=0, metavar="N", help="route N tokens")
     args = parser.parse_args()
     try:
+        mtp = args.mtp
+        if mtp is None:
+            mtp = 3 if known_model(args.model).family == "mimo_v2" else 0
         config = (
-            tiny_config(args.model, args.mtp)
+            tiny_config(args.model, mtp)
             if args.tiny
-            else scaled_config(args.model, args.layers, args.experts, args.vocab, args.mtp)
+            else scaled_config(args.model, args.layers, args.experts, args.vocab, mtp)
         )
         size = write_model(
             args.out,
