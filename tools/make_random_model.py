@@ -138,7 +138,8 @@ def write_model(
     """Write the model to `path` (through a temporary name) and return its size in bytes.
 
     `experts`, `dense`, `head` name the formats of routed experts, of every other matrix, and of
-    output and embedding. `skew` is the spread of the routing biases. Raises MimoEdgeError subclasses; leaves nothing behind when it fails.
+    output and embedding. `skew` is the spread of the routing biases.
+    Raises MimoEdgeError subclasses; leaves nothing behind when it fails.
     """
     if config.family == "mimo" and config.num_mtp_layers:
         raise UsageError("a bare GGUF of a dense model has no place for MTP blocks", "use --mtp 0")
