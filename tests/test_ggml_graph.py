@@ -18,6 +18,7 @@ from mimo_edge.errors import BackendError, GenerationError, UsageError
 from mimo_edge.kv_cache import Rows
 from mimo_edge.quant.base import FORMATS
 from mimo_edge.runtimes.ggml import bindings as ggml
+from mimo_edge.runtimes.ggml import library
 from mimo_edge.runtimes.ggml.device import Device, Region
 from mimo_edge.runtimes.ggml.graph import Context, Graph, Inputs, Tensor
 from mimo_edge.runtimes.ggml.library import TYPES
@@ -94,6 +95,36 @@ def test_moved_fields_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ggml._CPU, "ggml_no_such_function", (None, ()))
     with pytest.raises(BackendError, match="ggml_no_such_function"):
+        ggml.Bindings()
+
+
+def test_the_version_is_checked_before_anything_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setattr(library, "GGML_VERSION", (0, 99))
+    with pytest.raises(BackendError, match=r"is ggml 0\.25\.\d+, expected 0\.99\.x: pip install"):
+        ggml.Bindings()
+
+
+def test_a_cpu_library_over_another_base_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = iter((1, 2))
+    monkeypatch.setattr(ggml, "_address", lambda lib, name: next(addresses))
+    with pytest.raises(BackendError, match="linked to another libggml-base"):
+        ggml.Bindings()
+
+
+def test_parameters_of_another_layout_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """no_alloc read as false: the context would hold data, and the tensor shows it."""
+
+    class Swapped(ctypes.Structure):
+        _fields_ = (
+            ("mem_size", ctypes.c_size_t),
+            ("no_alloc", ctypes.c_size_t),
+            ("mem_buffer", ctypes.c_size_t),
+        )
+
+    monkeypatch.setattr(ggml, "InitParams", lambda size, buffer, no_alloc: Swapped(size, 0, 0))
+    monkeypatch.setitem(ggml._BASE, "ggml_init", (ctypes.c_void_p, (Swapped,)))
+    with pytest.raises(BackendError, match="reads as"):
         ggml.Bindings()
 
 

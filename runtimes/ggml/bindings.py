@@ -207,7 +207,8 @@ class Bindings:
                 f"a tensor of {path} takes {overhead} bytes, expected {size + object_bytes}",
                 library.INSTALL_HINT,
             )
-        context = self.ggml_init(InitParams(overhead * 8, None, True))
+        # Room for data, although none is wanted: where no_alloc is misread, ggml would abort.
+        context = self.ggml_init(InitParams(overhead * 8 + (1 << 16), None, True))
         if not context:
             raise BackendError("ggml could not make a context: out of memory")
         try:
