@@ -244,6 +244,20 @@ def test_an_error_is_shown_in_its_row_and_the_next_case_runs(
     assert len(workers.requests) == 1 + 1 + 6
 
 
+def test_an_interrupt_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    def reply(request: dict[str, Any]) -> tuple[int, str, str]:
+        if request["case"]["tokens"] == 2:
+            raise KeyboardInterrupt
+        return good(request)
+
+    monkeypatch.setattr(session, "_run", FakeWorkers(reply))
+    done = invoke(str(tiny), "-p", "none", "-n", "1,2,3", "-d", "16", "-v")
+    assert done.exit_code == 130
+    assert "tg1@3" in done.stdout
+    assert "tg1@3: mimo-edge: 8.00 tok/s" in done.stderr
+    assert "tg2" not in done.stdout
+
+
 def test_without_a_cgroup_nothing_pretends_to_be_capped(
     monkeypatch: pytest.MonkeyPatch, tiny: Path
 ) -> None:
@@ -374,10 +388,11 @@ def test_against_llama_cpp_on_one_file(tiny: Path, tmp_path: Path) -> None:
         assert ours["context"] <= theirs["context"]  # llama.cpp rounds up
         assert theirs["settings"]["mmap"]
         assert theirs["settings"]["n_ubatch"] <= 512
-        # The same file and ids: the same next tokens, but for a near tie.
+        # The same file and ids: the same next tokens, but for near ties of random logits, which
+        # rounding of 8-bit activations decides.
         alike, compared = result["same_choices"]
         assert compared in (2, 2 * (1 + 2 + 6))
-        assert alike >= compared - 1
+        assert alike >= 0.75 * compared
         assert ours["continued_with"] == "drawn"
         assert ours["peak_rss_bytes"] > MIB
     lines = list(csv.DictReader(table.read_text().splitlines()))
@@ -451,6 +466,7 @@ def test_more_than_the_model_has_positions_is_a_row(tiny: Path) -> None:
         (("mimo-nano", "--tokens", "x"), 2, "tokens = 'x'"),
         (("mimo-nano", "--prompt", "hi", "-d", "5"), 2, "--prompt sets the depth"),
         (("mimo-nano", "--repack", "maybe"), 2, "--repack 'maybe'"),
+        (("mimo-nano", "--kv-type", "q3"), 2, "kv_type 'q3'"),
     ],
 )
 def test_errors(arguments: tuple[str, ...], code: int, message: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mimo_edge.errors import UsageError
+from mimo_edge.kv_format import KV_FORMATS
 from mimo_edge.speculative import MAX_DRAFT, DraftSetting
 
 Kind = Literal["prefill", "decode"]
@@ -50,12 +51,15 @@ class Settings:
     512 tokens). `tokens` says what decoding continues with: "greedy" its own choice, "drawn" ids
     drawn with `seed` whatever the model says, "auto" greedy for models with a tokenizer. Models
     of random weights fall into a loop of few tokens, hence few experts, when left to themselves.
-    `prompt` is a text to answer instead of drawn ids; its length then is the depth.
+    `prompt` is a text to answer instead of drawn ids; its length then is the depth. `profile`,
+    `backend`, `context` and `kv_type` are those of `Runtime.open`.
     """
 
     model: str
+    profile: str | None = None
     backend: str = "auto"
     context: int | None = None
+    kv_type: str | None = None
     repetitions: int = 3
     warmup: int = 16
     tokens: Tokens = "auto"
@@ -71,6 +75,8 @@ class Settings:
             raise UsageError(f"seed = {self.seed}", "use 0 or more")
         if self.tokens not in ("auto", "greedy", "drawn"):
             raise UsageError(f"tokens = {self.tokens!r}", "use auto, greedy or drawn")
+        if self.kv_type is not None and self.kv_type not in KV_FORMATS:
+            raise UsageError(f"kv_type {self.kv_type!r}", f"use one of {', '.join(KV_FORMATS)}")
         if self.context is not None and self.context < 1:
             raise UsageError(f"context = {self.context}", "use 1 or more")
 

@@ -51,11 +51,13 @@ def measure(case: Case, settings: Settings, repetitions: int, first: int) -> dic
     began = time.perf_counter()
     with Runtime.open(
         settings.model,
+        profile=settings.profile,
         ram=case.ram,
         context=context_for(case, settings, repetitions),
         backend=settings.backend,
         threads=case.threads,
         draft=case.draft,
+        kv_type=settings.kv_type,
     ) as runtime:
         load_s = time.perf_counter() - began
         source = settings.tokens

@@ -17,12 +17,15 @@ from mimo_edge.machine import peak_rss_bytes, storage_read_bytes
 
 BATCH = 2048
 MICRO_BATCH = 512
+_CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # enum ggml_type
 
 
 class LlamaCpp:
     """A model and one context of it."""
 
-    def __init__(self, path: str, *, context: int, threads: int, repack: bool) -> None:
+    def __init__(
+        self, path: str, *, context: int, threads: int, repack: bool, kv_type: str
+    ) -> None:
         """Raises BackendError when llama.cpp is missing or does not take the file."""
         try:
             import llama_cpp
@@ -50,6 +53,7 @@ class LlamaCpp:
         made.n_batch = min(context, BATCH)
         made.n_ubatch = min(context, MICRO_BATCH)
         made.n_threads = made.n_threads_batch = threads
+        made.type_k = made.type_v = _CACHE_TYPES[kv_type]
         made.swa_full = False
         self._context = lc.llama_init_from_model(self._model, made)
         if not self._context:
@@ -68,7 +72,7 @@ class LlamaCpp:
             "n_batch": int(lc.llama_n_batch(self._context)),
             "n_ubatch": int(lc.llama_n_ubatch(self._context)),
             "flash_attention": "auto",
-            "cache": "f16",
+            "cache": kv_type,
             "swa_full": False,
         }
 
@@ -112,15 +116,16 @@ class LlamaCpp:
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Warm up and measure what the engine measured, on the same ids.
 
-    `request`: model, kind, tokens, warmup, repetitions, context, threads, repack, prompts, forced
-    (ids to continue with; None: its own greedy choice), warmup_prompt, restart (decode from the
-    prompt anew each time).
+    `request`: model, kind, tokens, warmup, repetitions, context, threads, repack, kv_type, prompts,
+    forced (ids to continue with; None: its own greedy choice), warmup_prompt, restart (decode
+    from the prompt anew each time).
     """
     model = LlamaCpp(
         request["model"],
         context=request["context"],
         threads=request["threads"],
         repack=request["repack"],
+        kv_type=request["kv_type"],
     )
     run = _prefill if request["kind"] == "prefill" else _decode
     found = run(model, request)

@@ -21,6 +21,7 @@ from mimo_edge.bench.cgroup import MemoryCgroup
 from mimo_edge.bench.results import OURS, THEIRS, Result, Row, same_choices
 from mimo_edge.bench.worker import error_dict
 from mimo_edge.errors import BackendError, DeviceError, MimoEdgeError, UsageError
+from mimo_edge.kv_format import DEFAULT_KV_TYPE
 from mimo_edge.model_source import BUILT_IN
 from mimo_edge.text_file import path_exists
 
@@ -158,6 +159,7 @@ class Bench:
                 "context": answer["context"],
                 "threads": case.threads,
                 "repack": self._repacks(case.ram),
+                "kv_type": self.settings.kv_type or DEFAULT_KV_TYPE,
                 "restart": self.settings.prompt is not None,
                 "prompts": answer["prompts"],
                 "forced": answer["forced"],

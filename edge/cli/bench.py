@@ -67,18 +67,27 @@ def bench(
     context: Annotated[
         int | None, typer.Option(help="Most tokens of the conversation; what a case needs.")
     ] = None,
+    profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
     backend: Annotated[str, typer.Option(help="auto, reference or ggml.")] = "auto",
+    kv_type: Annotated[
+        str | None, typer.Option(help="KV cache of both engines: f16 (default), q8_0 or f32.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random ids.")] = 0,
     csv: Annotated[Path | None, typer.Option(help="Write a table to this file as well.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show each result as soon as it is there.")
+    ] = False,
 ) -> None:
     """Measure prefill and decode: greedy, end of text ignored, each case in its own process."""
+    from dataclasses import asdict
+
     from mimo_edge import __version__, machine
     from mimo_edge.bench.cases import Settings, grid
     from mimo_edge.bench.results import SCHEMA
     from mimo_edge.bench.session import Bench
 
-    out = Output(json=json)
+    out = Output(json=json, verbose=verbose)
     if against not in (None, "llama.cpp"):
         raise UsageError(f"--against {against!r}", "only llama.cpp is known")
     if repack not in ("auto", "on", "off"):
@@ -87,8 +96,10 @@ def bench(
         raise UsageError("--prompt sets the depth itself", "leave --depth out")
     settings = Settings(
         model=bundle,
+        profile=profile,
         backend=backend,
         context=context,
+        kv_type=kv_type,
         repetitions=repetitions,
         warmup=warmup,
         tokens=tokens,  # type: ignore[arg-type]  # checked there
@@ -119,7 +130,7 @@ def bench(
                 "version": __version__,
                 "model": bundle,
                 "machine": about,
-                "settings": settings.__dict__,
+                "settings": asdict(settings),
                 "no_cgroup": run.no_cgroup or None,
                 "results": [result.to_dict() for result in results],
             }
@@ -131,6 +142,8 @@ def bench(
             for row in result.rows:
                 if row.error is not None:
                     out.note(f"{row.case.label}: {row.engine}: {row.error['message']}")
+                if row.tps is not None:
+                    out.detail(f"{row.case.label}: {row.engine}: {row.tps.median:.2f} tok/s")
     finally:
         if results:
             report()  # also what was measured before an interrupt
