@@ -115,7 +115,16 @@ def test_a_row_takes_medians_and_keeps_the_extremes() -> None:
 def test_a_row_without_samples_has_no_figures() -> None:
     row = Row("mimo-edge", CASE, False, error={"type": "DeviceError", "message": "m", "hint": ""})
     assert row.tps is row.hit_rate is row.peak_rss_bytes is row.tokens_per_verify is None
-    assert json.loads(json.dumps(row.to_dict()))["error"]["type"] == "DeviceError"
+    fields = json.loads(json.dumps(row.to_dict()))
+    assert fields["error"]["type"] == "DeviceError"
+    assert set(fields) == {
+        "engine", "test", "kind", "tokens", "depth", "draft", "ram", "threads",
+        "backend", "context", "load_s", "draft_why", "slots", "flash_bytes_per_s", "settings",
+        "continued_with", "tps", "first_token_ms", "tokens_per_verify", "verify_ms", "hit_rate",
+        "flash_bytes_per_token", "read_bytes_per_token", "bound_tps", "peak_rss_bytes",
+        "kernel_peak_bytes", "planned_bytes", "cgroup", "cached_before_bytes", "error", "notes",
+        "samples",
+    }  # fmt: skip
 
 
 def test_ratios_are_per_pair() -> None:
@@ -371,13 +380,15 @@ def test_against_llama_cpp_on_one_file(tiny: Path, tmp_path: Path) -> None:
     table = tmp_path / "out.csv"
     done = invoke(
         str(tiny), "--backend", "ggml", "-p", "40", "-n", "6", "-d", "20", "--draft", "0",
-        "--ram", "none,1GiB", "--against", "llama.cpp", *QUICK, "--json", "--csv", str(table),
+        "--ram", "1GiB", "--against", "llama.cpp", *QUICK, "--json", "--csv", str(table),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["schema"] == 1
     assert found["machine"]["usable_cores"] >= 1
-    assert [r["rows"][0]["test"] for r in found["results"]] == ["pp40", "tg6@20"] * 2
+    assert [r["rows"][0]["test"] for r in found["results"]] == ["pp40", "tg6@20"]
+    if found["no_cgroup"]:
+        pytest.skip(found["no_cgroup"])
     for result in found["results"]:
         ours, theirs = result["rows"]
         assert (ours["engine"], theirs["engine"]) == ("mimo-edge", "llama.cpp")
@@ -395,8 +406,9 @@ def test_against_llama_cpp_on_one_file(tiny: Path, tmp_path: Path) -> None:
         assert alike >= 0.75 * compared
         assert ours["continued_with"] == "drawn"
         assert ours["peak_rss_bytes"] > MIB
+        assert 0 < ours["kernel_peak_bytes"] < 1 << 30
     lines = list(csv.DictReader(table.read_text().splitlines()))
-    assert [line["engine"] for line in lines] == ["mimo-edge", "llama.cpp"] * 4
+    assert [line["engine"] for line in lines] == ["mimo-edge", "llama.cpp"] * 2
     assert tuple(lines[0]) == COLUMNS
     assert float(lines[0]["ratio"]) > 0
 
@@ -419,11 +431,11 @@ def test_the_built_in_model_and_a_prompt() -> None:
 def test_a_dense_model(tmp_path: Path) -> None:
     model = random_model(tmp_path / "dense.gguf", "MiMo-7B")
     done = invoke(
-        str(model), "--backend", "ggml", "-p", "20", "-n", "4", "-d", "8", "--draft", "auto",
-        "--against", "llama.cpp", *QUICK,
+        str(model), "--backend", "ggml", "-p", "none", "-n", "4", "-d", "8", "--draft", "auto",
+        "--against", "llama.cpp", "-t", "1", "-r", "1",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert done.stdout.count("llama.cpp") == 2
+    assert done.stdout.count("llama.cpp") == 1
     assert "tok/verify" in done.stdout
 
 

@@ -5,6 +5,7 @@ included, and the kernel's own figure of the most that was used. Versions 1 and 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from mimo_edge.errors import DeviceError
 
+_log = logging.getLogger(__name__)
 _counter = itertools.count()
 
 
@@ -127,6 +129,7 @@ class MemoryCgroup:
                 time.sleep(0.02)
             else:
                 return
+        _log.warning("%s cannot be removed: it still holds a process", self.path)
 
     def __enter__(self) -> MemoryCgroup:
         return self
