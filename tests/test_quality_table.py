@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from checkpoint_factory import write_checkpoint
 from mimo_edge.errors import UsageError
 from mimo_edge.nano import commands as nano
 
+BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
 SCRIPT = Path(__file__).parent.parent / "tools" / "quality_table.py"
 COMMANDS: list[dict[str, Any]] = [
     {"id": "a", "lang": "en", "domain": "router", "tools": ["reboot_router"], "text": "restart",
@@ -46,7 +48,9 @@ def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def run(table: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *rows: str) -> Any:
     paths = {"--checkpoint": "checkpoint", "--json": "quality.json", "--markdown": "quality.md"}
     arguments = [part for flag, name in paths.items() for part in (flag, str(folder / name))]
-    monkeypatch.setattr(sys, "argv", ["quality_table.py", *arguments, "--only", *rows])
+    monkeypatch.setattr(
+        sys, "argv", ["quality_table.py", *arguments, "--jobs", "1", "--only", *rows]
+    )
     assert table.main() == 0
     return json.loads((folder / "quality.json").read_text("utf-8"))
 
@@ -110,6 +114,26 @@ def test_a_checkpoint_that_changes_meanwhile_is_noticed(
     with pytest.raises(UsageError, match="changed while it was measured"):
         run(table, monkeypatch, folder, "source")
     assert not (folder / "quality.json").exists()
+
+
+def test_processes_side_by_side_measure_the_same(tmp_path: Path) -> None:
+    rows = []
+    for jobs in ("1", "2"):
+        (tmp_path / "quality.md").write_text(f"{BEGIN}\n{END}\n")
+        found = tmp_path / f"{jobs}.json"
+        arguments = ["--limit", "2", "--jobs", jobs, "--nice", "0", "--json", str(found)]
+        arguments += ["--markdown", str(tmp_path / "quality.md"), "--only", "q8_0", "source"]
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads(found.read_text("utf-8"))["rows"])
+        assert list(rows[-1]) == ["source", "q8_0"]  # in the table's order, whoever was first
+        for row in rows[-1].values():
+            assert row.pop("seconds") > 0
+            assert row["text"].pop("seconds") > 0
+            assert row["commands"].pop("seconds") > 0
+    assert rows[0] == rows[1]
 
 
 def test_a_page_without_markers_is_refused(table: ModuleType, tmp_path: Path) -> None:

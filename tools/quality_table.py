@@ -1,6 +1,7 @@
 """Quality of every recipe on mimo-nano: writes the table of docs/quality.md.
 
-    python tools/quality_table.py [--checkpoint DIR] [--limit N] [--only ROW ...] [--dry-run]
+    python tools/quality_table.py [--checkpoint DIR] [--limit N] [--only ROW ...] [--jobs N]
+        [--dry-run]
 
 Exports the checkpoint with each recipe and measures the source and every bundle on the whole
 held-out set: the right answers teacher-forced against the source, then exact-match tool calls
@@ -19,8 +20,10 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +31,16 @@ import numpy as np
 
 import mimo_edge
 from mimo_edge.api import Runtime
+from mimo_edge.config import MimoConfig
 from mimo_edge.errors import MimoEdgeError, UsageError
-from mimo_edge.evaluate import answer_chunks, evaluate_commands, evaluate_text
+from mimo_edge.evaluate import TextChunk, answer_chunks, evaluate_commands, evaluate_text
 from mimo_edge.export.calibrate import IMATRIX_NAME, calibrate_checkpoint
 from mimo_edge.export.checkpoint import Checkpoint
 from mimo_edge.export.pipeline import export_bundle
-from mimo_edge.model_source import open_model
+from mimo_edge.model_source import Model, open_model
 from mimo_edge.nano import commands as nano
 from mimo_edge.quant.recipe import Recipe
-from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
+from mimo_edge.runtimes.base import F32, Backend, Cache, ForwardResult, TokenIds
 from mimo_edge.suites import spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,35 +75,84 @@ ROWS = (
 )
 
 
-class Remembered:
-    """The source as a backend that computes every text once: all rows compare with the same logits.
+class Recorder:
+    """A backend that keeps the logits of every text it is given."""
 
-    Texts must fit one call, as the right answers do; the logits of all of them take
-    4 * vocabulary bytes per scored token, 144 MB for mimo-nano.
-    """
-
-    name = "remembered"
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.model = open_model(checkpoint, "reference", None, CONTEXT, None)
-        self.config = self.model.backend.config
-        self._logits: dict[bytes, F32] = {}
+    def __init__(self, backend: Backend) -> None:
+        self.name = "recorder"
+        self.config = backend.config
+        self.texts: dict[bytes, F32] = {}
+        self._backend = backend
 
     def new_cache(self, context: int, verify_rows: int = 4) -> Cache:
         """A cache of the model itself."""
-        return self.model.backend.new_cache(context, verify_rows)
+        return self._backend.new_cache(context, verify_rows)
 
     def forward(
         self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
     ) -> ForwardResult:
-        """The logits of a whole text, computed or remembered."""
-        if cache.length or hidden_rows:
-            raise UsageError("only whole texts, and only their logits, are remembered")
-        key = token_ids.tobytes() + logits_rows.to_bytes(8, "little")
-        if key not in self._logits:
-            result = self.model.backend.forward(token_ids, cache, logits_rows=logits_rows)
-            self._logits[key] = result.logits.copy()
-        return ForwardResult(self._logits[key], np.empty((0, self.config.hidden_size), np.float32))
+        """The model's own, kept."""
+        key = _key(token_ids, cache, logits_rows, hidden_rows)
+        result = self._backend.forward(token_ids, cache, logits_rows=logits_rows)
+        self.texts[key] = result.logits.copy()
+        return result
+
+    def mtp_forward(
+        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+    ) -> F32:
+        """Nothing to keep."""
+        raise UsageError("only whole texts are recorded")
+
+    def save(self, folder: Path) -> None:
+        """All logits as one array, and where each text lies in it."""
+        ends = np.cumsum([len(logits) for logits in self.texts.values()]).tolist()
+        np.save(folder / "logits.npy", np.concatenate(list(self.texts.values())))
+        places = {key.hex(): end for key, end in zip(self.texts, ends, strict=True)}
+        (folder / "places.json").write_text(json.dumps(places), "utf-8")
+
+    def close(self) -> None:
+        """Release the model."""
+        self._backend.close()
+
+
+class _NoRows:
+    """The cache of a model that computes nothing."""
+
+    length = 0
+    capacity = CONTEXT
+
+    def rollback(self, n: int) -> None:
+        """Nothing to undo."""
+
+    def nbytes(self) -> int:
+        """Nothing is held."""
+        return 0
+
+
+class Remembered:
+    """The source as a backend that answers from a recording: it is computed once, and all rows,
+    in whatever process, compare with the same logits. They stay on disk, mapped."""
+
+    name = "remembered"
+
+    def __init__(self, folder: Path, config: MimoConfig) -> None:
+        self.config = config
+        self._logits: F32 = np.load(folder / "logits.npy", mmap_mode="r")
+        self._places: dict[str, int] = json.loads((folder / "places.json").read_text("utf-8"))
+
+    def new_cache(self, context: int, verify_rows: int = 4) -> Cache:
+        """A cache without rows."""
+        return _NoRows()
+
+    def forward(
+        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+    ) -> ForwardResult:
+        """The logits of a whole text, as they were recorded."""
+        end = self._places.get(_key(token_ids, cache, logits_rows, hidden_rows).hex())
+        if end is None:
+            raise UsageError("a text that was not recorded")
+        no_states = np.empty((0, self.config.hidden_size), np.float32)
+        return ForwardResult(self._logits[end - logits_rows : end], no_states)
 
     def mtp_forward(
         self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
@@ -108,9 +161,30 @@ class Remembered:
         raise UsageError("only whole texts are remembered")
 
     def close(self) -> None:
-        """Release the model and what is remembered."""
-        self.model.backend.close()
-        self._logits.clear()
+        """Nothing is held but the map."""
+
+
+def _key(token_ids: TokenIds, cache: Cache, logits_rows: int, hidden_rows: int) -> bytes:
+    """What tells one recorded call from another."""
+    if cache.length or hidden_rows:
+        raise UsageError("only whole texts, and only their logits, are remembered")
+    return hashlib.sha256(token_ids.tobytes() + logits_rows.to_bytes(8, "little")).digest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every row is measured with. `work` holds the calibration text and the recording."""
+
+    checkpoint: Path
+    work: Path
+    commands: list[dict[str, Any]]
+    backend: str
+    threads: int
+
+    @property
+    def calibration(self) -> Path:
+        """The importance matrix, once it was made."""
+        return self.work / "calibration" / IMATRIX_NAME
 
 
 def main() -> int:
@@ -130,30 +204,23 @@ def main() -> int:
         "backend": options.backend,
     }
     results = _finished(options.json, facts)
-    source = Remembered(options.checkpoint)
+    todo = []
+    for row in rows:
+        if _recipe_of(row) == results.get(row.key, {}).get("recipe", "missing"):
+            _say(f"{row.key}: kept from {options.json.name}")
+        else:
+            todo.append(row)
     with tempfile.TemporaryDirectory(prefix="mimo-quality-") as folder:
-        work = Path(folder)
-        (work / "calibration.txt").write_bytes(calibration_text)
-        calibration: Path | None = None
-        for row in rows:
-            if _recipe_of(row) == results.get(row.key, {}).get("recipe", "missing"):
-                _say(f"{row.key}: kept from {options.json.name}")
-                continue
-            if row.calibrated and calibration is None:
-                _say(f"calibrating on {len(calibration_text)} bytes of text")
-                # Through files, as `export --calibrate` goes, so that the bundles are the same.
-                measured = calibrate_checkpoint(
-                    options.checkpoint, work / "calibration.txt", progress=_counter("calibrate")
-                )
-                measured.save(work / "calibration")
-                calibration = work / "calibration" / IMATRIX_NAME
-                _say(f"calibrated on {measured.tokens} tokens, unseen: {measured.unseen}")
-            row_result = _measure(
-                row, source, options.checkpoint, work, calibration, commands, options.backend
-            )
+        job = Job(options.checkpoint, Path(folder), commands, options.backend, options.threads)
+        if todo:
+            _record(job)
+        if any(row.calibrated for row in todo):
+            _calibrate(job, calibration_text)
+        for row, result in _measured(todo, job, options.jobs):
             if _folder_hash(options.checkpoint) != facts["checkpoint_sha256"]:
                 raise UsageError(f"{options.checkpoint} changed while it was measured")
-            results[row.key] = row_result
+            results[row.key] = result
+            results = {known.key: results[known.key] for known in ROWS if known.key in results}
             if not options.dry_run:
                 _write(
                     options.json,
@@ -167,45 +234,82 @@ def main() -> int:
     return 0
 
 
-def _measure(
-    row: Row,
-    source: Remembered,
-    checkpoint: Path,
-    work: Path,
-    calibration: Path | None,
-    commands: list[dict[str, Any]],
-    backend: str,
-) -> dict[str, Any]:
+def _record(job: Job) -> None:
+    """Compute the source's logits of every right answer."""
     began = time.perf_counter()
-    model = checkpoint
-    size = sum(p.stat().st_size for p in checkpoint.glob("*.safetensors"))
+    model = open_model(job.checkpoint, "reference", None, CONTEXT, job.threads)
+    recorder = Recorder(model.backend)
+    try:
+        evaluate_text(None, recorder, _chunks(model, job), progress=_counter("source: logits"))
+    finally:
+        recorder.close()
+    recorder.save(job.work)
+    _say(f"recorded {len(recorder.texts)} texts, {time.perf_counter() - began:.0f} s")
+
+
+def _calibrate(job: Job, text: bytes) -> None:
+    """Measure importance, through files as `export --calibrate` goes, so that the bundles are
+    the same."""
+    _say(f"calibrating on {len(text)} bytes of text")
+    (job.work / "calibration.txt").write_bytes(text)
+    measured = calibrate_checkpoint(
+        job.checkpoint, job.work / "calibration.txt", progress=_counter("calibrate")
+    )
+    measured.save(job.calibration.parent)
+    _say(f"calibrated on {measured.tokens} tokens, unseen: {measured.unseen}")
+
+
+def _chunks(model: Model, job: Job) -> list[TextChunk]:
+    if model.tokenizer is None:
+        raise UsageError(f"{model.name} has no tokenizer")
+    return answer_chunks(model.tokenizer, model.template, job.commands, nano.TOOLS)
+
+
+def _measured(rows: list[Row], job: Job, jobs: int) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Every row with its result as soon as it is there, `jobs` of them measured at a time."""
+    if jobs == 1:
+        for row in rows:
+            yield row, _measure(row, job)
+        return
+    # Fresh processes: ggml's threads do not survive a fork.
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"))
+    try:
+        running = {pool.submit(_measure, row, job): row for row in rows}
+        for future in as_completed(running):
+            yield running[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _measure(row: Row, job: Job) -> dict[str, Any]:
+    began = time.perf_counter()
+    model = job.checkpoint
+    size = sum(p.stat().st_size for p in model.glob("*.safetensors"))
     if row.recipe is not None:
-        model = work / row.key
+        model = job.work / row.key
         bundle = export_bundle(
-            checkpoint,
+            job.checkpoint,
             model,
             recipe=row.recipe,
-            calibration=calibration if row.calibrated else None,
+            calibration=job.calibration if row.calibrated else None,
         )
         size = sum(p.stat().st_size for p in bundle.gguf.files)
         bundle.close()
     # A checkpoint has no packed weights: only the reference backend runs it.
-    runs_on = "reference" if row.recipe is None else backend
-    candidate = open_model(model, runs_on, None, CONTEXT, None)
+    runs_on = "reference" if row.recipe is None else job.backend
+    candidate = open_model(model, runs_on, None, CONTEXT, job.threads)
     try:
-        tokenizer = source.model.tokenizer
-        assert tokenizer is not None
-        chunks = answer_chunks(tokenizer, source.model.template, commands, nano.TOOLS)
+        source = Remembered(job.work, candidate.backend.config)
         text = evaluate_text(
             source,
             source if row.recipe is None else candidate.backend,
-            chunks,
+            _chunks(candidate, job),
             progress=_counter(f"{row.key}: text"),
         )
         _say(f"{row.key}: perplexity {text.perplexity:.4f}, KL {text.mean_kl:.5f}")
         answers = evaluate_commands(
             Runtime(candidate, CONTEXT, DRAFT),
-            commands,
+            job.commands,
             nano.TOOLS,
             progress=_counter(f"{row.key}: commands"),
         )
@@ -327,6 +431,12 @@ def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
+    return int(text)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
@@ -336,6 +446,8 @@ def _options() -> argparse.Namespace:
     add("--backend", choices=("ggml", "reference"), default="ggml", help="what runs the bundles")
     add("--json", type=Path, default=ROOT / "docs" / "quality.json")
     add("--markdown", type=Path, default=ROOT / "docs" / "quality.md")
+    add("--jobs", type=_positive, default=os.cpu_count() or 1, help="rows measured at a time")
+    add("--threads", type=_positive, default=1, help="threads of each; more of them mostly wait")
     add("--nice", type=int, default=10, help="scheduling priority; 0 where nothing else runs")
     add("--dry-run", action="store_true", help="print the table, write nothing")
     return parser.parse_args()
