@@ -10,7 +10,7 @@ export GGML_NO_BACKTRACE := 1
 
 SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
 
-.PHONY: help setup demo test lint types types-tests unit oracle test-slow clean
+.PHONY: help setup demo test lint types unit oracle test-slow clean
 
 help:
 	@echo "make setup      create $(VENV) and install mimo-edge with its development tools"
@@ -47,10 +47,7 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
-
-# Not part of `make test` yet: the tests still lack some annotations.
-types-tests: $(STAMP)
-	MYPYPATH=tests $(BIN)/mypy --scripts-are-modules tests
+	$(BIN)/mypy --scripts-are-modules tests tools
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow and not oracle'

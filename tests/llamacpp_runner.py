@@ -26,7 +26,7 @@ class LlamaCppError(Exception):
 
 def run(
     model: Path,
-    ids: Sequence[int] = (),
+    ids: Sequence[int] | NDArray[np.integer[Any]] = (),
     *,
     batch: int = 0,
     mtp: Sequence[int] = (),
@@ -126,7 +126,7 @@ def _main() -> None:
             hidden = np.ascontiguousarray(np.concatenate(states)[:rows])
             decode(drafter, ids[1 + k :], 0, hidden)
             out[f"mtp{k}"] = logits(drafter, rows)
-    np.savez(request["out"], **out)
+    np.savez(request["out"], allow_pickle=False, **out)
     sys.stdout.flush()
     os._exit(0)  # the process ends here; freeing everything first only costs time
 

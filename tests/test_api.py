@@ -471,6 +471,7 @@ def test_needs_are_counted_from_the_tensors_and_caches_themselves() -> None:
 )
 def test_sizes(text: Any, size: int) -> None:
     assert parse_bytes(text) == size
+    bad: Any
     for bad in ("", "x", "1Q", "-1", 0, True, "1e9", "9" * 400, math.nan, math.inf, []):
         with pytest.raises(UsageError):
             parse_bytes(bad)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from make_random_model import write_model
 
 from mimo_edge.budget import CHUNKS, Budget, graph_bytes, kv_bytes, plan

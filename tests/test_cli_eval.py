@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mimo_edge import suites
 from mimo_edge.cli.main import app
-from mimo_edge.evaluate import TextChunk, evaluate_text
+from mimo_edge.evaluate import TextChunk, evaluate_commands, evaluate_text
 from mimo_edge.export.checkpoint import Checkpoint
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.export.weights import CheckpointWeights
@@ -53,9 +53,7 @@ def built_in(model: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[di
     ]  # fmt: skip
     commands = [{"id": f"c{i}"} | c for i, c in enumerate(commands)]
     # Random weights never end an answer.
-    monkeypatch.setattr(
-        suites, "evaluate_commands", partial(suites.evaluate_commands, max_tokens=24)
-    )
+    monkeypatch.setattr(suites, "evaluate_commands", partial(evaluate_commands, max_tokens=24))
     monkeypatch.setattr(nano, "held_out", lambda: commands)
     monkeypatch.setattr(nano, "checkpoint_dir", lambda: model["checkpoint"])
     return commands

@@ -255,7 +255,7 @@ class CacheMachine(RuleBasedStateMachine):
         except DeviceError:
             assert len(self.held() | self.pinned) + 1 >= self.cache.slots
         finally:
-            groups.close()  # type: ignore[attr-defined]
+            groups.close()
 
     @rule(row=st.integers(0, 2), most=st.integers(1, 4))
     def prefetch(self, row: int, most: int) -> None:

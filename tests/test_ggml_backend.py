@@ -35,7 +35,7 @@ from mimo_edge.gguf_file import GgufFile
 from mimo_edge.gguf_meta import read_config
 from mimo_edge.kv_format import KV_FORMATS
 from mimo_edge.quant.base import FORMATS
-from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
+from mimo_edge.runtimes.base import F32, Backend, Cache, ForwardResult, TokenIds
 from mimo_edge.runtimes.ggml import bindings, library
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.cache import KV_TYPES
@@ -186,7 +186,7 @@ def test_any_sequence_of_verify_and_rollback_equals_the_reference(
             count = int(rng.integers(1, verify_rows + 1))
             if rng.random() < 0.15:
                 count = int(rng.integers(1, 30))
-            ids = rng.integers(0, config.vocab_size, count)
+            ids = rng.integers(0, config.vocab_size, count, np.int32)
             found = backend.forward(ids, ours, logits_rows=count).logits
             assert error(found, oracle.forward(ids, theirs, logits_rows=count).logits) < (
                 F32_TOLERANCE

@@ -73,7 +73,7 @@ def test_skew_makes_favourites(tmp_path: Path) -> None:
                     counts[:] += np.bincount(ids.ravel(), minlength=8)  # noqa: B023
 
         backend = ReferenceBackend(open_model(path), observer=Count())
-        ids = np.random.default_rng(0).integers(0, 512, 200)
+        ids = np.random.default_rng(0).integers(0, 512, 200, np.int32)
         backend.forward(ids, backend.new_cache(200))
         busiest.append(np.sort(counts)[-2:].sum() / counts.sum())
     assert busiest[0] < 0.5  # two of eight experts, 2 chosen: 0.25 when spread evenly

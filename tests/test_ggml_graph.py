@@ -81,7 +81,7 @@ def test_another_tensor_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_moved_fields_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = list(ggml.TensorStruct._fields_)
+    fields: list[Any] = list(ggml.TensorStruct._fields_)
     fields[6], fields[4] = fields[4], fields[6]  # same size, flags and op swapped
 
     class Moved(ctypes.Structure):

@@ -61,7 +61,9 @@ steps = st.lists(
     steps=steps,
     share=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_sliding_cache_equals_keeping_every_row(window, verify, steps, share):
+def test_sliding_cache_equals_keeping_every_row(
+    window: int, verify: int, steps: list[tuple[str, int]], share: float
+) -> None:
     """`share` of the rows of a write query it: the newest alone, some, or all of them."""
     cache = SlidingCache(G, D, DV, window, window - 1 + verify)
     model, highest = EveryRow(window), 0
@@ -88,7 +90,7 @@ def test_sliding_cache_equals_keeping_every_row(window, verify, steps, share):
 
 @settings(max_examples=60, deadline=None)
 @given(steps=steps)
-def test_full_cache_equals_keeping_every_row(steps):
+def test_full_cache_equals_keeping_every_row(steps: list[tuple[str, int]]) -> None:
     cache, model = FullCache(G, D, DV, 10_000), EveryRow(None)
     for kind, n in steps:
         length = len(model.rows)
@@ -110,7 +112,9 @@ def test_full_cache_equals_keeping_every_row(steps):
     prompt=st.integers(1, 60),
     accepted=st.lists(st.integers(0, 3), max_size=30),
 )
-def test_mtp_ring_of_w_rows_serves_every_draft(window, depth, prompt, accepted):
+def test_mtp_ring_of_w_rows_serves_every_draft(
+    window: int, depth: int, prompt: int, accepted: list[int]
+) -> None:
     """Rows p-k+1..p' are rewritten each round and only the newest one queries."""
     cache, model = SlidingCache(G, D, DV, window, window), EveryRow(window)
     newest = prompt - 1
@@ -127,7 +131,7 @@ def test_mtp_ring_of_w_rows_serves_every_draft(window, depth, prompt, accepted):
         first = min(first, newest)
 
 
-def test_a_ring_one_row_too_small_is_found_out():
+def test_a_ring_one_row_too_small_is_found_out() -> None:
     """W - 1 + q rows are needed: with one less, a full rejection loses a row and says so."""
     window, verify = 128, 4
     for rows, enough in ((window - 1 + verify, True), (window - 2 + verify, False)):
@@ -141,7 +145,7 @@ def test_a_ring_one_row_too_small_is_found_out():
                 cache.check_rollback(300)
 
 
-def test_rollback_past_the_ring_raises_and_changes_nothing():
+def test_rollback_past_the_ring_raises_and_changes_nothing() -> None:
     cache, model = SlidingCache(G, D, DV, 5, 8), EveryRow(5)
     cache.write(0, *model.new(30)[:2], 30)
     for n in range(5):
@@ -154,7 +158,7 @@ def test_rollback_past_the_ring_raises_and_changes_nothing():
         cache.check_rollback(31)
 
 
-def test_rows_written_and_undone_still_count_as_lost():
+def test_rows_written_and_undone_still_count_as_lost() -> None:
     """Four drafts, all undone, overwrote four old rows: the promise shrinks by what they took."""
     window, verify = 5, 4
     cache, model = SlidingCache(G, D, DV, window, window - 1 + verify), EveryRow(window)
@@ -168,7 +172,7 @@ def test_rows_written_and_undone_still_count_as_lost():
         cache.check_rollback(29)
 
 
-def test_starting_again_from_zero_after_wrapping():
+def test_starting_again_from_zero_after_wrapping() -> None:
     cache, model = SlidingCache(G, D, DV, 5, 8), EveryRow(5)
     cache.write(0, *model.new(30)[:2], 30)
     cache.truncate(0)
@@ -179,7 +183,7 @@ def test_starting_again_from_zero_after_wrapping():
         model.check(cache.write(len(model.rows) - n, keys, values, n), n)
 
 
-def test_a_query_that_needs_lost_rows_raises_and_changes_nothing():
+def test_a_query_that_needs_lost_rows_raises_and_changes_nothing() -> None:
     cache, model = SlidingCache(G, D, DV, 5, 5), EveryRow(5)
     cache.write(0, *model.new(20)[:2], 1)
     before = (cache.length, cache._keys.copy(), cache._positions.copy())
@@ -194,7 +198,7 @@ def test_a_query_that_needs_lost_rows_raises_and_changes_nothing():
     assert np.array_equal(cache._positions, before[2])
 
 
-def test_a_ring_may_start_late_when_the_newest_row_sees_none_of_the_missing_ones():
+def test_a_ring_may_start_late_when_the_newest_row_sees_none_of_the_missing_ones() -> None:
     cache, model = SlidingCache(G, D, DV, 5, 5), EveryRow(5)
     model.rows = [0] * 95
     keys, values, tags = model.new(5)
@@ -205,7 +209,7 @@ def test_a_ring_may_start_late_when_the_newest_row_sees_none_of_the_missing_ones
     model.check(cache.write(100, keys, values, 2), 2)
 
 
-def test_full_cache_grows_in_blocks_up_to_the_context_and_refuses_holes():
+def test_full_cache_grows_in_blocks_up_to_the_context_and_refuses_holes() -> None:
     cache, model = FullCache(G, D, DV, 600), EveryRow(None)
     assert cache.nbytes() == 0
     row_bytes = G * (D + DV) * 4 + 8
@@ -220,20 +224,23 @@ def test_full_cache_grows_in_blocks_up_to_the_context_and_refuses_holes():
     assert cache.length == 10
 
 
-def test_model_cache_has_one_cache_per_layer_and_block():
+def test_model_cache_has_one_cache_per_layer_and_block() -> None:
     config = tiny_config()
     cache = ModelCache(config, context=1000, verify_rows=4)
     kinds = [type(c) for c in cache.layers]
     assert kinds == [FullCache, SlidingCache, SlidingCache, FullCache]
     assert [type(c) for c in cache.mtp] == [SlidingCache] * 3
-    assert cache.layers[1]._rows == config.sliding_window - 1 + 4
-    assert cache.mtp[0]._rows == config.sliding_window
+    rings = cache.layers[1], cache.mtp[0]
+    assert [ring._rows for ring in rings if isinstance(ring, SlidingCache)] == [
+        config.sliding_window - 1 + 4,
+        config.sliding_window,
+    ]
     assert (cache.length, cache.capacity) == (0, 1000)
     # MiMo-7B's MTP block attends to every row, so it keeps every row
     assert [type(c) for c in ModelCache(tiny_mimo7b_config(), 100).mtp] == [FullCache]
 
 
-def test_model_rollback_is_all_or_nothing():
+def test_model_rollback_is_all_or_nothing() -> None:
     config = tiny_config()
     cache = ModelCache(config, context=200, verify_rows=4)
     rng = np.random.default_rng(0)
@@ -263,7 +270,7 @@ def test_model_rollback_is_all_or_nothing():
     cache.require(149)
 
 
-def test_sliding_bytes_do_not_depend_on_the_context():
+def test_sliding_bytes_do_not_depend_on_the_context() -> None:
     config = tiny_config(hybrid_layer_pattern=(1, 1, 1, 1))
     small, large = (ModelCache(config, context=n).nbytes() for n in (100, 4000))
     assert small == large > 0
@@ -271,7 +278,7 @@ def test_sliding_bytes_do_not_depend_on_the_context():
     assert ModelCache(config, context=5).nbytes() < small
 
 
-def test_absurd_caches_are_refused():
+def test_absurd_caches_are_refused() -> None:
     with pytest.raises(UsageError):
         ModelCache(tiny_config(), context=0)
     with pytest.raises(UsageError):

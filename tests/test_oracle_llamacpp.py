@@ -160,7 +160,7 @@ def test_decoding_in_batches_crosses_the_window_too(tmp_path: Path) -> None:
 
 def test_a_model_without_tokenizer_loads_on_ids(tmp_path: Path) -> None:
     folder, _ = write_checkpoint(tmp_path / "source", "flash", seed=13)
-    ids = IDS % 97
+    ids = (IDS % 97).astype(np.int32)
     with export_bundle(folder, tmp_path / "out", recipe="f32") as bundle:
         found = run(bundle.gguf.files[0], ids)["logits"]
         backend = ReferenceBackend(bundle.weights())

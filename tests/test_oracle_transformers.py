@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ NANO = Path(mimo_edge.__file__).parent / "nano" / "checkpoint"
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -131,7 +132,7 @@ CONFIGS: dict[str, tuple[MimoConfig, int]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_random_models(name):
+def test_random_models(name: str) -> None:
     config, length = CONFIGS[name]
     weights = random_weights(config, seed=len(name))
     ids = np.random.default_rng(1).integers(0, config.vocab_size, length)
@@ -213,7 +214,7 @@ def nano_prompt(folder: Path) -> Any:
 
 
 @pytest.mark.skipif(not NANO.is_dir(), reason="the mimo-nano checkpoint is not in this checkout")
-def test_mimo_nano():
+def test_mimo_nano() -> None:
     from mimo_edge.export.checkpoint import Checkpoint
     from mimo_edge.export.weights import CheckpointWeights
 

@@ -69,7 +69,7 @@ VARIANTS: dict[str, MimoConfig] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_equals_the_definition(name):
+def test_equals_the_definition(name: str) -> None:
     config = VARIANTS[name]
     weights = random_weights(config, seed=3)
     ids = tokens(config, 24)
@@ -84,7 +84,7 @@ def test_equals_the_definition(name):
         assert_same(mtp_full_logits(weights, ids, depth), naive.mtp(ids, hidden, depth))
 
 
-def test_a_sink_far_above_every_score_takes_all_the_mass_without_overflow():
+def test_a_sink_far_above_every_score_takes_all_the_mass_without_overflow() -> None:
     config = tiny_config()
     weights = random_weights(config, seed=4)
     tensors = {n: weights.tensor(n) for n in weights._tensors}
@@ -95,7 +95,7 @@ def test_a_sink_far_above_every_score_takes_all_the_mass_without_overflow():
     assert_same(full_logits(extreme, ids), NaiveModel(extreme).run(ids)[0])
 
 
-def test_rotary_angles_are_exact_enough_and_start_at_zero():
+def test_rotary_angles_are_exact_enough_and_start_at_zero() -> None:
     cos, sin = rotary_angles(np.arange(2000), 64, 5e6)
     assert cos.dtype == sin.dtype == np.float32
     exact = np.arange(2000)[:, None] * 5e6 ** (-np.arange(0, 64, 2) / 64)
@@ -105,7 +105,7 @@ def test_rotary_angles_are_exact_enough_and_start_at_zero():
     assert np.array_equal(cos[0], np.ones(32))
 
 
-def test_router_bias_chooses_sigmoid_weighs_and_ties_take_the_lowest_index():
+def test_router_bias_chooses_sigmoid_weighs_and_ties_take_the_lowest_index() -> None:
     config = tiny_config(n_routed_experts=5, num_experts_per_tok=2)
     logits = np.array([[0.0, 1.0, 1.0, 1.0, -9.0]], np.float32)
     ids, weights = route(logits, np.zeros(5, np.float32), config)
@@ -144,7 +144,7 @@ def run_in_chunks(backend: ReferenceBackend, ids: Any, sizes: list[int]) -> tupl
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_mimo7b_config()], ids=["v2", "7b"])
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 11, 12, 13, 31, 90])
-def test_chunked_prefill_equals_one_prefill(config, size):
+def test_chunked_prefill_equals_one_prefill(config: MimoConfig, size: int) -> None:
     """90 tokens are ten windows; 12 rows is the ring, so 11, 12, 13 straddle it."""
     weights = random_weights(config, seed=5)
     ids = tokens(config, 90)
@@ -164,7 +164,7 @@ def test_chunked_prefill_equals_one_prefill(config, size):
         assert_same(np.concatenate(got), mtp_full_logits(weights, ids, depth))
 
 
-def test_queries_in_blocks_equal_queries_at_once(monkeypatch):
+def test_queries_in_blocks_equal_queries_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config()
     weights, ids = random_weights(config, seed=6), tokens(config, 70)
     whole = full_logits(weights, ids)
@@ -173,7 +173,7 @@ def test_queries_in_blocks_equal_queries_at_once(monkeypatch):
         assert_same(full_logits(weights, ids), whole)
 
 
-def test_ring_equals_full_attention_with_an_explicit_mask():
+def test_ring_equals_full_attention_with_an_explicit_mask() -> None:
     """The same weights with an unbounded cache per sliding layer and the window as a mask."""
     config = tiny_config()
     weights, ids = random_weights(config, seed=7), tokens(config, 80)
@@ -206,7 +206,7 @@ def reference_full_cache(config: MimoConfig, spec: Any, context: int) -> Any:
         max_size=10,
     ),
 )
-def test_verify_and_rollback_equal_plain(seed, steps):
+def test_verify_and_rollback_equal_plain(seed: int, steps: list[tuple[int, int]]) -> None:
     """Batches of up to q = 4 rows of which a suffix, of wrong tokens, is undone."""
     config = tiny_config(
         num_hidden_layers=3, hybrid_layer_pattern=(0, 1, 1), moe_layer_freq=(0, 1, 1)
@@ -249,7 +249,7 @@ def small() -> tuple[MimoConfig, DictWeights, ReferenceBackend]:
         (np.array([2**32], np.int64), "token id 4294967296"),
     ],
 )
-def test_bad_token_ids(ids, match):
+def test_bad_token_ids(ids: Any, match: str) -> None:
     _, _, backend = small()
     cache = backend.new_cache(10)
     with pytest.raises(UsageError, match=match):
@@ -257,7 +257,7 @@ def test_bad_token_ids(ids, match):
     assert cache.length == 0
 
 
-def test_context_is_checked_before_the_cache_is_touched():
+def test_context_is_checked_before_the_cache_is_touched() -> None:
     config, weights, backend = small()
     ids = tokens(config, 20)
     cache = backend.new_cache(19)
@@ -270,7 +270,7 @@ def test_context_is_checked_before_the_cache_is_touched():
     assert_same(logits, full_logits(weights, ids[:19])[15:])
 
 
-def test_wrong_row_counts_caches_and_blocks():
+def test_wrong_row_counts_caches_and_blocks() -> None:
     config, _, backend = small()
     cache = backend.new_cache(10)
     for rows in ({"logits_rows": 3}, {"hidden_rows": 3}, {"logits_rows": -1}):
@@ -295,7 +295,7 @@ def test_wrong_row_counts_caches_and_blocks():
         ReferenceBackend(random_weights(config), max_cached_experts=-1)
 
 
-def test_rolled_back_mtp_rows_cannot_be_read():
+def test_rolled_back_mtp_rows_cannot_be_read() -> None:
     config, _, backend = small()
     ids = tokens(config, 12)
     cache = backend.new_cache(20)
@@ -319,7 +319,9 @@ def test_rolled_back_mtp_rows_cannot_be_read():
         ("token_embd.weight", "block 0"),
     ],
 )
-def test_damaged_weights_are_an_error_that_names_the_block(name, match, bad):
+def test_damaged_weights_are_an_error_that_names_the_block(
+    name: str, match: str, bad: float
+) -> None:
     config, weights, _ = small()
     tensors = {n: weights.tensor(n) for n in weights._tensors}
     tensors[name] = tensors[name].copy()
@@ -331,7 +333,7 @@ def test_damaged_weights_are_an_error_that_names_the_block(name, match, bad):
     assert cache.length == 0
 
 
-def test_damaged_mtp_block_names_its_block():
+def test_damaged_mtp_block_names_its_block() -> None:
     config, weights, _ = small()
     tensors = {n: weights.tensor(n) for n in weights._tensors}
     tensors["blk.5.nextn.enorm.weight"] = np.full(config.hidden_size, np.nan, np.float32)
@@ -339,7 +341,7 @@ def test_damaged_mtp_block_names_its_block():
         mtp_full_logits(DictWeights(config, tensors), tokens(config, 6), 1)
 
 
-def test_a_forward_that_failed_half_way_can_be_run_again():
+def test_a_forward_that_failed_half_way_can_be_run_again() -> None:
     """An expert that cannot be read stops the pass after some layers were written."""
     config, weights, _ = small()
     ids = tokens(config, 30)
@@ -365,7 +367,7 @@ def test_a_forward_that_failed_half_way_can_be_run_again():
     assert_same(logits, full_logits(weights, ids)[26:])
 
 
-def test_closed_backend():
+def test_closed_backend() -> None:
     config, weights, backend = small()
     cache = backend.new_cache(10)
     backend.forward(tokens(config, 2), cache)
@@ -379,7 +381,7 @@ def test_closed_backend():
 # --- memory and contract ---
 
 
-def test_satisfies_the_backend_contract():
+def test_satisfies_the_backend_contract() -> None:
     _, _, backend = small()
     contract: Backend = backend
     assert contract.name == "reference"
@@ -387,7 +389,7 @@ def test_satisfies_the_backend_contract():
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5, None])
-def test_cached_experts_are_bounded_and_change_nothing(limit):
+def test_cached_experts_are_bounded_and_change_nothing(limit: int | None) -> None:
     config, weights, _ = small()
     ids = tokens(config, 12)
     backend = ReferenceBackend(weights, max_cached_experts=limit)
@@ -398,7 +400,7 @@ def test_cached_experts_are_bounded_and_change_nothing(limit):
     assert len(backend._experts) <= (all_experts if limit is None else limit)
 
 
-def test_sliding_layers_take_constant_memory():
+def test_sliding_layers_take_constant_memory() -> None:
     config = tiny_config(hybrid_layer_pattern=(1, 1, 1, 1))
     backend = ReferenceBackend(random_weights(config))
     cache = backend.new_cache(300)
@@ -407,7 +409,7 @@ def test_sliding_layers_take_constant_memory():
     assert cache.nbytes() == before
 
 
-def test_only_the_rows_asked_for_come_back():
+def test_only_the_rows_asked_for_come_back() -> None:
     config, weights, backend = small()
     ids = tokens(config, 10)
     whole = full_logits(weights, ids)
@@ -441,7 +443,7 @@ class Recorder:
         self.routes.setdefault(layer, []).append((ids.copy(), weights.copy()))
 
 
-def test_observer_sees_every_matmul_and_route():
+def test_observer_sees_every_matmul_and_route() -> None:
     config, weights, _ = small()
     ids = tokens(config, 16)
     seen = Recorder()

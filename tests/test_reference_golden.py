@@ -16,7 +16,7 @@ FILES = sorted((Path(__file__).parent / "golden").glob("reference_*.npz"))
 TOLERANCE = 1e-5  # f32 against f32, other order of sums; 1e-4 is the project's promise
 
 
-def test_the_vectors_are_there():
+def test_the_vectors_are_there() -> None:
     assert [f.stem for f in FILES] == [
         f"reference_{name}" for name in ("hybrid", "mimo7b", "narrow", "wide")
     ]
@@ -24,7 +24,7 @@ def test_the_vectors_are_there():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda f: f.stem)
 @pytest.mark.parametrize("chunk", [1000, 7, 1])
-def test_equals_the_vector(path, chunk):
+def test_equals_the_vector(path: Path, chunk: int) -> None:
     with np.load(path) as vector:
         config = MimoConfig.from_dict(json.loads(str(vector["config"])))
         tensors = {

@@ -84,7 +84,9 @@ class Drafter:
 
 @pytest.mark.parametrize("prompt_length", [1, 7, 40])
 @pytest.mark.parametrize("luck", [0.0, 0.6, 1.0])
-def test_drafting_gives_the_plain_tokens_and_never_a_stale_row(luck, prompt_length):
+def test_drafting_gives_the_plain_tokens_and_never_a_stale_row(
+    luck: float, prompt_length: int
+) -> None:
     config = tiny_config(
         hybrid_layer_pattern=(0, 1, 1), moe_layer_freq=(0, 1, 1), num_hidden_layers=3
     )
@@ -101,7 +103,7 @@ def test_drafting_gives_the_plain_tokens_and_never_a_stale_row(luck, prompt_leng
         assert len(set(drafter.accepted)) >= 3, "the test no longer mixes accepts and rejects"
 
 
-def test_draft_length_may_change_every_round():
+def test_draft_length_may_change_every_round() -> None:
     """A block skipped for some rounds catches up from where it stopped, or from the window."""
     config = tiny_config()
     weights = random_weights(config, seed=12)
@@ -117,7 +119,7 @@ def test_draft_length_may_change_every_round():
     assert drafter.x == plain[: len(drafter.x)]
 
 
-def test_mimo_7b_drafts_one_token_with_full_attention():
+def test_mimo_7b_drafts_one_token_with_full_attention() -> None:
     config = tiny_mimo7b_config()
     weights = random_weights(config, seed=13)
     prompt = np.random.default_rng(4).integers(0, config.vocab_size, 20)

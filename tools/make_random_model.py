@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ def scaled_config(
 def tiny_config(name: str, mtp: int) -> MimoConfig:
     """Small widths that every format accepts, the structure of `name`."""
     config = scaled_config(name, 4, None, 512, mtp)
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": 256,
         "num_attention_heads": 4,
         "num_key_value_heads": 1,

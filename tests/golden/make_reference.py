@@ -89,6 +89,7 @@ def main() -> None:
         }
         np.savez_compressed(
             HERE / f"reference_{name}.npz",
+            allow_pickle=False,
             config=np.array(json.dumps(config.to_dict())),
             made_with=np.array(json.dumps(made_with)),
             token_ids=ids.astype(np.int32),
