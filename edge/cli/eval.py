@@ -48,7 +48,9 @@ def evaluate(
         bool, typer.Option("--verbose", "-v", help="Show every wrong answer.")
     ] = False,
 ) -> None:
-    """Measure perplexity, the distance to the source checkpoint, and exact-match tool calls.
+    """Measure how good a model is, and what quantisation cost it.
+
+    Perplexity, KL divergence and agreement with the source checkpoint, exact-match tool calls.
 
     The nano-commands suite asks the held-out commands of mimo-nano, each with its own tools, and
     counts the answers that make exactly the right calls; perplexity and distance are then those

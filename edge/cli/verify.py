@@ -20,7 +20,10 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare a bundle with its checksums; damage is named by layer and expert."""
+    """Find damage: compare every byte of a bundle with its checksums.
+
+    Names the smallest thing that is bad: an expert of a layer, a tensor, or a file.
+    """
     from mimo_edge.bundle import Bundle
 
     output = Output(json=json)
