@@ -6,7 +6,7 @@ The runtime starts its cache from it, and the exporter may order experts by it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Heat:
         return order
 
     def unseen(self) -> list[tuple[int, int]]:
-        """(layer, expert) never chosen."""
+        """(layer, expert) never chosen; `expert_names` puts them into words."""
         return [
             (layer, int(e))
             for layer in sorted(self.counts)
@@ -108,6 +108,11 @@ class Heat:
             RecursionError,
         ) as error:
             raise BundleError(f"{path} is no expert heat: {error!r}") from error
+
+
+def expert_names(experts: Iterable[tuple[int, int]]) -> list[str]:
+    """What (layer, expert) pairs are called wherever people read them: "blk.3 expert 7"."""
+    return [f"blk.{layer} expert {expert}" for layer, expert in experts]
 
 
 def _numbers(values: Any, dtype: type) -> NDArray[Any]:

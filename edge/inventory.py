@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ BUILT_IN = "mimo-nano"
 
 @dataclass(frozen=True)
 class TensorLine:
-    """One tensor: `format` is a ggml type or source dtype; `nbytes` None for a known model."""
+    """One tensor: `format` is a ggml type or source dtype; `nbytes` None for a known model.
+
+    `relative_rms` and `worst_block` are the quantisation error of a bundle's tensor, over all of
+    it and in its worst block; None where nothing was lost or nothing is known."""
 
     name: str
     role: Role
@@ -27,6 +30,7 @@ class TensorLine:
     format: str
     nbytes: int | None
     relative_rms: float | None = None
+    worst_block: float | None = None
 
     @property
     def parameters(self) -> int:
@@ -106,7 +110,13 @@ class Inventory:
                 for role, total in self.roles().items()
             },
             "tensors": {
-                t.name: {"format": t.format, "shape": list(t.shape), "bytes": t.nbytes}
+                t.name: {
+                    "format": t.format,
+                    "shape": list(t.shape),
+                    "bytes": t.nbytes,
+                    "relative_rms": t.relative_rms,
+                    "worst_block": t.worst_block,
+                }
                 for t in self.tensors
             },
         }
@@ -177,12 +187,14 @@ def role_of(name: str, config: MimoConfig) -> Role:
 
 def _of_bundle(path: Path) -> Inventory:
     with Bundle.open(path) as bundle:
-        errors = bundle.manifest.tensors if bundle.manifest else {}
+        entries = bundle.manifest.tensors if bundle.manifest else {}
         lines = []
         for name, info in bundle.tensors.items():
             role = role_of(name, bundle.config)
-            error = errors[name].relative_rms if name in errors else None
-            lines.append(TensorLine(name, role, info.shape, info.type_name, info.nbytes, error))
+            line = TensorLine(name, role, info.shape, info.type_name, info.nbytes)
+            if (entry := entries.get(name)) is not None:
+                line = replace(line, relative_rms=entry.relative_rms, worst_block=entry.worst_block)
+            lines.append(line)
         kind = "bundle" if bundle.manifest else "gguf"
         skipped = sum(bundle.manifest.skipped.values()) if bundle.manifest else 0
         return Inventory(kind, bundle.name, bundle.config, tuple(lines), bundle.manifest, skipped)

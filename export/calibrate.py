@@ -23,7 +23,7 @@ from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import BundleError, ExportError, GenerationError, UsageError
 from mimo_edge.export.checkpoint import Checkpoint, text_name
 from mimo_edge.export.weights import CheckpointWeights
-from mimo_edge.heat import Heat
+from mimo_edge.heat import Heat, expert_names
 from mimo_edge.kv_cache import FullCache
 from mimo_edge.model_source import open_tokenizer
 from mimo_edge.quant.imatrix import Imatrix
@@ -176,7 +176,7 @@ class Calibration:
     def unseen(self) -> list[str]:
         """Experts no token was routed to, as "blk.3 expert 7". They have no importance: they
         are quantised without it."""
-        return [f"blk.{layer} expert {expert}" for layer, expert in self.heat.unseen()]
+        return expert_names(self.heat.unseen())
 
     def save(self, folder: Path) -> None:
         """Write imatrix.gguf and experts.json into `folder`, each whole or not at all.

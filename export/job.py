@@ -18,7 +18,7 @@ from mimo_edge.export.journal import Journal
 from mimo_edge.export.mapping import TensorMapping, TensorPlan, plan_tensors
 from mimo_edge.gguf_file import split_name
 from mimo_edge.gguf_meta import ARCH_7B_MTP, Value, architecture, config_metadata, text, u32
-from mimo_edge.heat import Heat
+from mimo_edge.heat import Heat, expert_names
 from mimo_edge.manifest import FileEntry
 from mimo_edge.quant.base import Format
 from mimo_edge.quant.imatrix import Imatrix
@@ -135,6 +135,7 @@ def prepare(
         )
     if heat is not None:
         _check_heat(heat, config)
+        _report_unseen(heat, config)
     if chosen.requires_importance and imatrix is None:
         raise UsageError(f"recipe {chosen.name} needs an importance matrix", "add --calibrate FILE")
     if not config.norm_topk_prob or config.routed_scaling_factor != 1.0:
@@ -204,6 +205,17 @@ def _check_heat(heat: Heat, config: MimoConfig) -> None:
             f"the expert heat covers {len(heat.counts)} layers of {sorted(sizes)} experts, the "
             f"model has {len(layers)} of {config.n_routed_experts}",
             "it was measured on another model",
+        )
+
+
+def _report_unseen(heat: Heat, config: MimoConfig) -> None:
+    """Say which experts the calibration text never reached, whatever the recipe makes of it."""
+    if unseen := heat.unseen():
+        _log.warning(
+            "no token of the calibration reached %d of %d experts: %s",
+            len(unseen),
+            config.n_routed_experts * len(heat.counts),
+            ", ".join(expert_names(unseen)),
         )
 
 

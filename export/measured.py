@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 import mimo_edge
 from mimo_edge.errors import UsageError
 from mimo_edge.export.calibrate import HEAT_NAME, IMATRIX_NAME, calibrate
@@ -19,6 +21,7 @@ from mimo_edge.export.checkpoint import Checkpoint
 from mimo_edge.export.weights import CheckpointWeights
 from mimo_edge.gguf_file import MAGIC
 from mimo_edge.heat import Heat
+from mimo_edge.manifest import MANIFEST_NAME, Manifest
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.tokenizer import Tokenizer
 
@@ -57,8 +60,7 @@ def measure(
     if head == MAGIC:
         # Checked against this model; its counts are heat without router mass.
         read = calibrate(CheckpointWeights(source), None, path)
-        heat = path.parent / HEAT_NAME
-        return read.imatrix, Heat.read(heat) if heat.is_file() else read.heat
+        return read.imatrix, _heat_beside(path.parent) or read.heat
     job = f"{digest} {source.index_sha256} {source.config} {mimo_edge.__version__}"
     cache = staging / f"calibration-{hashlib.sha256(job.encode()).hexdigest()[:16]}"
     if not ((cache / IMATRIX_NAME).is_file() and (cache / HEAT_NAME).is_file()):
@@ -71,6 +73,21 @@ def measure(
         weights, tokenizer = CheckpointWeights(source), _tokenizer(source, path)
         calibrate(weights, tokenizer, path, progress=report).save(cache)
     return Imatrix.read(cache / IMATRIX_NAME), Heat.read(cache / HEAT_NAME)
+
+
+def _heat_beside(folder: Path) -> Heat | None:
+    """Heat in the source's numbers of experts, as an imatrix.gguf has them: the heat of a bundle
+    whose experts were reordered counts in places."""
+    if not (folder / HEAT_NAME).is_file():
+        return None
+    heat = Heat.read(folder / HEAT_NAME)
+    if not (folder / MANIFEST_NAME).is_file():
+        return heat
+    places = {
+        layer: np.argsort(order).tolist()
+        for layer, order in Manifest.read(folder).permutation.items()
+    }
+    return heat.permuted(places)
 
 
 def _tokenizer(source: Checkpoint, text: Path) -> Tokenizer:

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import zlib
 from bisect import bisect_right
@@ -31,6 +32,7 @@ from mimo_edge.export.job import PART, Export, Piece, Progress, prepare
 from mimo_edge.export.measured import Measured, measure
 from mimo_edge.export.pieces import Chunk, Computed, compute
 from mimo_edge.export.staging import check_target, clear, disk_error, open_staging, staging_of
+from mimo_edge.heat import expert_names
 from mimo_edge.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.quant.recipe import Recipe
@@ -44,6 +46,8 @@ _COMMIT_BYTES = 32 << 20
 _READ_BYTES = 4 << 20
 # Kept free on the disk beyond what the export itself needs.
 _MARGIN_BYTES = 16 << 20
+# One expert's matrix as the manifest's `unweighted` names it.
+_EXPERT_MATRIX = re.compile(r"blk\.(\d+)\.ffn_\w+_exps\.weight\[(\d+)\]")
 
 
 def export_bundle(
@@ -284,10 +288,11 @@ def write_manifest(export: Export) -> None:
             sums.setdefault(name, []).append(values)
         unweighted += entry.get("unweighted", [])
     if unweighted:
+        names = _unweighted_names(unweighted)
         _log.warning(
             "%d tensors or experts had no calibration data and were quantised unweighted: %s",
-            len(unweighted),
-            ", ".join(unweighted),
+            len(names),
+            ", ".join(names),
         )
     order = [name for layout in export.layouts for name in layout.tensors]
     stacks = {plan.name for plan in export.mapping.tensors if plan.is_expert_stack}
@@ -318,6 +323,17 @@ def write_manifest(export: Export) -> None:
         skipped=reasons,
     )
     _write_file(export.folder / (MANIFEST_NAME + PART), manifest.to_bytes())
+
+
+def _unweighted_names(unweighted: Iterable[str]) -> list[str]:
+    """The manifest's names for people: the three matrices of an expert are one."""
+    names = []
+    for name in unweighted:
+        if match := _EXPERT_MATRIX.fullmatch(name):
+            names += expert_names([(int(match[1]), int(match[2]))])
+        else:
+            names.append(name)
+    return list(dict.fromkeys(names))
 
 
 def _tensor_entry(

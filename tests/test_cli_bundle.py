@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +41,23 @@ def test_export_then_verify_then_inspect(source: Path, tmp_path: Path) -> None:
     done = call("inspect", out, "--tensors")
     assert done.exit_code == 0
     assert "4: 2 global, 2 sliding over 9 tokens" in done.stdout
-    assert "blk.1.attn_v.weight" in done.stdout
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("tensor ") and line.endswith("worst block") for line in lines)
+    (line,) = (line for line in lines if line.startswith("blk.1.ffn_up_exps.weight "))
     with Bundle.open(out) as bundle:
         assert bundle.tensors["blk.1.attn_v.weight"].type_name == "F16"
+        assert bundle.manifest is not None
+        entry = bundle.manifest.tensors["blk.1.ffn_up_exps.weight"]
+        assert entry.relative_rms is not None
+        assert entry.worst_block is not None
+        assert line.split()[-2:] == [
+            f"{100 * entry.relative_rms:.2f}%",
+            f"{100 * entry.worst_block:.2f}%",
+        ]
+    listed = json.loads(call("inspect", out, "--json").stdout)["tensors"]
+    assert listed["blk.1.ffn_up_exps.weight"]["relative_rms"] == entry.relative_rms
+    assert listed["blk.1.ffn_up_exps.weight"]["worst_block"] == entry.worst_block
+    assert listed["output_norm.weight"]["relative_rms"] is None
 
 
 def test_json_is_one_object(source: Path, tmp_path: Path) -> None:
@@ -83,6 +101,27 @@ def test_errors_are_one_line(source: Path, tmp_path: Path) -> None:
     assert "layer 2, expert 7 is damaged" in done.stderr
 
 
+def test_an_interrupted_export_exits_130_and_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mimo_edge", "export", "mimo-nano", str(tmp_path / "out")]
+    command += ["--recipe", "q4_k", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        journal = tmp_path / ".out.partial" / "journal.jsonl"
+        while not (journal.exists() and journal.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, b""), err
+    assert err.decode().splitlines() == [
+        "finished pieces are kept: the same command goes on from here",
+        "interrupted",
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_calibrated_on_a_text_and_permuted(source: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("turn on the guest wifi for two hours, 把客厅的灯调暗一点\n" * 8)
@@ -97,11 +136,13 @@ def test_calibrated_on_a_text_and_permuted(source: Path, tmp_path: Path) -> None
         assert bundle.imatrix_path is not None
         imatrix = bundle.imatrix_path
         assert "blk.1.ffn_up_exps.weight" in Imatrix.read(imatrix).names
-        # The matrix of a bundle serves again, without heat order of its own.
-        again = tmp_path / "imatrix.gguf"
-        again.write_bytes(imatrix.read_bytes())
-    done = call("export", source, tmp_path / "two", "--calibrate", again, "--recipe", "iq4_nl")
+    # A bundle's calibration serves again, whatever order its experts are in.
+    done = call("export", source, tmp_path / "plain", "--calibrate", text, "--recipe", "iq4_nl")
     assert done.exit_code == 0, done.output
+    done = call("export", source, tmp_path / "two", "--calibrate", imatrix, "--recipe", "iq4_nl")
+    assert done.exit_code == 0, done.output
+    for file in (tmp_path / "plain").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import mimo_edge
 from mimo_edge.cli.main import app
-from mimo_edge.cli.output import Output
+from mimo_edge.cli.output import Output, time_left
 from mimo_edge.cli.run import parse_draft, show_call
 from mimo_edge.errors import UsageError
 from mimo_edge.tool_calls import ToolCall
@@ -186,6 +186,29 @@ def test_show_call_and_draft_values() -> None:
     assert [parse_draft(text) for text in ("0", "3", "auto")] == [0, 3, "auto"]
     with pytest.raises(UsageError):
         parse_draft("4")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_has_bytes_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export resumed at 400 of 1,000 MiB that writes 10 MiB a second."""
+    clock, terminal = [100.0], Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    out = Output()
+    for megabytes in (400, 500, 1000):
+        out.progress("quantise", megabytes << 20, 1000 << 20)
+        clock[0] += 10
+    bars = [bar for bar in terminal.getvalue().split("\r\x1b[K") if bar]
+    assert bars == [
+        "quantise [#########---------------] 400.0 MiB of 1000.0 MiB, -:-- left",
+        "quantise [############------------] 500.0 MiB of 1000.0 MiB, 0:50 left",
+        "quantise [########################] 1000.0 MiB of 1000.0 MiB, done\n",
+    ]
+    assert time_left(60.0, 1, 119) == "1:59:00 left"
 
 
 def test_output_tables_json_and_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from checkpoint_factory import KINDS, write_checkpoint
 
 from mimo_edge.bundle import Bundle
 from mimo_edge.errors import CheckpointError, ExportError, MimoEdgeError, QuantError, UsageError
-from mimo_edge.export import job, pieces, pipeline, staging
+from mimo_edge.export import job, pieces, pipeline
 from mimo_edge.export.calibrate import Calibration
 from mimo_edge.export.checkpoint import Checkpoint
+from mimo_edge.export.journal import NAME as JOURNAL_NAME
 from mimo_edge.export.journal import Journal
 from mimo_edge.export.mapping import plan_tensors
 from mimo_edge.export.pipeline import export_bundle
@@ -35,7 +37,7 @@ from mimo_edge.quant.recipe import Recipe
 from mimo_edge.runtimes.base import Weights
 from mimo_edge.runtimes.reference import full_logits
 
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256}
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256}
 
 
 @pytest.fixture
@@ -112,6 +114,7 @@ def test_every_tensor_has_the_format_of_the_recipe(tmp_path: Path) -> None:
             got = choice.format.dequantize(packed, rows.shape[1]).astype(np.float64)
             error = np.sqrt(((got - rows) ** 2).sum() / (rows.astype(np.float64) ** 2).sum())
             assert entry.relative_rms == pytest.approx(error, rel=1e-4), plan.name
+            assert entry.relative_rms is not None
             assert entry.worst_block is not None
             assert entry.worst_block >= entry.relative_rms
 
@@ -190,11 +193,26 @@ def test_importance_is_used_per_expert_and_its_absence_is_named(
         assert bundle.manifest is not None
         stacks = [f"blk.2.ffn_{part}_exps.weight[5]" for part in ("gate", "up", "down")]
         assert bundle.manifest.unweighted == tuple(stacks)
-        assert all(stack in caplog.text for stack in stacks)
+        reached, packed = caplog.messages
+        assert reached == "no token of the calibration reached 1 of 24 experts: blk.2 expert 5"
+        assert packed.endswith("and were quantised unweighted: blk.2 expert 5")
         assert bundle.heat is not None
         assert bundle.heat.unseen() == [(2, 5)]
         assert bundle.imatrix_path is not None
         assert Imatrix.read(bundle.imatrix_path).names == calibration.imatrix.names
+
+
+def test_experts_never_seen_are_named_by_every_recipe(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _ = write_checkpoint(tmp_path / "source", "flash")
+    unseen = measured(folder, [(1, 0), (3, 7)])
+    with export_bundle(folder, tmp_path / "out", recipe="q8_0", calibration=unseen) as bundle:
+        assert bundle.manifest is not None
+        assert bundle.manifest.unweighted == ()  # Q8_0 has no use for importance
+    assert caplog.messages == [
+        "no token of the calibration reached 2 of 24 experts: blk.1 expert 0, blk.3 expert 7"
+    ]
 
 
 def test_calibration_from_files(tmp_path: Path) -> None:
@@ -559,6 +577,62 @@ def test_disk_full_on_the_way(
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+_FILL_THE_DISK = """
+import hashlib, os, sys
+from pathlib import Path
+from mimo_edge.errors import ExportError
+from mimo_edge.export import pipeline
+
+source, disk = sys.argv[1], Path(sys.argv[2])
+pipeline._COMMIT_BYTES = 10_000
+
+def fill(stage, done, total):
+    if done < total // 3 or (disk / "filler").exists():
+        return
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            print(error.strerror)
+
+try:
+    pipeline.export_bundle(source, disk / "out", progress=fill, threads=1)
+except ExportError as error:
+    print(error)
+print((disk / "out").exists(), sorted(p.name for p in disk.iterdir()))
+(disk / "filler").unlink()
+pipeline.export_bundle(source, disk / "out").close()
+for path in sorted((disk / "out").iterdir()):
+    print(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+
+
+def test_a_real_disk_that_fills_up(source: Path, tmp_path: Path) -> None:
+    """A file system of 24 MiB in a mount namespace of its own, filled while the export runs."""
+    export_bundle(source, tmp_path / "whole").close()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=24m none {disk}"
+    alone = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    try:
+        if (tried := subprocess.run([*alone, "sh", "-c", mount], capture_output=True)).returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {tried.stderr.decode().strip()}")
+    except FileNotFoundError:
+        pytest.skip("there is no unshare command")
+    export = [sys.executable, "-c", _FILL_THE_DISK, str(source), str(disk)]
+    done = subprocess.run(
+        [*alone, "sh", "-c", f'{mount} && exec "$@"', "-", *export], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    filled, refused, state, *files = done.stdout.splitlines()
+    assert filled == os.strerror(errno.ENOSPC)
+    assert refused.startswith("the disk is full after ")
+    assert refused.endswith("run the same command again: finished pieces are kept")
+    assert state == "False ['.out.partial', 'filler']"
+    assert dict(line.split() for line in files) == digests(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("limit", [100, 5_000, 300_000])
 def test_file_size_limit_of_the_system(source: Path, tmp_path: Path, limit: int) -> None:
     def attempt() -> None:
@@ -576,7 +650,7 @@ def test_too_little_space_is_seen_before_the_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 123_456})
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(pipeline, "compute", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(ExportError, match="123456 are free"):
         export_bundle(source, tmp_path / "out")
@@ -618,7 +692,7 @@ def test_an_unfinished_export_of_something_else(
 
 def test_two_exports_at_once(source: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
-    other = Journal(tmp_path / ".out.partial" / staging.JOURNAL_NAME)
+    other = Journal(tmp_path / ".out.partial" / JOURNAL_NAME)
     with pytest.raises(ExportError, match="another export"):
         export_bundle(source, tmp_path / "out")
     other.close()
@@ -651,7 +725,7 @@ def test_journal_ends_at_the_first_bad_line(tmp_path: Path) -> None:
 
 def test_memory_stays_at_a_few_pieces(tmp_path: Path) -> None:
     """A model of 90 MB of f32 is exported within 40 MB over what the imports take."""
-    big = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 24}
+    big: dict[str, Any] = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 24}
     folder, _ = write_checkpoint(tmp_path / "source", "flash", vocab_size=20_000, **big)
     code = (
         "import resource; from mimo_edge.export import job, pipeline\n"

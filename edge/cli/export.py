@@ -23,35 +23,69 @@ def export(
         str, typer.Argument(help="Checkpoint folder, Hub id (owner/name), or mimo-nano.")
     ],
     out: Annotated[Path, typer.Argument(help="Bundle folder to make.")],
-    profile: Annotated[str, typer.Option(help="Device profile that picks the recipe.")] = "phone",
+    profile: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What it is made for: phone and router take recipe q4_0, car and workstation "
+            "q4_k. MXFP4 experts of a V2.6 checkpoint stay as they are.",
+        ),
+    ] = "phone",
     recipe: Annotated[
-        str | None, typer.Option(help="Format of the bulk: q4_0, q4_k, q8_0, mxfp4, f16, ...")
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Format of most of the bytes, instead of the profile's: q8_0, q6_k, q5_k, q4_k, "
+            "q4_0, iq4_nl, iq4_xs, mxfp4, q3_k, iq3_xxs, q2_k, iq2_xxs, f16, bf16 or f32.",
+        ),
     ] = None,
     override: Annotated[
         list[str] | None,
-        typer.Option(help="GLOB=FORMAT for tensors by name; may be given several times."),
+        typer.Option(
+            metavar="GLOB=FORMAT", help="Format of tensors by name; may be given several times."
+        ),
     ] = None,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="Output formats; gguf is always made.")
+        list[str] | None,
+        typer.Option("--format", metavar="FORMAT", help="Output format: gguf."),
     ] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="Text to measure importance and heat on, or imatrix.gguf.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="UTF-8 text to measure importance and expert heat on, or an imatrix.gguf.",
+        ),
     ] = None,
     permute_by_heat: Annotated[
         bool, typer.Option("--permute-by-heat", help="Store the experts of a layer hottest first.")
     ] = False,
     window: Annotated[
-        int | None, typer.Option(help="W: tokens a sliding layer sees, including the query.")
+        int | None,
+        typer.Option(
+            metavar="W",
+            help="Tokens a sliding layer sees, the query included; default: sliding_window_size "
+            "of the checkpoint plus one.",
+        ),
     ] = None,
     ignore_config_key: Annotated[
-        list[str] | None, typer.Option(help="A config.json key that changes nothing.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Vouch for a config.json key we do not know: it changes nothing. May be given "
+            "several times.",
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle when all is done.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="Pieces quantised at a time.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Pieces quantised at a time; default: up to 4."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every role.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show every role and its error.")
+    ] = False,
 ) -> None:
     """Quantise a checkpoint into a bundle. Run it again to continue after an interruption."""
     from mimo_edge.cli.inspect import print_roles
@@ -78,6 +112,9 @@ def export(
             threads=threads,
         ) as bundle:
             sizes = {path.name: path.stat().st_size for path in bundle.files}
+    except KeyboardInterrupt:
+        output.note("finished pieces are kept: the same command goes on from here")
+        raise
     finally:
         logging.getLogger("mimo_edge").removeHandler(notes)
     made = inventory(out)

@@ -23,9 +23,14 @@ def register(app: typer.Typer) -> None:
 def inspect(
     what: Annotated[
         str,
-        typer.Argument(help="Bundle, .gguf file, checkpoint folder, or a name: MiMo-V2-Flash, ..."),
+        typer.Argument(
+            help="Bundle, .gguf file, checkpoint folder, mimo-nano, or a released model by name: "
+            "MiMo-V2-Flash, MiMo-V2.5, MiMo-V2.6-Flash, MiMo-7B."
+        ),
     ],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor with its error.")
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show the memory a run on the ggml backend takes.")
     ] = False,
@@ -36,7 +41,11 @@ def inspect(
     ] = "f16",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show layers, bytes by role, formats, MTP blocks and window. Reads headers only."""
+    """Show what a bundle, file or checkpoint holds.
+
+    Layers, experts, MTP blocks and window; bytes, formats and quantisation error by role or tensor.
+    Reads headers only.
+    """
     from mimo_edge.inventory import inventory
 
     output = Output(json=json)
@@ -54,10 +63,17 @@ def inspect(
         output.text("")
         output.table(
             [
-                [t.name, "x".join(map(str, t.shape)), t.format, _size(t.nbytes)]
+                [
+                    t.name,
+                    "x".join(map(str, t.shape)),
+                    t.format,
+                    _size(t.nbytes),
+                    _percent(t.relative_rms),
+                    _percent(t.worst_block),
+                ]
                 for t in found.tensors
             ],
-            ["tensor", "shape", "format", "bytes"],
+            ["tensor", "shape", "format", "bytes", "error", "worst block"],
         )
 
 
@@ -120,7 +136,6 @@ def print_roles(output: Output, found: Inventory) -> None:
     """Tensors, parameters, bytes, formats and the largest quantisation error by role."""
     rows: list[list[object]] = []
     for role, total in found.roles().items():
-        error = "-" if total.worst_rms is None else f"{100 * total.worst_rms:.2f}%"
         formats = "+".join(sorted(total.formats))
         rows.append(
             [
@@ -128,7 +143,7 @@ def print_roles(output: Output, found: Inventory) -> None:
                 total.tensors,
                 f"{total.parameters:,}",
                 _size(total.nbytes),
-                error,
+                _percent(total.worst_rms),
                 formats,
             ]
         )
@@ -143,6 +158,10 @@ def _calibrated(found: Inventory) -> str:
     if not m.unweighted:
         return "yes"
     return f"yes, but {len(m.unweighted)} tensors or experts were never reached"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}%"
 
 
 def _size(nbytes: int | None) -> str:

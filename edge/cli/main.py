@@ -33,7 +33,9 @@ class ErrorMappingGroup(TyperGroup):
             print_error(error)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            sys.stderr.write("\ninterrupted\n")
+            if sys.stderr.isatty():
+                sys.stderr.write("\n")  # after the terminal's own ^C
+            sys.stderr.write("interrupted\n")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # The reader went away (`| head`): nothing more can be said, also at exit.
@@ -65,6 +67,7 @@ app = typer.Typer(
     name="mimo-edge",
     cls=ErrorMappingGroup,
     help="Export Xiaomi MiMo-V2 models to edge devices and run them there.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

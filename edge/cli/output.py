@@ -29,6 +29,7 @@ class Output:
         self._drawn_at = 0.0
         self._stage = ""
         self._began = 0.0
+        self._began_at = 0  # what was done already when the stage began: a resumed export
 
     def text(self, text: str, end: str = "\n") -> None:
         """A result for people, on stdout; nothing with --json."""
@@ -88,14 +89,16 @@ class Output:
         if stage != self._stage:
             self._clear_bar()
             self._stage, self._began, self._drawn_at = stage, now, 0.0
+            self._began_at = done
         if now - self._drawn_at < _REDRAW_S and done < total:
             return
         self._drawn_at = now
         share = done / total if total else 1.0
         full = int(share * _BAR_WIDTH)
         bar = "#" * full + "-" * (_BAR_WIDTH - full)
-        seconds = (now - self._began) * (1 - share) / share if share > 0 else 0.0
-        left = f"{int(seconds) // 60}:{int(seconds) % 60:02d} left" if done < total else "done"
+        left = "done"
+        if done < total:
+            left = time_left(now - self._began, done - self._began_at, total - done)
         a, b = (format_bytes(n) if unit == "bytes" else str(n) for n in (done, total))
         sys.stderr.write(f"\r\x1b[K{stage} [{bar}] {a} of {b}, {left}")
         sys.stderr.flush()
@@ -112,6 +115,17 @@ class Output:
         sys.stderr.write("\n")
         self._bar_drawn = False
         self._stage = ""
+
+
+def time_left(seconds: float, done: int, rest: int) -> str:
+    """How long `rest` will take when `done` took `seconds`, for a progress bar."""
+    if done <= 0:
+        return "-:-- left"
+    whole = int(seconds * rest / done)
+    minutes = f"{whole // 60}:{whole % 60:02d}"
+    if whole >= 3600:
+        minutes = f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    return f"{minutes} left"
 
 
 def print_error(error: MimoEdgeError) -> None:
