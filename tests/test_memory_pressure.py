@@ -8,7 +8,7 @@ import logging
 import random
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def few_slots(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def few_slots(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Plans with as many slots as the list says: a tiny model would always fit."""
     slots = [6]
 
@@ -123,7 +123,8 @@ class Gate:
     """Reads of a file wait for `go`; `seen` has their offsets in the order they began."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go, self.seen, self.fail_at = threading.Event(), [], -1
+        self.go, self.fail_at = threading.Event(), -1
+        self.seen: list[int] = []
         whole = FlashFile._preadv
         gate = self
 
@@ -135,7 +136,6 @@ class Gate:
             return whole(file, targets, offset)
 
         monkeypatch.setattr(FlashFile, "_preadv", preadv)
-        self.seen: list[int]
 
 
 HEAT = {row: np.arange(8, dtype=np.float64) for row in range(3)}
