@@ -114,7 +114,8 @@ def test_a_row_takes_medians_and_keeps_the_extremes() -> None:
 
 def test_a_row_without_samples_has_no_figures() -> None:
     row = Row("mimo-edge", CASE, False, error={"type": "DeviceError", "message": "m", "hint": ""})
-    assert row.tps is row.hit_rate is row.peak_rss_bytes is row.tokens_per_verify is None
+    figures = (row.tps, row.hit_rate, row.peak_rss_bytes, row.tokens_per_verify)
+    assert figures == (None,) * 4
     fields = json.loads(json.dumps(row.to_dict()))
     assert fields["error"]["type"] == "DeviceError"
     assert set(fields) == {
@@ -215,7 +216,8 @@ def test_alone_one_process_measures_all(monkeypatch: pytest.MonkeyPatch, tiny: P
     (result,) = run.run([CASE])
     assert [r["repetitions"] for r in workers.requests] == [3]
     assert len(result.ours.samples) == 3
-    assert result.theirs is result.ratio is None
+    assert result.theirs is None
+    assert result.ratio is None
 
 
 def test_stock_repacks_where_its_second_copy_fits(

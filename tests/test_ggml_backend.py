@@ -35,7 +35,7 @@ from mimo_edge.gguf_file import GgufFile
 from mimo_edge.gguf_meta import read_config
 from mimo_edge.kv_format import KV_FORMATS
 from mimo_edge.quant.base import FORMATS
-from mimo_edge.runtimes.base import F32, Backend, Cache, ForwardResult, TokenIds
+from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
 from mimo_edge.runtimes.ggml import bindings, library
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.cache import KV_TYPES

@@ -7,12 +7,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import make_random_model as TOOL
 import pytest
-from random_model import ROOT, load_tool
+from random_model import ROOT
 
 from mimo_edge.bundle import Bundle
-
-TOOL = load_tool("make_random_model")
 
 
 def test_real_geometry_with_the_layers_and_experts_asked_for() -> None:
