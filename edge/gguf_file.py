@@ -12,7 +12,6 @@ split keys.
 from __future__ import annotations
 
 import mmap
-import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -478,20 +477,15 @@ class GgufFile:
         return self._parts[file].data[offset : offset + size]
 
     def release_pages(self) -> None:
-        """Give back the memory of everything read so far; views stay valid and read again.
+        """Unmap what was read so far; views stay valid and read again.
 
-        What was read from a mapped file counts as this process's memory, and read-ahead adds to
-        it: from now on only what is touched is read.
+        What was read from a mapped file counts as this process's memory. The system keeps it
+        cached as long as nobody needs the room.
         """
         for part in self._parts.values():
             mapped = getattr(part.data, "_mmap", None)
-            if mapped is None or not hasattr(mmap, "MADV_RANDOM"):
-                continue
-            mapped.madvise(mmap.MADV_DONTNEED)
-            mapped.madvise(mmap.MADV_RANDOM)
-            if hasattr(os, "posix_fadvise"):
-                with part.path.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Drop the maps. Views handed out earlier stay valid until they are dropped too."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import _ctypes
+import ctypes
 import dataclasses
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,7 @@ def test_importing_quant_loads_no_library() -> None:
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(library, "_installed", None)
     with pytest.raises(BackendError, match=r"missing: pip install llama-cpp-python==0\.3\.36"):
         library.load()
 
@@ -64,6 +67,7 @@ def test_a_package_without_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "llama_cpp", tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)]
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(library, "_installed", None)
     with pytest.raises(BackendError, match="has no folder"):
         library.load()
     (tmp_path / "lib").mkdir()
@@ -248,3 +252,26 @@ def test_concurrent_first_loads_give_one_library(monkeypatch: pytest.MonkeyPatch
         thread.join()
     assert len(found) == 4
     assert len({id(base) for base in found}) == 1
+
+
+def test_openmp_threads_of_our_libraries_spin_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GNU OpenMP reads its settings when it is loaded: they are set just then, unless the user
+    has an opinion, and other programs we start do not inherit them."""
+    seen: list[str | None] = []
+
+    def loaded(path: str) -> ctypes.CDLL:
+        seen.append(os.environ.get("GOMP_SPINCOUNT"))
+        return ctypes.CDLL(None)
+
+    fake = SimpleNamespace(CDLL=loaded)
+    monkeypatch.setattr(library, "ctypes", fake)
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    library.open_library(Path("x"))
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    library.open_library(Path("x"))
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    library.open_library(Path("x"))
+    assert seen == [library.SPIN_COUNT, None, "7"]
+    assert os.environ["GOMP_SPINCOUNT"] == "7"

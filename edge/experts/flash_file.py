@@ -32,8 +32,9 @@ class FlashFile:
     Reads from several threads at once are safe.
     """
 
-    def __init__(self, path: Path, *, direct: bool = True) -> None:
-        """Raises BundleError when the file cannot be opened."""
+    def __init__(self, path: Path, *, direct: bool = True, announce: bool = True) -> None:
+        """`announce`: warn when direct reads are not to be had. Raises BundleError when the file
+        cannot be opened."""
         self.path = path
         self._fd = -1
         self.alignment = 0
@@ -48,7 +49,7 @@ class FlashFile:
                 # Read-ahead would fill the page cache with experts nobody asked for.
                 _advise(self._fd, 0, 0, "POSIX_FADV_RANDOM")
                 _log.log(
-                    logging.WARNING if direct else logging.INFO,
+                    logging.WARNING if direct and announce else logging.INFO,
                     "%s is read through the page cache (%s), dropping it behind",
                     path,
                     reason,
@@ -138,6 +139,16 @@ class FlashFile:
                 target[:] = piece[at : at + len(target)]
                 at += len(target)
         return length
+
+    def load(self, offset: int, nbytes: int) -> memoryview:
+        """`nbytes` >= 1 bytes from `offset` in memory of their own. Raises BundleError when they
+        cannot be had in full."""
+        unit = self.alignment or 1
+        start = offset // unit * unit
+        length = round_up(offset + nbytes, unit) - start
+        view = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._fill(start, [view], offset + nbytes - start)
+        return view[offset - start : offset - start + nbytes]
 
     def _fill(self, offset: int, targets: list[memoryview], needed: int) -> None:
         """Read until `needed` bytes are there, or raise."""

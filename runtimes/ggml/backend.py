@@ -29,6 +29,7 @@ from mimo_edge.runtimes.ggml.passes import (
 )
 from mimo_edge.runtimes.ggml.raw import RawTensors
 from mimo_edge.runtimes.ggml.resident import ResidentWeights
+from mimo_edge.runtimes.ggml.resident_experts import ResidentExperts
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 
 DEFAULT_CHUNK = 512
@@ -76,6 +77,7 @@ class GgmlBackend:
                 self._experts = experts(self.device)
             streamed = self._experts.slots.layouts if self._experts is not None else ()
             self._weights = ResidentWeights(self.device, source, repack=repack, streamed=streamed)
+            self._resident = ResidentExperts(self.config, self._weights.model)
         except BaseException:
             if self._experts is not None:
                 self._experts.close()
@@ -172,9 +174,10 @@ class GgmlBackend:
     def _trunk(self, cache: GgmlCache, shape: TrunkShape) -> TrunkPass:
         found = cache.graph(shape)
         if not isinstance(found, TrunkPass):
-            found = TrunkPass(
-                self.device, self._weights.model, cache, shape, self._experts, self._routes
-            )
+            source = self._experts
+            if source is None and shape.large and self._resident.slots.layouts:
+                source = self._resident
+            found = TrunkPass(self.device, self._weights.model, cache, shape, source, self._routes)
             cache.keep(shape, found, shape.large)
         return found
 

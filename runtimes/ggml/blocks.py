@@ -190,8 +190,13 @@ def expert_rows(g: Graph, w: SwiGlu, x: Tensor, ids: Tensor) -> Tensor:
 
 def weighted_sum(g: Graph, rows: Tensor, weights: Tensor) -> Tensor:
     """rows {M, K, T}, weights {K, T} -> sum over K of weight * row {M, T}."""
+    _, chosen, total = rows.ne[:3]
+    return sum_chosen(g, g.mul(rows, g.reshape(weights, 1, chosen, total)))
+
+
+def sum_chosen(g: Graph, rows: Tensor) -> Tensor:
+    """rows {M, K, T} -> their sum over K {M, T}."""
     width, chosen, total = rows.ne[:3]
-    rows = g.mul(rows, g.reshape(weights, 1, chosen, total))
     out = g.view(rows, (width, total), (rows.nb[2],))
     for k in range(1, chosen):
         out = g.add(out, g.view(rows, (width, total), (rows.nb[2],), k * rows.nb[1]))

@@ -21,12 +21,11 @@ from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor, finish_together
 from mimo_edge.runtimes.ggml.resident import BlockWeights, ModelWeights
 from mimo_edge.runtimes.ggml.slots import ExpertSource
-from mimo_edge.runtimes.ggml.streamed import Carry, SlotExperts
+from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS, Carry, SlotExperts
 
 # Node room: a MoE block takes about 45 tensors plus two per chosen expert.
 _BLOCK_TENSORS = 64
 UNLIMITED = 1 << 40  # a window longer than any context, shorter than the way to EMPTY
-LARGE_TOKENS = 16  # passes of more tokens than this are kept in smaller number
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class TrunkShape:
 
     @property
     def large(self) -> bool:
-        return self.tokens > LARGE_TOKENS
+        return self.tokens > FEW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class MtpShape:
 
     @property
     def large(self) -> bool:
-        return self.tokens > LARGE_TOKENS
+        return self.tokens > FEW_TOKENS
 
 
 def _nodes(config: MimoConfig, blocks_count: int) -> int:
@@ -94,8 +93,8 @@ def _rows(ids: Tensor) -> NDArray[np.int32]:
 class TrunkPass:
     """The decoder layers and the head over T tokens.
 
-    One graph when every expert is resident; otherwise cut after the router of each layer whose
-    experts are streamed, and the chosen experts are computed in between.
+    One graph when every expert is resident and tokens are few; otherwise cut after the router of
+    each layer whose experts come from `experts`, and the chosen ones are computed in between.
     """
 
     def __init__(
@@ -163,7 +162,7 @@ class TrunkPass:
                 h = None
                 break
             h, x = half
-            if w.spec.moe and w.experts is None:
+            if self._cuts(w, queries):
                 h = self._cut(w, h, x)
             else:
                 ids: list[Tensor] | None = [] if self._routes is not None else None
@@ -187,8 +186,16 @@ class TrunkPass:
         finish_together(graphs)
         self._epoch = self._device.epoch
 
+    def _cuts(self, w: BlockWeights, rows: int) -> bool:
+        """Whether the experts of a layer are computed between two graphs."""
+        if not w.spec.moe or self._source is None:
+            return False
+        if w.experts is None:
+            return True
+        return rows > FEW_TOKENS and w.spec.index in self._source.slots.layouts
+
     def _cut(self, w: BlockWeights, h: Tensor, x: Tensor) -> Tensor:
-        """End the graph at the router of a streamed layer; the next starts with its sum."""
+        """End the graph at the router of a layer; the next starts with its sum."""
         assert self._carry is not None
         g = self._graph
         ids, weights = blocks.route(g, w, self.config, x)

@@ -2,13 +2,14 @@
 
 Names are canonical (GGUF, q/k/v split also where the file fuses them), shapes are NumPy's
 ([out, in], stacked experts [E, out, in]). `PackedTensors` holds them in memory and can be made
-from f32 weights; `GgufTensors` reads open GGUF files without copying.
+from f32 weights; `GgufTensors` reads open GGUF files: mapped, or past the page cache where memory
+is bounded.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BundleError
+from mimo_edge.experts.flash_file import FlashFile
 from mimo_edge.gguf_file import GgufFile
 from mimo_edge.gguf_meta import expected_shapes
 from mimo_edge.quant.base import Format, format_by_ggml_type, get_format
@@ -25,25 +27,31 @@ from mimo_edge.runtimes.weights import DictWeights
 
 U8 = NDArray[np.uint8]
 
-# Pages of gathered embedding rows that a bounded model keeps.
-GATHERED_BYTES = 8 << 20
-
 
 class RawTensor(NamedTuple):
-    """Packed rows `data` u8 [rows, row bytes] of a tensor of `shape`, rows = all but the last."""
+    """Packed rows `data` u8 [rows, row bytes] of a tensor of `shape`, rows = all but the last.
+
+    `data` may be a mapped file, not read yet; `place` is (file, offset of data) then.
+    """
 
     ggml_type: int
     shape: tuple[int, ...]
     data: U8
+    place: tuple[Path, int] | None = None
 
     def rows(self, start: int, stop: int) -> RawTensor:
         """Rows start..stop of a matrix or elements of a vector of a type without blocks."""
+        shape = (stop - start, *self.shape[1:])
         if len(self.shape) == 1:
             size = TYPES[self.ggml_type].type_size
-            return RawTensor(
-                self.ggml_type, (stop - start,), self.data[:, start * size : stop * size]
-            )
-        return RawTensor(self.ggml_type, (stop - start, *self.shape[1:]), self.data[start:stop])
+            data = self.data[:, start * size : stop * size]
+        else:
+            size = self.data.shape[1]
+            data = self.data[start:stop]
+        place = self.place
+        if place is not None:
+            place = place[0], place[1] + start * size
+        return RawTensor(self.ggml_type, shape, data, place)
 
 
 class RawTensors(Protocol):
@@ -58,6 +66,10 @@ class RawTensors(Protocol):
 
     def tensor(self, name: str) -> RawTensor:
         """Its packed bytes, or BundleError."""
+        ...
+
+    def read(self, raw: RawTensor) -> U8:
+        """All bytes of one of its tensors, or of rows of one: u8 [nbytes], read now."""
         ...
 
     def embedding(self, token_ids: TokenIds) -> F32:
@@ -98,11 +110,14 @@ def unpack(raw: RawTensor) -> F32:
     return format_by_ggml_type(raw.ggml_type).dequantize(raw.data, raw.shape[-1]).reshape(raw.shape)
 
 
-def _embedding(table: RawTensor, token_ids: TokenIds) -> F32:
+def _check_rows(table: RawTensor, token_ids: TokenIds) -> NDArray[np.int64]:
     ids = np.asarray(token_ids, dtype=np.int64)
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < table.shape[0]:
         raise BundleError(f"token id outside 0..{table.shape[0] - 1}")
-    rows: U8 = np.ascontiguousarray(table.data[ids])
+    return ids
+
+
+def _rows_to_f32(table: RawTensor, rows: U8) -> F32:
     return format_by_ggml_type(table.ggml_type).dequantize(rows, table.shape[1])
 
 
@@ -146,8 +161,12 @@ class PackedTensors:
         except KeyError:
             raise BundleError(f"no tensor {name!r} in this model") from None
 
+    def read(self, raw: RawTensor) -> U8:
+        return np.ascontiguousarray(raw.data).reshape(-1)
+
     def embedding(self, token_ids: TokenIds) -> F32:
-        return _embedding(self.tensor("token_embd.weight"), token_ids)
+        table = self.tensor("token_embd.weight")
+        return _rows_to_f32(table, table.data[_check_rows(table, token_ids)])
 
     def release_pages(self) -> None:
         """Nothing here is a file."""
@@ -162,12 +181,12 @@ class GgufTensors:
     def __init__(
         self, config: MimoConfig, files: Sequence[GgufFile], *, bounded: bool = False
     ) -> None:
-        """`bounded`: keep no more than a few MiB of the files' pages in memory."""
+        """`bounded`: read past the page cache, which counts as this process's memory."""
         self._config = config
         self._files = list(files)
         self._table: RawTensor | None = None
         self._bounded = bounded
-        self._gathered_bytes = 0
+        self._flash: dict[Path, FlashFile] = {}
 
     @property
     def config(self) -> MimoConfig:
@@ -183,27 +202,43 @@ class GgufTensors:
         file, stored = found
         info = file.info(stored)
         raw = raw_tensor(stored, info.ggml_type, info.shape, file.raw(stored))
+        raw = raw._replace(place=(info.file, info.offset))
         return raw if stored == name or ".attn_" not in name else self._part(name, raw)
+
+    def read(self, raw: RawTensor) -> U8:
+        """See `RawTensors.read`. Raises BundleError when the file cannot be read, or is no longer
+        the one that was opened."""
+        if not self._bounded or raw.place is None:
+            return np.ascontiguousarray(raw.data).reshape(-1)
+        path, offset = raw.place
+        file = self._flash.get(path)
+        if file is None:
+            # The reader of experts has said what kind of reads this file allows.
+            file = self._flash[path] = FlashFile(path, announce=False)
+        found: U8 = np.frombuffer(file.load(offset, raw.data.size), np.uint8)
+        file.check()
+        return found
 
     def embedding(self, token_ids: TokenIds) -> F32:
         if self._table is None:
             self._table = self.tensor("token_embd.weight")
-        rows = _embedding(self._table, token_ids)
-        if self._bounded:
-            # A row touches whole pages, one more than it is long when it begins inside one.
-            touched = self._table.data.shape[1] // mmap.PAGESIZE + 2
-            self._gathered_bytes += len(rows) * touched * mmap.PAGESIZE
-            if self._gathered_bytes > GATHERED_BYTES:
-                self.release_pages()
-        return rows
+        table = self._table
+        ids = _check_rows(table, token_ids)
+        if not self._bounded:
+            return _rows_to_f32(table, table.data[ids])
+        rows = np.empty((len(ids), table.data.shape[1]), np.uint8)
+        for at, token in enumerate(ids.tolist()):
+            rows[at] = self.read(table.rows(token, token + 1))
+        return _rows_to_f32(table, rows)
 
     def release_pages(self) -> None:
-        if self._bounded:
-            self._gathered_bytes = 0
-            for file in self._files:
-                file.release_pages()
+        for file in self._files:
+            file.release_pages()
 
     def close(self) -> None:
+        for flash in self._flash.values():
+            flash.close()
+        self._flash.clear()
         for file in self._files:
             file.close()
         self._table = None

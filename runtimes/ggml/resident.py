@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mimo_edge.config import LayerSpec
 from mimo_edge.errors import BackendError, BundleError
@@ -86,9 +87,9 @@ class _Pending:
         self.sources = sources
         self.kind = kind
 
-    def bytes(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        """All bytes in one piece: a view when there is one part, a copy otherwise."""
-        parts = [np.ascontiguousarray(s.data).reshape(-1) for s in self.sources]
+    def read(self, source: RawTensors) -> NDArray[np.uint8]:
+        """All bytes in one piece."""
+        parts = [source.read(part) for part in self.sources]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -257,7 +258,7 @@ class ResidentWeights:
                 pointer = pending.tensor.pointer
                 if g.ggml_backend_tensor_alloc(buffer, pointer, base + offset) != 0:
                     raise BackendError("ggml could not place a weight")
-                data = pending.bytes()
+                data = pending.read(self._source)
                 if data.size != int(g.ggml_nbytes(pointer)):
                     raise BackendError(
                         f"{data.size} bytes for a tensor of {int(g.ggml_nbytes(pointer))}"

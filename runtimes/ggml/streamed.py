@@ -2,9 +2,10 @@
 
 The graph before leaves the residual stream h, the experts' input x and the weights of the chosen
 experts in a `Carry`, and the host reads which experts were chosen. (token, expert) pairs are then
-computed group by group as their experts arrive in slots; every pair writes a row of its own in
-`Carry.y`, and the graph after sums the rows up. So the order in which experts arrive changes no
-result, and the same code serves decode, verify and prefill.
+computed group by group as their experts arrive in slots; every pair writes a weighted row of its
+own in `Carry.y`, and the graph after sums the rows up. So the order in which experts arrive changes
+no result. A few tokens are computed a group at a time with mul_mat_id, in which a row does not
+depend on its neighbours; a long pass expert by expert (expert_matrix.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mimo_edge.errors import BackendError
 from mimo_edge.runtimes.ggml import blocks
 from mimo_edge.runtimes.ggml.bindings import TYPE_F32, TYPE_I32, TYPE_I64
 from mimo_edge.runtimes.ggml.device import Device
+from mimo_edge.runtimes.ggml.expert_matrix import MOST_ROWS, MatrixExperts, worthwhile
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor
 from mimo_edge.runtimes.ggml.resident import SwiGlu
 from mimo_edge.runtimes.ggml.slots import ExpertSource
@@ -26,6 +28,8 @@ from mimo_edge.runtimes.ggml.slots import ExpertSource
 # Pairs computed by one graph: bounds scratch memory. Exact up to EXACT_PAIRS, then in steps.
 MAX_PAIRS = 1024
 EXACT_PAIRS = 16
+# Passes of more tokens compute large experts one by one.
+FEW_TOKENS = 16
 
 
 class Carry:
@@ -50,8 +54,7 @@ class Carry:
         chosen = self.weights.ne[0]
         stride = self.y.nb[1]
         y = g.view(self.y, (self.y.ne[0], chosen, rows), (stride, stride * chosen))
-        mixed = blocks.weighted_sum(g, y, _first(g, self.weights, rows))
-        return g.add(_first(g, self.h, rows), mixed)
+        return g.add(_first(g, self.h, rows), blocks.sum_chosen(g, y))
 
 
 def _first(g: Graph, a: Tensor, rows: int) -> Tensor:
@@ -65,12 +68,14 @@ class _PairsGraph:
         self._inputs, self.graph = Inputs(device), Graph(device, 32)
         self.tokens = self._inputs.new(TYPE_I32, count)
         self.slots = self._inputs.new(TYPE_I32, 1, count)
+        self.weights = self._inputs.new(TYPE_F32, 1, count)
         self.rows = self._inputs.new(TYPE_I64, count)
         self._inputs.allocate()
         g = self.graph
         x = g.get_rows(carry.x, self.tokens)
         y = blocks.expert_rows(g, w, g.reshape(x, x.ne[0], 1, count), self.slots)
-        g.set_rows(carry.y, g.reshape(y, y.ne[0], count), self.rows)
+        y = g.mul(g.reshape(y, y.ne[0], count), self.weights)
+        g.set_rows(carry.y, y, self.rows)
 
     @property
     def nbytes(self) -> int:
@@ -91,14 +96,22 @@ class SlotExperts:
         self._config = config
         self._source = source
         self._carry = carry
-        self._largest = _padded(min(MAX_PAIRS, total * config.num_experts_per_tok))
+        self._total = total
         self._graphs: dict[tuple[int, int], _PairsGraph] = {}
+        self._matrix = MatrixExperts(device, carry.x, carry.y, carry.y.ne[1] - EXACT_PAIRS)
 
     def largest(self) -> list[Graph]:
         """The largest graph of every layer format: allocate scratch memory for them first, so
         that smaller ones made in the middle of a pass find room."""
-        layers = self._source.slots.layouts
-        graphs = [self._graph(layer, self._largest).graph for layer in layers]
+        graphs: list[Graph] = []
+        for layer in self._source.slots.layouts:
+            stacks = self._source.slots.tensors(layer)
+            few = self._total
+            if self._total > FEW_TOKENS and worthwhile(stacks):
+                graphs.append(self._matrix.graph(stacks, min(MOST_ROWS, self._total)))
+                few = FEW_TOKENS  # the last layer may be asked for a few rows
+            pairs = few * self._config.num_experts_per_tok
+            graphs.append(self._graph(stacks, _padded(min(MAX_PAIRS, pairs))).graph)
         return list(dict.fromkeys(graphs))  # layers of one format share theirs
 
     def run(self, layer: int, ids: NDArray[np.int32]) -> None:
@@ -111,6 +124,10 @@ class SlotExperts:
         experts, counts = np.unique(chosen, return_counts=True)
         left = chosen.size
         slot_of = np.full(total, -1, np.int64)
+        stacks = self._source.slots.tensors(layer)
+        compute = self._in_pairs
+        if len(ids) > FEW_TOKENS and worthwhile(stacks):
+            compute = self._one_by_one
         # Closed whatever happens: a pass that fails in between must not keep slots reserved.
         with closing(self._source.groups(layer, experts.astype(np.int64), counts)) as groups:
             for group in groups:
@@ -121,44 +138,66 @@ class SlotExperts:
                 slot_of[group.experts] = -1
                 pairs = np.flatnonzero(slots >= 0)
                 pairs = pairs[np.argsort(slots[pairs], kind="stable")]
-                for start in range(0, len(pairs), MAX_PAIRS):
-                    part = pairs[start : start + MAX_PAIRS]
-                    self._compute(layer, part, slots[part], ids.shape[1])
+                compute(stacks, pairs, slots[pairs])
                 left -= len(pairs)
         if left:
             raise BackendError(f"{left} pairs of layer {layer} were given no slot")
 
-    def _compute(
-        self, layer: int, pairs: NDArray[np.int64], slots: NDArray[np.int64], k: int
+    def _one_by_one(
+        self, stacks: SwiGlu, pairs: NDArray[np.int64], slots: NDArray[np.int64]
     ) -> None:
-        count = _padded(len(pairs))
-        found = self._graph(layer, count)
+        """Compute pairs, sorted by their slots, a slot at a time."""
+        k = self._config.num_experts_per_tok
+        weights = self._weights(pairs)
+        cuts = np.flatnonzero(np.diff(slots)) + 1
+        for start, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(pairs)], strict=True):
+            mine = pairs[start:end]
+            slot = int(slots[start])
+            self._matrix.run(stacks, slot, mine // k, weights[start:end], mine)
+
+    def _in_pairs(self, stacks: SwiGlu, pairs: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+        """Compute pairs, sorted by their slots, all slots at once."""
+        for start in range(0, len(pairs), MAX_PAIRS):
+            part = slice(start, start + MAX_PAIRS)
+            self._compute(stacks, pairs[part], slots[part])
+
+    def _compute(self, stacks: SwiGlu, pairs: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+        count, total = len(pairs), _padded(len(pairs))
+        found = self._graph(stacks, total)
         if found.graph.epoch < 0:
             found.graph.finish()
-        padding = np.arange(count - len(pairs))
-        spare = self._carry.y.ne[1] - EXACT_PAIRS
-        found.tokens.array()[...] = np.concatenate([pairs // k, 0 * padding])
-        found.slots.array().reshape(-1)[...] = np.concatenate([slots, 0 * padding + slots[-1]])
-        found.rows.array()[...] = np.concatenate([pairs, spare + padding])
+        tokens, ids, weights, rows = (
+            tensor.array().reshape(-1)
+            for tensor in (found.tokens, found.slots, found.weights, found.rows)
+        )
+        tokens[:count], ids[:count] = pairs // self._config.num_experts_per_tok, slots
+        weights[:count], rows[:count] = self._weights(pairs), pairs
+        tokens[count:], ids[count:], weights[count:] = 0, slots[-1], 0
+        rows[count:] = self._carry.y.ne[1] - EXACT_PAIRS + np.arange(total - count)
         found.graph.compute()
 
-    def _graph(self, layer: int, count: int) -> _PairsGraph:
-        w = self._source.slots.tensors(layer)
-        key = w.gate.pointer, count
+    def _weights(self, pairs: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The weight of each pair in the sum of its token."""
+        weights: NDArray[np.float32] = self._carry.weights.array().reshape(-1)[pairs]
+        return weights
+
+    def _graph(self, stacks: SwiGlu, count: int) -> _PairsGraph:
+        key = stacks.gate.pointer, count
         if key not in self._graphs:
-            self._graphs[key] = _PairsGraph(self._device, self._carry, w, count)
+            self._graphs[key] = _PairsGraph(self._device, self._carry, stacks, count)
         return self._graphs[key]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all graphs' inputs and descriptions."""
-        return sum(graph.nbytes for graph in self._graphs.values())
+        return sum(graph.nbytes for graph in self._graphs.values()) + self._matrix.nbytes
 
     def close(self) -> None:
         """Free all graphs."""
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
+        self._matrix.close()
 
 
 def _padded(pairs: int) -> int:
