@@ -916,6 +916,7 @@ def test_graphs_are_reused_and_few_are_kept() -> None:
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bindings, "_loaded", None)
+    monkeypatch.setattr(library, "_installed", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match="pip install llama-cpp-python"):
         GgmlBackend(packed(CONFIGS["v2"]))
