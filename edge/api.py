@@ -130,8 +130,9 @@ class Runtime:
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
 
-        `ram` is a bound on the process in bytes (or "900MiB"): the ggml backend reads routed
-        experts from flash when they do not fit, the reference backend refuses. `context` is the
+        `backend` "auto" is "ggml" for bundles and GGUF files, "reference" for checkpoints. `ram` is
+        a bound on the process in bytes (or "900MiB"): the ggml backend reads routed experts from
+        flash when they do not fit, the reference backend refuses. `context` is the
         most tokens of a conversation (default 4,096 or what the model has), `draft` 0 to 3 or
         "auto". `kv_type` is the format of the KV cache of global layers on the ggml backend: "f16"
         (default), "q8_0" (about half), "f32". `trace` is a file for the experts every layer

@@ -73,17 +73,20 @@ def open_model(
 ) -> Model:
     """Open a bundle folder, a GGUF file or a checkpoint folder; "mimo-nano" is the built-in one.
 
-    Raises UsageError, BundleError, CheckpointError, BackendError, or DeviceError when the
-    backend would need more than `ram` bytes. The ggml backend then reads routed experts from
-    flash, and refuses only what does not fit that way. `kv_type` is the format of its KV cache
-    (None: its own choice). `trace` is the file routes are recorded
-    in while the model runs; whoever uses the model closes it.
+    Backend "auto" is ggml for bundles and GGUF files, the reference for checkpoints. With less
+    `ram` than it would need the ggml backend reads routed experts from flash. `kv_type` is the
+    format of its KV cache (None: its own choice). `trace` is the file routes are recorded in while
+    the model runs; whoever uses the model closes it. Raises UsageError, BundleError,
+    CheckpointError, BackendError, or DeviceError when the model does not fit `ram`.
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
     if threads is not None:
         _check_threads(threads)
     source = _open_source(path)
+    if backend == "auto":
+        # What devices run wherever it can; a checkpoint's FP8 blocks only the reference reads.
+        backend = "reference" if source.bundle is None else "ggml"
     writer: TraceWriter | None = None
     try:
         config = source.weights.config

@@ -68,7 +68,9 @@ def bench(
         int | None, typer.Option(help="Most tokens of the conversation; what a case needs.")
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference or ggml.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="ggml, reference, or auto: ggml for bundles and GGUF files.")
+    ] = "auto",
     kv_type: Annotated[
         str | None, typer.Option(help="KV cache of both engines: f16 (default), q8_0 or f32.")
     ] = None,

@@ -41,7 +41,9 @@ def evaluate(
         str | None,
         typer.Option(help="Tokens drafted per step: 0, 1, 2, 3 or auto; as many as it can."),
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference or ggml.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="ggml, reference, or auto: ggml for bundles and GGUF files.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of the computation.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[

@@ -55,7 +55,9 @@ def run(
     context: Annotated[int | None, typer.Option(help="Most tokens of the conversation.")] = None,
     ram: Annotated[str | None, typer.Option(help='Bound on memory, as "900MiB".')] = None,
     profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference or ggml.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="ggml, reference, or auto: ggml for bundles and GGUF files.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of the computation.")] = None,
     kv_type: Annotated[
         str | None, typer.Option(help="KV cache of the ggml backend: f16 (default), q8_0 or f32.")
