@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeGuard
 from mimo_edge.answer_reader import THINK_OPEN, AnswerReader, Fragment
 from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
-from mimo_edge.engine import Engine, Generation, GenerationStats, token_list
+from mimo_edge.engine import PREFILL_CHUNK, Engine, Generation, GenerationStats, token_list
 from mimo_edge.errors import TokenizerError, UsageError
 from mimo_edge.machine import peak_rss_bytes
 from mimo_edge.model_source import Model, open_model
@@ -107,7 +107,10 @@ class Runtime:
 
     def __init__(self, model: Model, context: int, draft: DraftSetting = "auto") -> None:
         self._model = model
-        self._engine = Engine(model.backend, context, draft, trace=model.trace)
+        chunk = PREFILL_CHUNK if model.budget is None else model.budget.chunk
+        self._engine = Engine(
+            model.backend, context, draft, prefill_chunk=chunk, trace=model.trace
+        )
         self._totals = _Totals()
         # Re-entrant: adding may let the collector close a forgotten stream, which adds as well.
         self._totals_lock = threading.RLock()

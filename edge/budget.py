@@ -30,12 +30,14 @@ PROCESS_BYTES = 96 << 20
 LIBRARY_BYTES = 48 << 20
 # Pages of the model file that are in memory at a time: header, embedding rows.
 FILE_PAGES_BYTES = 16 << 20
-CHUNKS = (512, 256, 128, 64, 32, 16)
+CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
-# Graphs a cache keeps (runtimes/ggml/cache.py), and one more while a new one replaces an old.
-_SMALL_GRAPHS, _LARGE_GRAPHS, _SMALL_TOKENS = 17, 3, 16
-# Pairs of token and expert that one graph computes (runtimes/ggml/streamed.py).
-_MAX_PAIRS, _PAIR_STEP = 1024, 16
+# Graphs of few tokens that a cache keeps, one more while a new one replaces an old, and the bytes
+# they may take together; it keeps one of many tokens (runtimes/ggml/cache.py).
+_SMALL_GRAPHS, _SMALL_TOKENS, SMALL_GRAPH_BYTES = 17, 16, 24 << 20
+# Pairs of token and expert that one graph computes (runtimes/ggml/streamed.py), and rows of one
+# expert (runtimes/ggml/expert_matrix.py).
+_MAX_PAIRS, _PAIR_STEP, _MAX_ROWS = 1024, 16, 512
 # A tensor's description with its place in the graph, and how many an MoE or dense block has.
 _NODE_BYTES, _BLOCK_NODES = 512, 64
 _DIRECT_UNIT = 4096
@@ -285,26 +287,27 @@ def graph_bytes(
     """An upper bound on the memory of passes of up to `chunk` tokens: shared scratch, the inputs
     and descriptions of every graph a cache keeps, and results on the host."""
     chunk = min(chunk, context)
-    small = min(chunk, _SMALL_TOKENS)
-    kept = _LARGE_GRAPHS * _pass_bytes(config, context, chunk, streamed)
-    kept += _SMALL_GRAPHS * _pass_bytes(config, context, small, streamed)
-    host = 4 * (config.vocab_size * (2 * MAX_DRAFT + 4) + 3 * config.hidden_size * chunk)
+    small = _pass_bytes(config, context, min(chunk, _SMALL_TOKENS), streamed)
+    kept = min(_SMALL_GRAPHS * small, SMALL_GRAPH_BYTES + 2 * small)
+    if chunk > _SMALL_TOKENS:
+        kept += _pass_bytes(config, context, chunk, streamed)
+    host = 4 * (config.vocab_size * (MAX_DRAFT + 1) + 3 * config.hidden_size * chunk)
     return kept + host + _scratch_bytes(config, chunk, streamed, kv_type)
 
 
 def _pass_bytes(config: MimoConfig, context: int, tokens: int, streamed: bool) -> int:
-    """Inputs and descriptions of one pass (the carry of a streamed one included)."""
+    """Inputs and descriptions of one pass (the carry of one that is cut at routers included)."""
     width, chosen = config.hidden_size, config.num_experts_per_tok
     ring = config.sliding_window + MAX_DRAFT + tokens if any(config.hybrid_layer_pattern) else 0
     # embedding, and a hidden row for an MTP pass
     total = 8 * width * tokens + 2 * (round_up(context, 256) + ring) * tokens + 32 * tokens
     nodes = _BLOCK_NODES + 3 * chosen
     total += _NODE_BYTES * nodes * (config.num_hidden_layers + 1)
-    if streamed and config.n_routed_experts:
+    if config.n_routed_experts and (streamed or tokens > _SMALL_TOKENS):
         total += 8 * width * tokens + 4 * chosen * tokens
         total += 4 * width * (chosen * tokens + _PAIR_STEP)
-        # pair graphs: small ones, by number of pairs
-        total += _NODE_BYTES * 32 * min(64, _PAIR_STEP + chosen * tokens // _PAIR_STEP + 1)
+        # graphs of pairs or rows: small ones, by their number
+        total += _NODE_BYTES * 48 * min(160, _PAIR_STEP + tokens)
     return total
 
 
@@ -312,32 +315,34 @@ def _scratch_bytes(config: MimoConfig, tokens: int, streamed: bool, kv_type: str
     """Intermediate results of the largest graph, and ggml's work buffer."""
     c, t = config, tokens
     groups = max(c.num_key_value_heads, c.swa_num_key_value_heads or 0)
-    heads = c.num_attention_heads
+    heads, width = c.num_attention_heads, c.hidden_size
+    # Values alive at once, per token: the residual stream, its norm, and what a step makes.
     qkv = heads * c.head_dim + groups * (c.head_dim + c.v_head_dim)
-    columns = 4 * c.hidden_size + 3 * qkv + 2 * heads * c.v_head_dim
-    feed = 3 * c.intermediate_size
-    pairs = 0
-    if c.n_routed_experts:
-        per_pair = 4 * (2 * c.hidden_size + 3 * c.moe_intermediate_size)
-        if streamed:
-            count = min(_MAX_PAIRS, round_up(t * c.num_experts_per_tok, _PAIR_STEP))
-            pairs = per_pair * count
-        else:
-            feed = max(feed, per_pair // 4 * c.num_experts_per_tok)
-        feed = max(feed, 6 * c.n_routed_experts)
+    attention = 3 * width + 2 * qkv + heads * c.v_head_dim
+    feed = 4 * width + 3 * c.intermediate_size
     ring = c.sliding_window + MAX_DRAFT + t if any(c.hybrid_layer_pattern) else 0
     # cast, and concatenated with the ring
     row = KV_FORMATS[ring_type(kv_type)].row_bytes(groups, c.head_dim + c.v_head_dim)
-    joined = 2 * row * ring
-    logits = 4 * c.vocab_size * (2 * MAX_DRAFT + 4)
-    # ggml's work buffer: activations of one product in the weight's vector format, at most f32
-    widest = max(c.hidden_size, heads * c.v_head_dim, c.intermediate_size, 2 * c.hidden_size)
-    work = 4 * widest * t
+    rows = 0
     if c.n_routed_experts:
-        rows = min(_MAX_PAIRS, t * c.num_experts_per_tok)
-        work = max(work, 4 * max(c.hidden_size, c.moe_intermediate_size) * rows)
+        per_row = 3 * width + 3 * c.moe_intermediate_size
+        feed = max(feed, 3 * width + 6 * c.n_routed_experts)
+        count = min(_MAX_PAIRS, round_up(t * c.num_experts_per_tok, _PAIR_STEP))
+        rows = 4 * per_row * max(count, min(_MAX_ROWS, t))
+        if not streamed:
+            # inside the graph: small experts in a pass of any length
+            feed = max(feed, 3 * width + per_row * c.num_experts_per_tok)
+    logits = 4 * (c.vocab_size + width) * (MAX_DRAFT + 1)
+    # ggml's work buffer: activations of one product as the weight's kernel wants them, 2 bytes each
+    # at most, for f32 weights none
+    widest = max(c.hidden_size, heads * c.v_head_dim, c.intermediate_size, 2 * c.hidden_size)
+    work = 2 * widest * t
+    if c.n_routed_experts:
+        pairs = min(_MAX_PAIRS, t * c.num_experts_per_tok)
+        work = max(work, 2 * max(c.hidden_size, c.moe_intermediate_size) * pairs)
         work += 16 * c.n_routed_experts * (t + 1)
-    return max(4 * t * (columns + feed), pairs) + joined + logits + work
+    largest = max(4 * t * attention + 2 * row * ring, 4 * t * feed, rows)
+    return largest + logits + work + (1 << 20)
 
 
 def _chunk(chunk: int) -> str:

@@ -197,6 +197,12 @@ def token_list(token_ids: Ids[int]) -> list[int]:
         raise UsageError(f"token ids are a flat list of whole numbers: {error}") from None
 
 
+def even_part(total: int, most: int) -> int:
+    """Size of the first of as few equal parts of `total` as are possible with parts of at most
+    `most`: a small rest costs a pass over streamed experts like a large part."""
+    return -(-total // -(-total // most))
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -366,7 +372,7 @@ class Generation:
         while at < len(self._prompt):
             if self._cancel.is_set():
                 return None
-            chunk = self._prompt[at : at + engine.prefill_chunk]
+            chunk = self._prompt[at : at + even_part(len(self._prompt) - at, engine.prefill_chunk)]
             with engine.lock:
                 engine.check_open()
                 start = engine.clock()

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from fake_backend import FakeBackend
 
-from mimo_edge.engine import Engine, Sequence
+from mimo_edge.engine import Engine, Sequence, even_part
 from mimo_edge.errors import ContextLengthError, UsageError
 from mimo_edge.runtimes.reference import ReferenceBackend
 from mimo_edge.sampling import Sampler, SamplingParams
@@ -263,3 +263,15 @@ def test_a_closed_engine_says_so() -> None:
         next(steps)
     with pytest.raises(UsageError, match="closed"):
         engine.generate(engine.sequence(), PROMPT, greedy())
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 64])
+@pytest.mark.parametrize("total", [1, 2, 7, 8, 63, 64, 65, 129])
+def test_a_prompt_is_cut_into_few_equal_parts(total: int, most: int) -> None:
+    parts, left = [], total
+    while left:
+        parts.append(even_part(left, most))
+        left -= parts[-1]
+    assert len(parts) == -(-total // most)
+    assert max(parts) <= most
+    assert max(parts) - min(parts) <= 1

@@ -174,11 +174,13 @@ class GgmlBackend:
     def _trunk(self, cache: GgmlCache, shape: TrunkShape) -> TrunkPass:
         found = cache.graph(shape)
         if not isinstance(found, TrunkPass):
+            if shape.large:
+                cache.drop_large()
             source = self._experts
             if source is None and shape.large and self._resident.slots.layouts:
                 source = self._resident
             found = TrunkPass(self.device, self._weights.model, cache, shape, source, self._routes)
-            cache.keep(shape, found, shape.large)
+            cache.keep(shape, found)
         return found
 
     def mtp_forward(
@@ -230,8 +232,10 @@ class GgmlBackend:
         shape = mtp_shape(cache, depth, len(ids), position)
         found = cache.graph(shape)
         if not isinstance(found, MtpPass):
+            if shape.large:
+                cache.drop_large()
             found = MtpPass(self.device, self._weights.model, cache, shape)
-            cache.keep(shape, found, shape.large)
+            cache.keep(shape, found)
         index.store(position, len(ids))
         held = (
             index.positions()

@@ -30,7 +30,8 @@ EMPTY = -(1 << 60)  # position of a slot that holds nothing: no mask admits it
 # Global layers attend to a multiple of this many rows, so that one graph serves that many tokens.
 KV_BLOCK = 256
 SMALL_KV_BLOCK = 64
-SMALL_GRAPHS, LARGE_GRAPHS = 16, 2
+# Graphs of few tokens kept for reuse; of those of many, whose inputs are large, only the last is.
+SMALL_GRAPHS, SMALL_GRAPH_BYTES = 16, 24 << 20
 
 
 def kv_rows(length: int) -> int:
@@ -304,8 +305,7 @@ class GgmlCache:
     # --- graphs built for this cache ---
 
     def graph_bytes(self) -> int:
-        """Bytes of the graphs kept for reuse, inputs included; at most SMALL_GRAPHS graphs of few
-        tokens and LARGE_GRAPHS of many."""
+        """Bytes of the graphs kept for reuse, inputs included."""
         return sum(graph.nbytes for graph in self._graphs.values())
 
     def graph(self, key: object) -> Reusable | None:
@@ -319,13 +319,22 @@ class GgmlCache:
         self._graphs.move_to_end(key)
         return found
 
-    def keep(self, key: object, graph: Reusable, large: bool) -> None:
-        """Keep `graph`; the least recently used of its size class goes when there are too many."""
+    def drop_large(self) -> None:
+        """Free the graph of many tokens: before another one is built, or to have its memory."""
+        for key in [k for k in self._graphs if _is_large(k)]:
+            self._graphs.pop(key).close()
+
+    def keep(self, key: object, graph: Reusable) -> None:
+        """Keep `graph`; the least recently used go when there are too many."""
+        if _is_large(key):
+            self.drop_large()
         self._graphs[key] = graph
-        limit = LARGE_GRAPHS if large else SMALL_GRAPHS
-        same = [k for k in self._graphs if _is_large(k) == large]
-        for old in same[: max(0, len(same) - limit)]:
-            self._graphs.pop(old).close()
+        small = [k for k in self._graphs if not _is_large(k)]
+        nbytes = sum(self._graphs[k].nbytes for k in small)
+        while len(small) > SMALL_GRAPHS or (len(small) > 1 and nbytes > SMALL_GRAPH_BYTES):
+            old = self._graphs.pop(small.pop(0))
+            nbytes -= old.nbytes
+            old.close()
 
     def close(self) -> None:
         """Free everything. Twice is harmless; using it afterwards is refused."""
