@@ -108,9 +108,7 @@ class Runtime:
     def __init__(self, model: Model, context: int, draft: DraftSetting = "auto") -> None:
         self._model = model
         chunk = PREFILL_CHUNK if model.budget is None else model.budget.chunk
-        self._engine = Engine(
-            model.backend, context, draft, prefill_chunk=chunk, trace=model.trace
-        )
+        self._engine = Engine(model.backend, context, draft, prefill_chunk=chunk, trace=model.trace)
         self._totals = _Totals()
         # Re-entrant: adding may let the collector close a forgotten stream, which adds as well.
         self._totals_lock = threading.RLock()
@@ -135,13 +133,13 @@ class Runtime:
 
         `backend` "auto" is "ggml" for bundles and GGUF files, "reference" for checkpoints. `ram` is
         a bound on the process in bytes (or "900MiB"): the ggml backend reads routed experts from
-        flash when they do not fit, the reference backend refuses. `context` is the
-        most tokens of a conversation (default 4,096 or what the model has), `draft` 0 to 3 or
-        "auto". `kv_type` is the format of the KV cache of global layers on the ggml backend: "f16"
-        (default), "q8_0" (about half), "f32". `trace` is a file for the experts every layer
-        chooses for every token (`mimo-edge trace` reads it). "mimo-nano" is the built-in model.
-        Raises a MimoEdgeError: BundleError, CheckpointError, DeviceError when the model does not
-        fit `ram`, BackendError, UsageError.
+        flash when they do not fit, the reference backend refuses. `context` is the most tokens of
+        a conversation (default 4,096 or what the model has), `draft` 0 to 3 or "auto"; with 0 the
+        ggml backend leaves MTP blocks on flash. `kv_type` is the format of the KV cache of global
+        layers on the ggml backend: "f16" (default), "q8_0" (about half), "f32". `trace` is a file
+        for the experts every layer chooses for every token (`mimo-edge trace` reads it).
+        "mimo-nano" is the built-in model. Raises a MimoEdgeError: BundleError, CheckpointError,
+        DeviceError when the model does not fit `ram`, BackendError, UsageError.
         """
         if profile is not None:
             raise UsageError(
@@ -160,6 +158,7 @@ class Runtime:
             threads,
             kv_type=kv_type,
             trace=None if trace is None else Path(trace),
+            mtp=draft != 0,
         )
         positions = model.backend.config.max_position_embeddings
         try:

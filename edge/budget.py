@@ -24,12 +24,12 @@ from mimo_edge.speculative import MAX_DRAFT
 from mimo_edge.units import format_bytes
 
 PAGE = mmap.PAGESIZE
-# Python, NumPy and our own code with a small tokenizer: the least that is planned for.
+# Python, NumPy and our own code with a tokenizer, where it is not known what they take.
 PROCESS_BYTES = 96 << 20
 # What the backend's libraries, the graphs' Python side and short-lived arrays add to that.
-LIBRARY_BYTES = 48 << 20
-# Pages of the model file that are in memory at a time: header, embedding rows.
-FILE_PAGES_BYTES = 16 << 20
+LIBRARY_BYTES = 32 << 20
+# Pages of the model file that are in memory at a time: the header, and what is read ahead.
+FILE_PAGES_BYTES = 12 << 20
 CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
 # Graphs of few tokens that a cache keeps, one more while a new one replaces an old, and the bytes
@@ -117,7 +117,7 @@ def plan(
     """
     check_kv_type(kv_type, config)
     context = min(context, config.max_position_embeddings)
-    base = max(PROCESS_BYTES, process_bytes or 0) + LIBRARY_BYTES
+    base = (PROCESS_BYTES if process_bytes is None else process_bytes) + LIBRARY_BYTES
     routed = {name for name in tensors if _is_routed(name)}
     fixed = [
         Line("process", base, "Python, libraries, tokenizer"),
@@ -126,14 +126,14 @@ def plan(
         Line("KV cache", kv_bytes(config, context, kv_type), f"{context} tokens, {kv_type}"),
     ]
     experts = sum(tensors[name].nbytes for name in routed)
-    whole = [*fixed, *([Line("experts", experts, "all of them")] if experts else [])]
-    whole += [
-        Line(
-            "graphs",
-            graph_bytes(config, context, DEFAULT_CHUNK, False, kv_type),
-            _chunk(DEFAULT_CHUNK),
-        ),
-        Line("loading", _loading_bytes(tensors, routed=True), "the largest tensor, as read"),
+    graphs = graph_bytes(config, context, DEFAULT_CHUNK, False, kv_type)
+    # The largest tensor is read in one piece; cache and graphs come into being after that.
+    loading = _loading_bytes(tensors, routed=True) - fixed[-1].nbytes - graphs
+    whole = [
+        *fixed,
+        *([Line("experts", experts, "all of them")] if experts else []),
+        Line("graphs", graphs, _chunk(DEFAULT_CHUNK)),
+        Line("loading", max(0, loading), "the largest tensor, beyond cache and graphs"),
     ]
     resident = Budget(tuple(whole), ram, context, DEFAULT_CHUNK, False, kv_type=kv_type)
     if ram is None or resident.nbytes <= ram:
@@ -224,6 +224,8 @@ def _weight_lines(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> list
     for name, info in tensors.items():
         if _is_routed(name) or (name == _TABLE and not config.tie_word_embeddings):
             continue
+        if _block(name) >= config.num_hidden_layers + config.num_mtp_layers:
+            continue  # MTP blocks that stay in the file
         nbytes = info.nbytes
         if len(info.shape) == 1 or name.endswith("ffn_gate_inp.weight"):
             elements = 1

@@ -31,6 +31,7 @@ from mimo_edge.speculative import (
     make_policy,
     max_draft,
 )
+from mimo_edge.units import even_part
 
 FinishReason = Literal["stop", "length", "cancelled"]
 PREFILL_CHUNK = 256
@@ -195,12 +196,6 @@ def token_list(token_ids: Ids[int]) -> list[int]:
         return [operator.index(token) for token in token_ids]
     except TypeError as error:
         raise UsageError(f"token ids are a flat list of whole numbers: {error}") from None
-
-
-def even_part(total: int, most: int) -> int:
-    """Size of the first of as few equal parts of `total` as are possible with parts of at most
-    `most`: a small rest costs a pass over streamed experts like a large part."""
-    return -(-total // -(-total // most))
 
 
 def _is_count(value: object) -> bool:

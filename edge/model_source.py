@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ def open_model(
     *,
     kv_type: str | None = None,
     trace: Path | None = None,
+    mtp: bool = True,
 ) -> Model:
     """Open a bundle folder, a GGUF file or a checkpoint folder; "mimo-nano" is the built-in one.
 
@@ -101,7 +102,7 @@ def open_model(
         experts, budget = None, None
         if backend == "ggml":
             kind = DEFAULT_KV_TYPE if kv_type is None else kv_type
-            opened, experts, budget = _open_ggml(source, ram, context, threads, kind, routes)
+            opened, experts, budget = _open_ggml(source, ram, context, threads, kind, routes, mtp)
         else:
             if kv_type not in (None, "f32"):
                 raise UsageError(
@@ -149,6 +150,7 @@ def _open_ggml(
     threads: int | None,
     kv_type: str,
     routes: RouteSink | None,
+    mtp: bool,
 ) -> tuple[Backend, CachedExperts | None, memory.Budget]:
     """The ggml backend: all weights resident, or routed experts on flash when `ram` demands it.
     It takes over the files behind `source`."""
@@ -158,6 +160,8 @@ def _open_ggml(
             "export it first (mimo-edge export), or use --backend reference",
         )
     bundle, config = source.bundle, source.weights.config
+    if not mtp:
+        config = replace(config, num_mtp_layers=0)
     budget = memory.plan(
         config,
         bundle.tensors,

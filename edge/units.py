@@ -1,4 +1,4 @@
-"""Sizes as people write them: "900MiB", "2.5 GB", "4096"."""
+"""Sizes as people write them: "900MiB", "2.5 GB", "4096"; and cutting amounts into parts."""
 
 from __future__ import annotations
 
@@ -47,3 +47,9 @@ def format_bytes(size: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
+
+
+def even_part(total: int, most: int) -> int:
+    """Size of the first of as few equal parts of `total` as are possible with parts of at most
+    `most`: a small rest costs a pass over streamed experts like a large part."""
+    return -(-total // -(-total // most))

@@ -37,7 +37,11 @@ WIDE = tiny.tiny_config(
     sliding_window=32,
     vocab_size=2000,
 )
-CONFIGS = {"tiny": tiny.tiny_config(), "wide": WIDE, "dense": tiny.tiny_mimo7b_config(num_mtp_layers=0)}
+CONFIGS = {
+    "tiny": tiny.tiny_config(),
+    "wide": WIDE,
+    "dense": tiny.tiny_mimo7b_config(num_mtp_layers=0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +122,7 @@ def test_weights_take_what_was_planned(files: dict[str, Path], name: str) -> Non
 # Heads of whole q8_0 blocks, two global and two sliding layers.
 BLOCKS = {
     "hybrid": tiny.tiny_config(head_dim=96, v_head_dim=64),
-    "dense": tiny.tiny_mimo7b_config(
-        hidden_size=128, head_dim=32, v_head_dim=32, num_mtp_layers=0
-    ),
+    "dense": tiny.tiny_mimo7b_config(hidden_size=128, head_dim=32, v_head_dim=32, num_mtp_layers=0),
 }
 
 

@@ -36,6 +36,7 @@ from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.expert_source import CachedExperts
 from mimo_edge.runtimes.ggml.raw import GgufTensors
+from mimo_edge.sampling import Sampler, SamplingParams
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -389,6 +390,27 @@ def test_the_kernel_never_counts_more_than_was_allowed(
         answer = session.generate(ids, max_tokens=40).token_ids
         answer += session.generate([5, 6], max_tokens=20).token_ids
     assert found["answer"] == list(answer)
+
+
+def test_without_drafts_mtp_blocks_stay_in_the_file(large: Path) -> None:
+    """Their memory goes to expert slots, and the answer stays."""
+    ram, found = smallest(large) + 20 * MIB, []
+    for draft in (0, "auto"):
+        with Runtime.open(
+            large, backend="ggml", ram=ram, context=256, threads=1, draft=draft
+        ) as runtime:
+            budget = runtime.stats()["budget"]
+            answer = runtime.session().generate(PROMPT, max_tokens=8).token_ids
+            found.append((budget["slots"], "MTP" in budget["lines"], answer))
+            if draft == 0:
+                with pytest.raises(UsageError, match="draft = 1"):
+                    runtime._engine.generate(
+                        runtime._engine.sequence(), [1], Sampler(SamplingParams()), draft=1
+                    )
+    (without, no_mtp, plain), (with_mtp, mtp, drafted) = found
+    assert (no_mtp, mtp) == (False, True)
+    assert without > with_mtp
+    assert plain == drafted
 
 
 def test_a_bound_too_small_is_refused_before_anything_is_loaded(

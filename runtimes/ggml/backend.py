@@ -31,6 +31,7 @@ from mimo_edge.runtimes.ggml.raw import RawTensors
 from mimo_edge.runtimes.ggml.resident import ResidentWeights
 from mimo_edge.runtimes.ggml.resident_experts import ResidentExperts
 from mimo_edge.runtimes.ggml.slots import ExpertSource
+from mimo_edge.units import even_part
 
 DEFAULT_CHUNK = 512
 
@@ -128,9 +129,11 @@ class GgmlBackend:
         ours.require(total)
         logits = np.empty((logits_rows, self.config.vocab_size), np.float32)
         hidden = np.empty((hidden_rows, self.config.hidden_size), np.float32)
-        for start in range(0, total, self._chunk):
-            chunk = ids[start : start + self._chunk]
-            after = total - start - len(chunk)  # rows behind this chunk
+        after = total  # rows behind this chunk
+        while after:
+            start = total - after
+            chunk = ids[start : start + even_part(after, self._chunk)]
+            after -= len(chunk)
             want = [min(max(0, n - after), len(chunk)) for n in (logits_rows, hidden_rows)]
             found = self._forward_chunk(ours, chunk, *want)
             for out, part in zip((logits, hidden), found, strict=True):
