@@ -220,6 +220,27 @@ def test_alone_one_process_measures_all(monkeypatch: pytest.MonkeyPatch, tiny: P
     assert result.ratio is None
 
 
+def test_a_row_says_what_its_text_does_to_it(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    def reply(forced: Any, choices: list[int], slots: int | None) -> Any:
+        def answer(request: dict[str, Any]) -> tuple[int, str, str]:
+            code, out, log = good(request)
+            found = json.loads(out) | {"forced": forced, "choices": choices, "slots": slots}
+            return code, json.dumps(found), log
+
+        return answer
+
+    def notes(draft: Any, *how: Any) -> str:
+        run, _ = bench(monkeypatch, tiny, reply(*how))
+        (result,) = run.run([Case("decode", 8, 16, draft, None, 1)])
+        return " ".join(result.ours.notes)
+
+    assert "what drafting costs" in notes(3, [1, 2], [5, 6], None)
+    assert notes(0, [1, 2], [5, 6], None) == ""
+    assert "2 different tokens of 10" in notes(0, None, [5, 6] * 5, 64)
+    assert notes(0, None, [5, 6] * 5, None) == ""  # no experts are read
+    assert notes("auto", None, [5, 6, 7], 64) == ""
+
+
 def test_stock_repacks_where_its_second_copy_fits(
     monkeypatch: pytest.MonkeyPatch, tiny: Path
 ) -> None:

@@ -239,6 +239,8 @@ def _row(engine: str, case: Case, outcomes: list[_Outcome]) -> Row:
     notes = []
     if case.ram is not None and not all(outcome.in_cgroup for outcome in outcomes):
         notes.append("no memory cgroup: the cap is only what mimo-edge keeps by itself")
+    if good and engine == OURS and case.kind == "decode":
+        notes += _text_notes(case, good[0].answer)
     if max(cached, default=0) > 16 << 20:
         notes.append(
             f"{max(cached) >> 20} MiB of the model were in the page cache already and count "
@@ -257,6 +259,21 @@ def _row(engine: str, case: Case, outcomes: list[_Outcome]) -> Row:
         error=error,
         notes=tuple(notes),
     )
+
+
+def _text_notes(case: Case, answer: dict[str, Any]) -> list[str]:
+    """What the decoded text does to the figures."""
+    if answer["forced"] is not None:
+        if case.draft == 0:
+            return []
+        return ["the ids are drawn, so no draft is right: this is what drafting costs"]
+    choices = answer["choices"]
+    if 4 * len(set(choices)) >= len(choices) or answer.get("slots") is None:
+        return []
+    return [
+        f"{len(set(choices))} different tokens of {len(choices)}: it repeats itself, and so do "
+        "its experts"
+    ]
 
 
 _BULKY = ("samples", "prompts", "forced", "choices", "warmup_prompt")
