@@ -36,11 +36,11 @@ def main() -> None:
     a = ap.parse_args()
     rows = list(csv.DictReader((a.run / "log.csv").open()))
     evals = [r for r in csv.DictReader((a.run / "eval.csv").open()) if r["stored"] == "0"]
-    end = max(float(r["minutes"]) for r in rows)
+    end = max(int(r["tokens"]) for r in rows) / 1e6
     low, high = 1e-3, 10.0
 
-    def x(minutes: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * minutes / end
+    def x(millions: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * millions / end
 
     def y(loss: float) -> float:
         share = math.log(max(loss, low) / low) / math.log(high / low)
@@ -67,18 +67,20 @@ def main() -> None:
         out.append(
             f'<text x="{WIDTH - RIGHT + 6}" y="{at + 4:.1f}" fill="#d62728">{percent} %</text>'
         )
-    for minute in range(0, int(end) + 1, 10):
+    for million in range(0, int(end) + 1):
         out.append(
-            f'<text x="{x(minute):.1f}" y="{HEIGHT - 27}" text-anchor="middle">{minute}</text>'
+            f'<text x="{x(million):.1f}" y="{HEIGHT - 27}" text-anchor="middle">{million}</text>'
         )
-    out.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">minutes</text>')
+    out.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">million tokens</text>')
     for n, (key, label, colour) in enumerate(CURVES):
-        seen = [(float(r["minutes"]), float(r[key])) for r in rows if r[key]]
+        seen = [(int(r["tokens"]) / 1e6, float(r[key])) for r in rows if r[key]]
         points = zip([m for m, _ in seen], smooth([v for _, v in seen]), strict=True)
         path = " ".join(f"{x(m):.1f},{y(v):.1f}" for m, v in points)
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         out.append(f'<text x="{LEFT + 10 + 75 * n}" y="{TOP - 10}" fill="{colour}">{label}</text>')
-    path = " ".join(f"{x(float(r['minutes'])):.1f},{y_exact(float(r['exact'])):.1f}" for r in evals)
+    path = " ".join(
+        f"{x(int(r['tokens']) / 1e6):.1f},{y_exact(float(r['exact'])):.1f}" for r in evals
+    )
     out.append(f'<polyline points="{path}" fill="none" stroke="#d62728" stroke-dasharray="5 3"/>')
     out.append(f'<text x="{LEFT + 320}" y="{TOP - 10}" fill="#d62728">held-out exact match</text>')
     a.out.write_text("\n".join(out) + "\n</svg>\n", "utf-8")
