@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import tokenizers_made as made
 
 from mimo_edge.bpe import BytePairEncoder, token_bytes
 from mimo_edge.chat_template import DEFAULT_SYSTEM, ChatTemplate, check_messages
 from mimo_edge.errors import TokenizerError, UsageError
+from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.jinja_sandbox import SandboxedTemplate
+from mimo_edge.nano import commands as nano
 from mimo_edge.tokenizer import Tokenizer, _PlainEncoder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "mimo_prompt.json").read_text())
@@ -59,6 +62,44 @@ def test_the_published_prompt_gives_the_published_ids(tmp_path: Path) -> None:
         ids = ChatTemplate().encode(tokenizer, messages, enable_thinking=False)
         assert ids == GOLDEN["ids"]
         assert tokenizer.eos_ids == {151643, 151645}
+
+
+def test_the_same_prompt_on_mimo_nano(tmp_path: Path) -> None:
+    """The published vector's shape in the built-in model's ids, cut by the tokenizers library
+    itself; by its tokenizer.json, and by the GGUF metadata of its bundle alone."""
+    folder = nano.checkpoint_dir()
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def special(token: str) -> int:
+        id_ = library.token_to_id(token)
+        assert isinstance(id_, int)
+        return id_
+
+    def text(words: str) -> list[int]:
+        return list(library.encode(words).ids)
+
+    start, end = special(START), special(END)
+    ids = [
+        *(start, *text(f"system\n{DEFAULT_SYSTEM}"), end),
+        *(start, *text("user\nHello"), end),
+        *(start, *text("assistant\n"), special("<think>"), special("</think>")),
+    ]
+    messages = [{"role": "user", "content": "Hello"}]
+    with export_bundle("mimo-nano", tmp_path / "out", recipe="q8_0") as bundle:
+        assert bundle.chat_template == (folder / "chat_template.jinja").read_text("utf-8")
+        template = ChatTemplate(bundle.chat_template)
+        for tokenizer in (
+            Tokenizer.from_file(folder / "tokenizer.json"),
+            Tokenizer.from_gguf(bundle.metadata),
+        ):
+            assert template.encode(tokenizer, messages, enable_thinking=False) == ids
+            assert template.encode(tokenizer, messages) == ids[:-2]
+            assert tokenizer.eos_ids == {end, special("<|endoftext|>")}
+            assert tokenizer.size == library.get_vocab_size()
+            padding = tokenizer.padding_mask(bundle.config.vocab_size)
+            assert not padding[: tokenizer.size].any()
+            assert padding[tokenizer.size :].all()
+        assert set(bundle.config.eos_token_ids) == tokenizer.eos_ids
 
 
 def render(messages: list[Any], tools: list[Any] | None = None, **options: Any) -> str:

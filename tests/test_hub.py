@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from checkpoint_factory import write_checkpoint
 
 from mimo_edge.errors import BackendError, CheckpointError
 from mimo_edge.export.hub import resolve
@@ -123,3 +130,88 @@ def test_the_real_client_takes_our_arguments(
         CheckpointError, match="no folder owner/other, and downloading it from the Hub failed"
     ):
         resolve("owner/other")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """As much of the Hub as a snapshot takes: what is in a repository, and its files."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/owner/name"):
+            files = sorted(p for p in self.folder.rglob("*") if p.is_file())
+            names = [p.relative_to(self.folder).as_posix() for p in files]
+            answer: Any = [
+                {"type": "file", "path": n, "size": f.stat().st_size, "oid": "0" * 40}
+                for n, f in zip(names, files, strict=True)
+            ]
+            if "/tree/" not in path:
+                listed = [{"rfilename": n} for n in names]
+                answer = {"id": "owner/name", "sha": COMMIT, "siblings": listed}
+            self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+            return
+        name = path.removeprefix(f"/owner/name/resolve/{COMMIT}/")
+        if name == path or not (self.folder / name).is_file():
+            self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        self.asked.append(name)
+        body = (self.folder / name).read_bytes()
+        etag = f'"{hashlib.sha256(body).hexdigest()}"'
+        self.reply(200, body, {"ETag": etag, "X-Repo-Commit": COMMIT})
+
+    def reply(self, code: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """No log."""
+
+
+def test_exports_from_a_hub(tmp_path: Path) -> None:
+    """The whole way with the real client, from a server of our own."""
+    pytest.importorskip("huggingface_hub")
+    folder, _ = write_checkpoint(tmp_path / "repository", "flash", tokenizer=True)
+    (folder / "modeling_mimo.py").write_text("raise SystemExit('remote code ran')")
+    (folder / "audio_tokenizer").mkdir()
+    (folder / "audio_tokenizer" / "model.safetensors").write_bytes(b"not for a text model")
+    asked: list[str] = []
+    handler = type("Handler", (HubHandler,), {"folder": folder, "asked": asked})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")},
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        command = [sys.executable, "-m", "mimo_edge", "export", "owner/name", "out"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("owner/name -> out: ")
+        assert {n for n in asked if n.endswith(".safetensors")} == {
+            p.name for p in folder.glob("*.safetensors")
+        }
+        assert not [n for n in asked if n.endswith(".py") or "/" in n]
+        missing = [*command[:-2], "owner/other", "other"]
+        done = subprocess.run(
+            missing, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        server.shutdown()
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "no folder owner/other, and downloading it from the Hub failed" in done.stderr
