@@ -59,11 +59,21 @@ def test_every_public_name_imports() -> None:
 def test_import_is_light() -> None:
     """Embedding applications import us at start-up: nothing heavy may come along."""
     heavy = {"numpy", "llama_cpp", "onnx", "onnxruntime", "tokenizers", "typer", "rich", "jinja2"}
-    code = "import sys, mimo_edge; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert not heavy & set(loaded)
+    assert not heavy & loaded_by("import mimo_edge")
+
+
+def test_a_session_loads_no_more_than_it_needs() -> None:
+    """Ready to generate within a second: what other paths need is imported by them."""
+    heavy = {"asyncio", "llama_cpp", "onnx", "onnxruntime", "gguf", "typer", "rich", "torch"}
+    heavy |= {"mimo_edge.export.pipeline", "mimo_edge.experts.cache", "mimo_edge.evaluate"}
+    code = "from mimo_edge import Runtime; Runtime.open('mimo-nano').session().messages"
+    assert not heavy & loaded_by(code)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Modules a fresh interpreter holds after `code`."""
+    shown = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
+    return set(subprocess.run(shown, check=True, capture_output=True, text=True).stdout.split())
 
 
 @pytest.mark.parametrize("word", ["pypi.org", "pythonhosted", "/work/"])
