@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,20 @@ class RoleTotal:
 
 @dataclass(frozen=True)
 class Inventory:
-    """`kind` is "bundle", "gguf", "checkpoint" or "known model"."""
+    """`kind` is "bundle", "gguf", "checkpoint" or "known model".
+
+    `skipped` counts source tensors that the text model does not use, by reason; `skipped_tensors`
+    names them, and `ignored_files` the weight files its index does not name (of a checkpoint).
+    """
 
     kind: str
     name: str
     config: MimoConfig
     tensors: tuple[TensorLine, ...]
     manifest: Manifest | None = None
-    skipped: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    skipped_tensors: Mapping[str, str] = field(default_factory=dict)
+    ignored_files: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -120,6 +127,11 @@ class Inventory:
                 for t in self.tensors
             },
         }
+        if self.kind != "known model":
+            result["skipped"] = dict(self.skipped)
+        if self.kind == "checkpoint":
+            result["skipped_tensors"] = dict(self.skipped_tensors)
+            result["ignored_files"] = list(self.ignored_files)
         if self.manifest is not None:
             m = self.manifest
             result |= {
@@ -196,7 +208,7 @@ def _of_bundle(path: Path) -> Inventory:
                 line = replace(line, relative_rms=entry.relative_rms, worst_block=entry.worst_block)
             lines.append(line)
         kind = "bundle" if bundle.manifest else "gguf"
-        skipped = sum(bundle.manifest.skipped.values()) if bundle.manifest else 0
+        skipped = bundle.manifest.skipped if bundle.manifest else {}
         return Inventory(kind, bundle.name, bundle.config, tuple(lines), bundle.manifest, skipped)
 
 
@@ -219,7 +231,9 @@ def _of_checkpoint(folder: Path, name: str | None) -> Inventory:
             name or checkpoint.name,
             checkpoint.config,
             tuple(lines),
-            skipped=len(mapping.skipped),
+            skipped=mapping.skipped_by_reason(),
+            skipped_tensors=mapping.skipped,
+            ignored_files=checkpoint.ignored_files,
         )
 
 

@@ -13,6 +13,7 @@ order of its input_proj, [hidden ; embedding], the reverse of V2's [embedding ; 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -123,6 +124,10 @@ class TensorMapping:
 
     tensors: list[TensorPlan]
     skipped: dict[str, str]  # source tensor -> reason
+
+    def skipped_by_reason(self) -> dict[str, int]:
+        """How many source tensors each reason left out, in the order they come."""
+        return dict(Counter(self.skipped.values()))
 
     def __getitem__(self, name: str) -> TensorPlan:
         try:

@@ -296,9 +296,6 @@ def write_manifest(export: Export) -> None:
         )
     order = [name for layout in export.layouts for name in layout.tensors]
     stacks = {plan.name for plan in export.mapping.tensors if plan.is_expert_stack}
-    reasons: dict[str, int] = {}
-    for reason in export.mapping.skipped.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
     side = export.side_files
     manifest = Manifest(
         tool_version=mimo_edge.__version__,
@@ -320,7 +317,7 @@ def write_manifest(export: Export) -> None:
         experts={layer: tuple(crcs) for layer, crcs in experts.items()},
         permutation=export.permutation,
         unweighted=tuple(unweighted),
-        skipped=reasons,
+        skipped=export.mapping.skipped_by_reason(),
     )
     _write_file(export.folder / (MANIFEST_NAME + PART), manifest.to_bytes())
 

@@ -163,6 +163,25 @@ def test_inspect_counts_a_checkpoint(tmp_path: Path, kind: Any) -> None:
     found = json.loads(call("inspect", folder, "--json").stdout)
     assert found["kind"] == "checkpoint"
     assert found["parameters"] == sum(v.size for v in truth._tensors.values())
+    assert sum(found["skipped"].values()) == len(found["skipped_tensors"])
+    assert set(found["skipped_tensors"].values()) == set(found["skipped"])
+
+
+def test_what_was_left_out_is_listed_with_its_reason(tmp_path: Path) -> None:
+    folder, _ = write_checkpoint(tmp_path / "source", "v25")
+    vision = "vision tower: the text model does not use it"
+    found = json.loads(call("inspect", folder, "--json").stdout)
+    assert found["skipped_tensors"]["visual.patch_embed.proj.weight"] == vision
+    assert found["ignored_files"] == ["audio_tokenizer/"]
+    shown = call("inspect", folder).stdout
+    assert f"left out     {found['skipped'][vision]} tensors: {vision}\n" in shown
+    assert "left out     audio_tokenizer/: the index does not name it\n" in shown
+    done = call("export", folder, tmp_path / "out")
+    assert f"left out: {found['skipped'][vision]} tensors: {vision}\n" in done.stdout
+    assert (
+        json.loads(call("inspect", tmp_path / "out", "--json").stdout)["skipped"]
+        == (found["skipped"])
+    )
 
 
 @pytest.mark.parametrize(

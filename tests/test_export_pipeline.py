@@ -435,12 +435,10 @@ def die_at(step: int) -> None:
         wrap(os, name)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_anywhere_it_ends_in_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
-) -> None:
-    folder, _ = write_checkpoint(
-        tmp_path / "source",
+def two_layers(folder: Path) -> Path:
+    """A checkpoint as small as one with every kind of tensor can be."""
+    return write_checkpoint(
+        folder,
         "flash",
         tokenizer=True,
         num_hidden_layers=2,
@@ -448,7 +446,54 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
         moe_layer_freq=(0, 1),
         n_routed_experts=4,
         num_mtp_layers=1,
-    )
+    )[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_every_single_change_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    folder = two_layers(tmp_path / "source")
+    monkeypatch.setattr(pipeline, "_COMMIT_BYTES", 20_000)
+    calibration, out = measured(folder, []), tmp_path / "out"
+
+    def export() -> None:
+        export_bundle(
+            folder, out, recipe="q8_0", calibration=calibration, overwrite=overwrite, threads=1
+        ).close()
+
+    export()
+    expected = digests(out)
+    shutil.rmtree(out)
+    for step in range(1, 1000):
+        if overwrite:
+            export_bundle(folder, out, recipe="f16").close()
+            before = digests(out)
+
+        def attempt(step: int = step) -> None:
+            die_at(step)
+            export()
+
+        status = in_child(attempt)
+        if status:
+            assert os.WIFSIGNALED(status), status
+            if out.exists():
+                assert digests(out) in ([expected, before] if overwrite else [expected]), step
+            export()
+        assert digests(out) == expected, step
+        assert leftovers(out) == [], step
+        shutil.rmtree(out)
+        if not status:
+            break
+    assert 100 < step < 999
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_anywhere_it_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    folder = two_layers(tmp_path / "source")
     monkeypatch.setattr(pipeline, "_COMMIT_BYTES", 20_000)
     calibration = measured(folder, [])
 

@@ -734,9 +734,12 @@ def test_a_long_pass_computes_large_experts_one_by_one(
     monkeypatch.setattr(expert_matrix, "EXACT_ROWS", 5)
     calls = []
     run = expert_matrix.MatrixExperts.run
-    monkeypatch.setattr(
-        expert_matrix.MatrixExperts, "run", lambda *args: (calls.append(1), run(*args))
-    )
+
+    def counted(*args: Any) -> None:
+        calls.append(1)
+        run(*args)
+
+    monkeypatch.setattr(expert_matrix.MatrixExperts, "run", counted)
 
     def experts(device: Device) -> LoopingExperts:
         return LoopingExperts(device, packed(config, fmt), [1, 2, 3], 3)

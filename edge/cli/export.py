@@ -120,6 +120,8 @@ def export(
     made = inventory(out)
     output.text(f"{made.name} -> {out}: {format_bytes(sum(sizes.values()))}")
     output.table([[f"  {name}", format_bytes(size)] for name, size in sizes.items()])
+    for reason, count in made.skipped.items():
+        output.text(f"  left out: {count} tensors: {reason}")
     if verbose:
         print_roles(output, made)
     output.result({"path": str(out), "warnings": notes.messages, **made.to_dict()})

@@ -125,8 +125,10 @@ def print_model(output: Output, found: Inventory) -> None:
         ]
         if m.permutation:
             rows.append(["experts are", "stored hottest first"])
-    if found.skipped:
-        rows.append(["left out", f"{found.skipped} tensors the text model does not use"])
+    for reason, count in found.skipped.items():
+        rows.append(["left out", f"{count} tensors: {reason}"])
+    for file in found.ignored_files:
+        rows.append(["left out", f"{file}: the index does not name it"])
     for name, value in rows:
         output.text(f"{name:<12} {value}")
     output.text("")
