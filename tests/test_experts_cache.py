@@ -9,9 +9,8 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +28,8 @@ from mimo_edge.errors import (
     MimoEdgeError,
     UsageError,
 )
-from mimo_edge.experts import reader as reader_module
 from mimo_edge.experts.cache import ExpertCache, Ticket
 from mimo_edge.experts.flash_file import FlashFile
-from mimo_edge.experts.guesses import GuessRecord
 from mimo_edge.experts.reader import ExpertReader
 from mimo_edge.experts.slots import SlotPool
 
@@ -153,95 +150,18 @@ def test_warm_fills_free_slots_by_heat_and_pins_stay(tmp_path: Path) -> None:
             cache.pin(1, np.arange(5))
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for something lanes do, or fail."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
-def test_what_a_layer_will_want_is_read_ahead_and_given_up_when_slots_are_short(
-    tmp_path: Path,
-) -> None:
+def test_prefetch_is_used_and_given_up_when_slots_are_short(tmp_path: Path) -> None:
     file = ExpertFile(tmp_path / "x")
-    record = GuessRecord()
     with ExpertCache(file.table, 6) as cache:
-        cache.expect(2, np.array([3, 0, 1]), record)
-        until(lambda: cache.resident(2).tolist() == [0, 1, 3])
+        assert cache.prefetch(2, np.arange(8), 3) == 3
         with cache.acquire(1, np.array([0, 1, 2])) as ticket:
             assert_content(cache, file, 0, ticket.ids, ticket.slots)
         with cache.acquire(2, np.array([0, 1, 2])) as ticket:
             assert_content(cache, file, 1, ticket.ids, ticket.slots)
-            assert ticket.resident.tolist() == [True, True, False]
-        assert (record.guessed, record.right) == (3, 2)
-        assert cache.stats().total().loads == 7
-        cache.expect(3, np.arange(6), record)
+        assert cache.stats().total().loads == 6
+        assert cache.prefetch(3, np.arange(8), 6) == 6
         with cache.acquire(1, np.arange(5)) as ticket:
             assert_content(cache, file, 0, ticket.ids, ticket.slots)
-
-
-def test_a_wrong_guess_is_not_read_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its queued parts are dropped, the slot is free again when the running one ends, and who asks
-    for the expert meanwhile gets it."""
-    file = ExpertFile(tmp_path / "x")
-    go, begun, parts = threading.Event(), threading.Event(), []
-    whole = FlashFile.read
-
-    def slow(self: FlashFile, offset: int, targets: Any, bounce: Any = None) -> int:
-        parts.append(offset)
-        begun.set()
-        assert go.wait(20)
-        return whole(self, offset, targets, bounce)
-
-    with ExpertCache(file.table, 6, lanes=2) as cache:
-        monkeypatch.setattr(FlashFile, "read", slow)
-        monkeypatch.setattr(reader_module, "COALESCE_BYTES", 0)
-        cache.expect(2, np.array([5, 6]))
-        assert begun.wait(20)
-        with cache.begin(2, np.array([1])) as ticket:
-            again = cache.begin(2, np.array([5]))  # begun, stopped, wanted after all
-            go.set()
-            ticket.wait()
-            assert_content(cache, file, 1, ticket.ids, ticket.slots)
-            again.wait()
-            assert_content(cache, file, 1, again.ids, again.slots)
-            again.release()
-        until(lambda: not cache._reads)
-        # 5: one part as a guess, then all three; 6: not one; 1: three
-        assert len(parts) == 1 + 3 + 3
-        assert cache.resident(2).tolist() == [1, 5]
-        assert cache._residency.used == 2
-        with cache.acquire(2, np.array([6])) as ticket:
-            assert_content(cache, file, 1, ticket.ids, ticket.slots)
-
-
-def test_the_next_layer_is_read_behind_a_long_pass(tmp_path: Path) -> None:
-    heat = {row: np.arange(8, dtype=np.float64) for row in range(3)}
-    file = ExpertFile(tmp_path / "x", heat=heat)
-    with ExpertCache(file.table, 8) as cache:
-        seen: list[int] = []
-        for ids, slots in cache.stream(1, np.arange(8), 2, then=2):
-            assert_content(cache, file, 0, ids, slots)
-            seen += ids.tolist()
-        assert sorted(seen) == list(range(8))
-        until(lambda: cache.resident(2).tolist() == [4, 5, 6, 7])
-        first = next(iter(cache.stream(2, np.arange(8), 4)))
-        assert first.ids.tolist() == [4, 5, 6, 7]
-
-
-def test_guesses_that_do_not_come_true_are_made_rarely() -> None:
-    record = GuessRecord()
-    assert record.worth()
-    for _ in range(200):
-        record.note(right=False)
-    assert 0 < sum(record.worth() for _ in range(320)) <= 320 // 16
-    for _ in range(200):
-        record.note(right=True)
-    assert all(record.worth() for _ in range(100))
-    assert (record.guessed, record.right) == (400, 200)
 
 
 def test_too_much_at_once_is_refused_and_nothing_is_held(tmp_path: Path) -> None:
@@ -287,7 +207,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = ExpertCache(self.file.table, 8, lanes=2)
         self.open: list[Ticket] = []
         self.pinned: set[tuple[int, int]] = set()
-        self.record = GuessRecord()
         self.asked = 0
 
     def held(self) -> set[tuple[int, int]]:
@@ -338,10 +257,9 @@ class CacheMachine(RuleBasedStateMachine):
         finally:
             groups.close()
 
-    @rule(row=st.integers(0, 2), ids=st.lists(st.integers(0, 7), min_size=1, max_size=5))
-    def expect(self, row: int, ids: list[int]) -> None:
-        self.cache.expect(row + 1, np.array(ids), self.record)
-        assert self.record.right <= self.record.guessed
+    @rule(row=st.integers(0, 2), most=st.integers(1, 4))
+    def prefetch(self, row: int, most: int) -> None:
+        self.cache.prefetch(row + 1, np.arange(8), most)
 
     @rule()
     def warm_up(self) -> None:

@@ -24,7 +24,7 @@ from checkpoint_factory import write_checkpoint
 from typer.testing import CliRunner
 
 from mimo_edge.api import Runtime
-from mimo_edge.budget import Budget, plan, resident_bytes
+from mimo_edge.budget import Budget, plan
 from mimo_edge.bundle import Bundle
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.cli.main import app
@@ -378,9 +378,7 @@ def test_the_kernel_never_counts_more_than_was_allowed(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     experts = found["stats"]["experts"]
-    # a wrong guess of what a layer will want leaves its slot empty
-    assert experts["slots"] - 2 <= experts["slots_used"] <= experts["slots"]
-    assert experts["slots"] < found["stats"]["budget"]["experts"]
+    assert experts["slots_used"] == experts["slots"] < found["stats"]["budget"]["experts"]
     assert experts["flash_bytes"] > 0
     assert peak(cgroup) < ram
     chunk = found["stats"]["budget"]["chunk"]
@@ -396,7 +394,7 @@ def test_the_kernel_never_counts_more_than_was_allowed(
 
 def test_without_drafts_mtp_blocks_stay_in_the_file(large: Path) -> None:
     """Their memory goes to expert slots, and the answer stays."""
-    ram, found = smallest(large) + (resident_bytes() or 0) + 20 * MIB, []
+    ram, found = smallest(large) + 20 * MIB, []
     for draft in (0, "auto"):
         with Runtime.open(
             large, backend="ggml", ram=ram, context=256, threads=1, draft=draft

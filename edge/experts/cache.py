@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.errors import Cancelled, DeviceError, MimoEdgeError, UsageError
-from mimo_edge.experts.guesses import GuessRecord
 from mimo_edge.experts.policy import FrequencyPolicy, Ids, Mask, Policy
 from mimo_edge.experts.reader import DEFAULT_LANES, ExpertRead, ExpertReader
 from mimo_edge.experts.residency import Residency, Slots
@@ -34,9 +33,6 @@ _log = logging.getLogger(__name__)
 _CANCEL_POLL_S = 0.02
 # Reads of `warm_up` in the queue at a time: enough for every lane, dropped quickly.
 _WARM_READS = 4
-# Experts on their way below which those a layer is expected to want are begun: flash is busy, and
-# an expert's slot is taken from another one as late as possible.
-_READS_BEFORE_EXPECTED = 2
 
 
 class ExpertGroup(NamedTuple):
@@ -143,8 +139,6 @@ class ExpertCache:
         self._reads: dict[tuple[int, int], ExpertRead] = {}
         self._waiting: dict[tuple[int, int], list[Ticket]] = {}
         self._ahead: dict[int, set[int]] = {}  # experts read ahead and held for their layer
-        self._expected: deque[tuple[int, int]] = deque()  # to be read ahead, likeliest first
-        self._guess: GuessRecord | None = None  # who wants to know which of those came true
         self._warming: deque[tuple[int, int]] = deque()  # to be read into free slots, best first
         self._warm_reads: set[tuple[int, int]] = set()
         self._tickets = 0
@@ -235,9 +229,7 @@ class ExpertCache:
                 )
             if not self.holds_everything:
                 self._residency.policy.touch(row, unique, counts, _tokens(ids))
-            ticket = self._ticket(row, unique, inverse.reshape(ids.shape), cancel)
-            self._let_go_ahead(row)
-            return ticket
+            return self._ticket(row, unique, inverse.reshape(ids.shape), cancel)
 
     def acquire(
         self,
@@ -261,7 +253,6 @@ class ExpertCache:
         ids: NDArray[np.integer[Any]],
         group: int,
         *,
-        then: int | None = None,
         cancel: threading.Event | None = None,
     ) -> Generator[ExpertGroup, None, None]:
         """All experts `ids` of a layer, at most `group` at a time, each once.
@@ -269,9 +260,7 @@ class ExpertCache:
         A group's slots are good until the next one is asked for. Resident experts come first,
         while the first reads run; of the others at most two groups are in slots or on their way,
         taken from the experts worth least, so a prefill leaves the favourites where they are.
-        When all of them are on their way, two groups of the layer `then`, which runs next and
-        wants nearly everything, are read ahead. Close the generator when leaving early. Raises as
-        `Ticket.wait`.
+        Close the generator when leaving early. Raises as `Ticket.wait`.
         """
         if group < 1:
             raise UsageError(f"groups of {group} experts")
@@ -290,7 +279,6 @@ class ExpertCache:
                 for part in (unique[ready], unique[found & ~ready]):
                     for start in range(0, len(part), group):
                         here.append(self._plain_ticket(row, part[start : start + group], cancel))
-                self._let_go_ahead(row)
             missing = unique[~found]
             while here or coming or len(missing):
                 with self._change:
@@ -301,9 +289,6 @@ class ExpertCache:
                             break
                         coming.append(self._plain_ticket(row, missing[: max(step, 1)], cancel))
                         missing = missing[max(step, 1) :]
-                    if then is not None and not len(missing):
-                        self._expect_most(self._row(then), 2 * group)
-                        then = None
                 current = here.popleft() if here else coming.popleft()
                 current.wait()
                 yield ExpertGroup(current.ids, current.slots)
@@ -314,43 +299,23 @@ class ExpertCache:
                 if ticket is not None:
                     ticket.release()
 
-    def expect(
-        self, layer: int, ids: NDArray[np.integer[Any]], guess: GuessRecord | None = None
-    ) -> None:
-        """A layer that runs soon will probably want `ids`, likeliest first: whenever hardly
-        anything else is being read, the next of them is. They stay until the layer runs; then what
-        it does not want is not read any further, and `guess` is told which came true.
+    def prefetch(self, layer: int, ids: NDArray[np.integer[Any]], most: int) -> int:
+        """Start reading up to `most` of the experts `ids` of a layer that runs soon, after all
+        other reads; they stay until the layer runs. Returns how many were queued.
 
-        What was expected before and not begun is forgotten. An error shows only when the expert is
-        really asked for.
+        A guess: an error shows only when the expert is really asked for. Off unless called.
         """
         with self._change:
             row = self._row(layer)
-            self._check_ids(ids)
-            self._expected = deque((row, e) for e in dict.fromkeys(ids.reshape(-1).tolist()))
-            self._guess = guess
-            self._read_expected()
-
-    def _expect_most(self, row: int, count: int) -> None:
-        """Expect the `count` most valuable experts of a layer that are not there."""
-        value = self._residency.policy.value()[row]
-        value[self._residency.slot_of[row] >= 0] = -np.inf
-        order = np.argsort(-value, kind="stable")[:count].tolist()
-        self._expected = deque((row, e) for e in order if self._residency.slot_of[row, e] < 0)
-        self._guess = None
-        self._read_expected()
-
-    def _read_expected(self) -> None:
-        """Begin to read what is expected while flash has little to do. The lock is held."""
-        r = self._residency
-        while self._expected and len(self._reads) < _READS_BEFORE_EXPECTED and r.available():
-            row, expert = self._expected.popleft()
-            if r.slot_of[row, expert] < 0:
-                one = np.array([expert])
-                r.claim(row, one)
-                r.hold(row, one)
-                self._ahead.setdefault(row, set()).add(expert)
-                self._queue(row, one, ahead=True)
+            wanted = np.unique(ids).astype(np.int64)
+            wanted = wanted[self._residency.slot_of[row, wanted] < 0]
+            wanted = wanted[: min(most, self._residency.available())]
+            if len(wanted):
+                self._residency.claim(row, wanted)
+                self._residency.hold(row, wanted)
+                self._ahead.setdefault(row, set()).update(wanted.tolist())
+                self._queue(row, wanted, ahead=True)
+            return len(wanted)
 
     def warm_up(self) -> int:
         """Begin to fill free slots, pinned experts first, then the most valuable ones. Returns how
@@ -535,6 +500,7 @@ class ExpertCache:
                 self._reader.hurry(self._reads[row, expert])
             if missing.any():
                 self._queue(row, ids[missing], ahead=False)
+        self._let_go_ahead(row)
         return ticket
 
     def _queue(self, row: int, ids: Ids, *, ahead: bool) -> None:
@@ -575,7 +541,7 @@ class ExpertCache:
                 ahead = read.expert in self._ahead.get(read.row, ())
                 if ahead:
                     self._ahead[read.row].discard(read.expert)
-                if (ahead or warm) and not tickets and not isinstance(error, Cancelled):
+                if (ahead or warm) and not tickets:
                     _log.warning("reading ahead failed: %s", error)
             for ticket in tickets:
                 position = ticket._pending.pop(read.expert)
@@ -586,7 +552,6 @@ class ExpertCache:
                     ticket._error = ticket._error or error
             if not self._closed:
                 self._read_warm()
-                self._read_expected()
             self._change.notify_all()
 
     def _wait(self, ticket: Ticket, *, everything: bool) -> list[int]:
@@ -625,7 +590,7 @@ class ExpertCache:
             self._change.notify_all()
 
     def _abandon(self, row: int, expert: int) -> None:
-        """Drop a read nobody holds, or what has not begun of it."""
+        """Drop a read nobody holds, if it has not begun."""
         read = self._reads.get((row, expert))
         if read is None or self._residency.held_by_anyone(row, expert):
             return
@@ -633,29 +598,21 @@ class ExpertCache:
             del self._reads[row, expert]
             self._warm_reads.discard((row, expert))
             self._residency.drop(row, expert)
-        else:
-            self._reader.stop(read)
 
     def _let_go_ahead(self, row: int) -> None:
-        """The layer runs and holds what it wants: what was read ahead for it needs no more
-        protection, and what it does not want need not come."""
-        if self._expected and self._expected[0][0] == row:
-            self._expected.clear()
+        """The layer runs: what was read ahead for it needs no more protection."""
         for expert in self._ahead.pop(row, ()):
             self._residency.unhold(row, np.array([expert]))
-            if self._guess is not None:
-                self._guess.note(self._residency.held_by_anyone(row, expert))
-            self._abandon(row, expert)
 
     def _drop_ahead(self) -> None:
         """Slots are short: stop protecting, and reading, what was read ahead or to warm up."""
         self._warming.clear()
-        self._expected.clear()
         for key in list(self._warm_reads):
             self._abandon(*key)
         for row in list(self._ahead):
-            for expert in self._ahead.pop(row):
-                self._residency.unhold(row, np.array([expert]))
+            experts = self._ahead[row]
+            self._let_go_ahead(row)
+            for expert in experts:
                 self._abandon(row, expert)
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ graph with the routing inside, so a resident model costs one call into ggml per 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,6 @@ from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_
 from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions, RingIndex, kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor, finish_together
-from mimo_edge.runtimes.ggml.look_ahead import RouterGuess
 from mimo_edge.runtimes.ggml.resident import BlockWeights, ModelWeights
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS, Carry, SlotExperts
@@ -78,14 +76,12 @@ def _fill_causal(
 
 @dataclass(frozen=True)
 class _Segment:
-    """A graph of the trunk; `ids` {K, rows} are the experts `layer` chose at its end for `rows`
-    rows. `routes`:
+    """A graph of the trunk; `ids` {K, rows} are the experts `layer` chose at its end. `routes`:
     (layer, ids) of resident layers inside, kept when somebody wants to know."""
 
     graph: Graph
     layer: int | None = None
     ids: Tensor | None = None
-    rows: int = 0
     routes: tuple[tuple[int, Tensor], ...] = ()
 
 
@@ -122,7 +118,6 @@ class TrunkPass:
         self._resident_routes: list[tuple[int, Tensor]] = []
         self._carry: Carry | None = None
         self._slot_experts: SlotExperts | None = None
-        self._guesses: list[RouterGuess] = []  # of the cut layers, in their order
         self._epoch = -1
         self.logits_tensor: Tensor | None = None
         self.hidden_tensor: Tensor | None = None
@@ -188,8 +183,6 @@ class TrunkPass:
         graphs = [segment.graph for segment in self._segments]
         if self._slot_experts is not None:
             graphs += self._slot_experts.largest()
-            self._guess(model)
-            graphs += [guess.graph for guess in self._guesses]
         finish_together(graphs)
         self._epoch = self._device.epoch
 
@@ -208,27 +201,10 @@ class TrunkPass:
         ids, weights = blocks.route(g, w, self.config, x)
         ids = g.output(g.contiguous(ids))
         self._carry.save(g, h, x, weights)
-        self._segments.append(_Segment(g, w.spec.index, ids, h.ne[1], self._take_routes()))
+        self._segments.append(_Segment(g, w.spec.index, ids, self._take_routes()))
         rest = self.config.num_hidden_layers - w.spec.index
         self._graph = Graph(self._device, _nodes(self.config, rest))
         return self._carry.restore(self._graph, h.ne[1])
-
-    def _guess(self, model: ModelWeights) -> None:
-        """Guess the routes of every cut layer, in a pass of few tokens: the first from the
-        embedding, the others from the stream that the cut layer before left."""
-        assert self._carry is not None
-        if self.shape.large:
-            return
-        stream = self.embedding
-        for segment in self._segments:
-            if segment.layer is not None:
-                w = model.layers[segment.layer]
-                # A last layer that computes fewer rows than came before takes the last ones.
-                rows = stream.ne[1] if segment.rows == self.shape.tokens else 0
-                if rows:
-                    made = RouterGuess(self._device, self.config, w, stream, rows)
-                    self._guesses.append(made)
-                stream = self._carry.h
 
     def _take_routes(self) -> tuple[tuple[int, Tensor], ...]:
         taken, self._resident_routes = tuple(self._resident_routes), []
@@ -247,9 +223,6 @@ class TrunkPass:
 
     def compute(self) -> None:
         """Run with the inputs filled before."""
-        cut = [segment for segment in self._segments if segment.layer is not None]
-        if self._source is not None and cut:
-            self._tell(cut[0])
         for segment in self._segments:
             segment.graph.compute()
             if self._routes is not None:
@@ -262,30 +235,13 @@ class TrunkPass:
                 ids = _rows(segment.ids).copy()
                 if self._routes is not None:
                     self._routes(segment.layer, ids)
-                cut = cut[1:]
-                meanwhile = partial(self._tell, cut[0]) if cut else None
-                self._slot_experts.run(segment.layer, ids, meanwhile)
-
-    def _tell(self, segment: _Segment) -> None:
-        """Let the source know what the next cut layer will probably want."""
-        assert self._source is not None
-        assert segment.layer is not None
-        for guess in self._guesses:
-            if guess.layer == segment.layer and self._source.guesses():
-                self._source.expect(guess.layer, guess.run())
-        c = self.config
-        # Uniform routes leave 2 % of the experts out then, real ones the least useful ones.
-        many = segment.rows * c.num_experts_per_tok >= 4 * c.n_routed_experts
-        if self.shape.large and many:
-            self._source.expect(segment.layer, None)
+                self._slot_experts.run(segment.layer, ids)
 
     def close(self) -> None:
         """Free graphs and inputs."""
         self._graph.close()
         for segment in self._segments:
             segment.graph.close()
-        for guess in self._guesses:
-            guess.close()
         if self._slot_experts is not None:
             self._slot_experts.close()
         self._inputs.close()

@@ -92,18 +92,8 @@ class ExpertSource(Protocol):
         """Yield groups that cover `experts` (ascending, each once; `counts` rows chose them).
 
         A group's slots hold their experts from the moment it is yielded until the next is asked
-        for; the first may be empty, when all experts are still on their way. A read error is
-        raised here and ends the pass. Closed when a pass ends early.
+        for. A read error is raised here and ends the pass. Closed when a pass ends early.
         """
-        ...
-
-    def guesses(self) -> bool:
-        """Whether guesses of what a layer will choose are of use now."""
-        ...
-
-    def expect(self, layer: int, experts: Ids | None) -> None:
-        """`layer` is the next to run: a guess of the experts it will choose, likeliest first, or
-        None for nearly all of them. A hint; told while the layer before it runs."""
         ...
 
     def close(self) -> None:
