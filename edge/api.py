@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from mimo_edge.answer_reader import THINK_OPEN, AnswerReader, Fragment
+from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
 from mimo_edge.engine import PREFILL_CHUNK, Engine, Generation, GenerationStats, token_list
@@ -324,7 +325,7 @@ class Session:
         self._tools = tuple(tools)
         self._enable_thinking = enable_thinking
         self._sequence = runtime._engine.sequence()
-        self._cancel = threading.Event()
+        self._cancel = Cancel()
         self._active: Generator[Piece, None, None] | None = None
         self._token_ids: list[int] | None = None  # set once a session runs on raw ids
         self._last: Reply | None = None
@@ -401,7 +402,7 @@ class Session:
     async def astream(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[Piece]:
         """`stream` for asyncio: the model runs in a thread, the event loop stays free.
 
-        Cancelling the task cancels the generation and waits for the token in the works.
+        Cancelling the task cancels the generation and waits until it has stopped.
         """
         import asyncio
 
@@ -422,7 +423,7 @@ class Session:
             pieces.close()  # type: ignore[attr-defined]
 
     def cancel(self) -> None:
-        """End the running generation after the current step; from any thread."""
+        """End the running generation within a layer; from any thread or signal handler."""
         self._cancel.set()
 
     def stop(self) -> None:

@@ -17,11 +17,10 @@ from typing import Any
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import DeviceError
 from mimo_edge.experts.reader import COALESCE_BYTES, DEFAULT_LANES
-from mimo_edge.experts.slots import round_up
 from mimo_edge.gguf_file import TensorInfo
 from mimo_edge.kv_format import DEFAULT_KV_TYPE, KV_FORMATS, check_kv_type, ring_type
 from mimo_edge.speculative import MAX_DRAFT
-from mimo_edge.units import format_bytes
+from mimo_edge.units import format_bytes, round_up
 
 PAGE = mmap.PAGESIZE
 # Python, NumPy and our own code with a tokenizer, where it is not known what they take.

@@ -183,6 +183,10 @@ class Bundle:
         """The weights, dequantised on demand. Closing them closes the bundle's files."""
         return GgufWeights(self.gguf, self.config)
 
+    def tensor_crc32(self, name: str) -> int | None:
+        """CRC-32 of a tensor's bytes; None for stacked experts, and without a manifest."""
+        return None if self.manifest is None else self.manifest.tensors[name].crc32
+
     def expert(self, layer: int, expert: int) -> ExpertRecord:
         """Where a routed expert lies and what its bytes sum up to."""
         parts = [
@@ -270,7 +274,7 @@ class Bundle:
         assert self.manifest is not None
         for name, info in self.tensors.items():
             crc = self.manifest.tensors[name].crc32
-            if info.file == path and crc is not None and crc32_of([self.gguf.raw(name)]) != crc:
+            if info.file == path and crc is not None and self.gguf.crc32(name) != crc:
                 return IntegrityError(f"{path}: tensor {name} is damaged", "copy the file again")
         for layer, checksums in self.manifest.experts.items():
             for expert, crc in enumerate(checksums):
@@ -289,13 +293,13 @@ class Bundle:
         )
 
     def _expert_crc(self, layer: int, expert: int) -> int:
-        slices = []
+        crc = 0
         for part in ("gate", "up", "down"):
             name = f"blk.{layer}.ffn_{part}_exps.weight"
             info = self.gguf.info(name)
             stride = info.nbytes // info.shape[0]
-            slices.append(self.gguf.raw(name)[expert * stride : (expert + 1) * stride])
-        return crc32_of(slices)
+            crc = self.gguf.crc32(name, expert * stride, stride, crc)
+        return crc
 
     def _file(self, field: str) -> Path | None:
         name = getattr(self.manifest, field) if self.manifest is not None else None
@@ -337,14 +341,6 @@ class _PartSums:
             if offset + size > self._position:
                 break
             self._next += 1
-
-
-def crc32_of(parts: list[Any]) -> int:
-    """CRC-32 over several buffers as if they were one."""
-    crc = 0
-    for part in parts:
-        crc = zlib.crc32(part, crc)
-    return crc
 
 
 def _check_size(path: Path, entry: FileEntry) -> None:

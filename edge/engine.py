@@ -2,22 +2,34 @@
 
 A `Sequence` keeps its cache between turns: a prompt that extends what was processed costs
 only its new tokens. A `Generation` is one answer; between two of its steps the sequence is
-always whole (cache rows == tokens), so it can be left at any step and used again.
+always whole (cache rows == tokens), so it can be left at any step and used again. A step that is
+cancelled or fails half-way is undone.
 """
 
 from __future__ import annotations
 
 import operator
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ids
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from mimo_edge.errors import CacheError, ContextLengthError, UsageError
+from mimo_edge.cancel import Cancel, check_cancel
+from mimo_edge.errors import (
+    BackendError,
+    CacheError,
+    Cancelled,
+    ContextLengthError,
+    GenerationError,
+    MimoEdgeError,
+    UsageError,
+)
 from mimo_edge.experts.trace import Phase, TraceWriter
 from mimo_edge.runtimes.base import F32, Backend, Cache, ForwardResult
 from mimo_edge.sampling import Sampler
@@ -35,6 +47,8 @@ from mimo_edge.units import even_part
 
 FinishReason = Literal["stop", "length", "cancelled"]
 PREFILL_CHUNK = 256
+# How often somebody who waits for a turn looks whether he still wants it.
+_TURN_POLL_S = 0.02
 
 
 @dataclass
@@ -105,7 +119,8 @@ class Engine:
         self._trace = trace
         self.costs = CostTable()
         # A backend takes one call at a time: threads queue here between steps.
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
         self.closed = False
 
     def sequence(self) -> Sequence:
@@ -120,7 +135,7 @@ class Engine:
         *,
         max_tokens: int | None = None,
         is_last: Callable[[int], bool] = lambda token: False,
-        cancel: threading.Event | None = None,
+        cancel: Cancel | None = None,
         draft: DraftSetting | None = None,
     ) -> Generation:
         """Continue `prompt` (the whole of it, also what the sequence already holds).
@@ -135,34 +150,56 @@ class Engine:
         check_draft(setting, self.backend.config)
         ids = self._checked(prompt)
         return Generation(
-            self, sequence, ids, sampler, max_tokens, is_last, cancel or threading.Event(), setting
+            self, sequence, ids, sampler, max_tokens, is_last, cancel or Cancel(), setting
         )
 
     def logits(self, token_ids: Ids[int]) -> F32:
         """Logits f32 [T, V] after every token of one sequence."""
         ids = self._checked(token_ids)
-        with self.lock:
-            self.check_open()
+        with self.turn():
             cache = self.backend.new_cache(len(ids))
             result = self.forward(ids, cache, Phase.PREFILL, logits_rows=len(ids))
         return result.logits
 
     def forward(
-        self, token_ids: Ids[int], cache: Cache, phase: Phase, **rows: int
+        self,
+        token_ids: Ids[int],
+        cache: Cache,
+        phase: Phase,
+        *,
+        cancel: Cancel | None = None,
+        **rows: int,
     ) -> ForwardResult:
-        """One pass of the backend (`rows` as there); its routes go to the trace. Takes the lock of
+        """One pass of the backend (`rows` as there); its routes go to the trace. Takes the turn of
         whoever calls for granted."""
         ids = np.asarray(token_ids, dtype=np.int32)
         if self._trace is None:
-            return self.backend.forward(ids, cache, **rows)
+            return self.backend.forward(ids, cache, cancel=cancel, **rows)
         self._trace.phase = phase
-        result = self.backend.forward(ids, cache, **rows)
+        result = self.backend.forward(ids, cache, cancel=cancel, **rows)
         self._trace.flush()
         return result
 
+    @contextmanager
+    def turn(self, cancel: Cancel | None = None) -> Iterator[None]:
+        """The backend for one step, when the others are done with theirs. Raises as `check_open`,
+        and Cancelled while waiting."""
+        self.check_open()
+        while not self._lock.acquire(timeout=_TURN_POLL_S):
+            check_cancel(cancel)
+        try:
+            self.check_open()
+            yield
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
-        """Close the backend, after the step that is running. Calling it twice is harmless."""
-        with self.lock:
+        """Close the backend, after the step that is running. Calling it twice is harmless; in a
+        forked process it does nothing, for the model is its parent's."""
+        if os.getpid() != self._pid:
+            self.closed = True
+            return
+        with self._lock:
             if not self.closed:
                 self.closed = True
                 self.backend.close()
@@ -170,9 +207,14 @@ class Engine:
                     self._trace.close()
 
     def check_open(self) -> None:
-        """Raises UsageError once closed."""
+        """Raises UsageError once closed, BackendError in a forked process."""
         if self.closed:
             raise UsageError("the runtime is closed")
+        if os.getpid() != self._pid:
+            raise BackendError(
+                "this process was forked from the one that opened the model",
+                "threads and their locks do not survive fork: open the model after forking",
+            )
 
     def _checked(self, prompt: Ids[int]) -> list[int]:
         ids = token_list(prompt)
@@ -219,6 +261,19 @@ class Sequence:
         """Bytes of the cache."""
         return self.cache.nbytes() if self.cache is not None else 0
 
+    def recover(self) -> None:
+        """After a step that failed half-way: back to the tokens that stand. When rows that the
+        next token needs are gone, everything is forgotten."""
+        if self.cache is None:
+            return
+        try:
+            self.cache.rollback(self.cache.length - len(self.tokens))
+        except CacheError:
+            self.reset()
+            return
+        if self.drafter is not None and self.drafter.length != len(self.tokens):
+            self.reset()
+
     def adopt(self, prompt: Ids[int], drafting: bool) -> int:
         """Keep what `prompt` shares with the processed tokens; how many tokens that is.
 
@@ -250,7 +305,11 @@ class Sequence:
         return 0
 
     def advance(
-        self, token_ids: Ids[int], logits_rows: int, phase: Phase = Phase.PREFILL
+        self,
+        token_ids: Ids[int],
+        logits_rows: int,
+        phase: Phase = Phase.PREFILL,
+        cancel: Cancel | None = None,
     ) -> tuple[F32, F32]:
         """Process tokens; logits of the last rows and the H rows the drafter wants.
 
@@ -262,11 +321,18 @@ class Sequence:
             most = self.drafter.wanted_rows
             wanted = len(token_ids) if most is None else min(most, len(token_ids))
         result = self._engine.forward(
-            token_ids, self.cache, phase, logits_rows=logits_rows, hidden_rows=wanted
+            token_ids,
+            self.cache,
+            phase,
+            logits_rows=logits_rows,
+            hidden_rows=wanted,
+            cancel=cancel,
         )
         return result.logits, result.hidden
 
-    def commit(self, token_ids: Ids[int], hidden: F32, rows: int) -> None:
+    def commit(
+        self, token_ids: Ids[int], hidden: F32, rows: int, cancel: Cancel | None = None
+    ) -> None:
         """Keep the first `rows` of the tokens just processed and undo the rest."""
         assert self.cache is not None
         if rows < len(token_ids):
@@ -275,14 +341,15 @@ class Sequence:
         self.tokens.extend(token_ids[:rows])
         if self.drafter is not None:
             self.drafter.observe(hidden, rows)
-            self.drafter.flush(self.tokens)
+            with suppress(Cancelled):  # the tokens stand; the next step will notice
+                self.drafter.flush(self.tokens, cancel=cancel)
 
 
 class Generation:
     """One answer, as an iterator over the groups of tokens each step gained.
 
-    `stats` is live; `finish_reason` is set when the iterator ends. Leaving it early (or
-    `cancel`) keeps the sequence usable; an error resets the sequence.
+    `stats` is live; `finish_reason` is set when the iterator ends. Leaving it early, `cancel`
+    (which stops a step within one layer) and errors leave the sequence at its last whole token.
     """
 
     def __init__(
@@ -293,7 +360,7 @@ class Generation:
         sampler: Sampler,
         max_tokens: int | None,
         is_last: Callable[[int], bool],
-        cancel: threading.Event,
+        cancel: Cancel,
         draft: DraftSetting,
     ) -> None:
         self._engine = engine
@@ -320,8 +387,17 @@ class Generation:
             yield from self._run()
         except GeneratorExit:
             raise
+        except Cancelled:
+            self._sequence.recover()
+            self.finish_reason = "cancelled"
+        except MimoEdgeError as error:
+            if isinstance(error, GenerationError):
+                self._sequence.reset()  # NaN in rows nobody should see still spreads from there
+            else:
+                self._sequence.recover()
+            raise
         except BaseException:
-            # The cache may hold part of a step: nothing may be built on it.
+            # A bug, or an interrupt in the middle of anything: nothing may be built on this.
             self._sequence.reset()
             raise
         finally:
@@ -329,18 +405,13 @@ class Generation:
 
     def _run(self) -> Iterator[list[int]]:
         logits = self._prefill()
-        if logits is None:
-            self.finish_reason = "cancelled"
-            return
         token = self._sampler.sample(logits)
         self._is_last(token)
         self.stats.tokens = 1
         self.stats.first_token_ms = self.stats.prefill_ms
         yield [token]
         while not self._ended and not self._at_limit():
-            if self._cancel.is_set():
-                self.finish_reason = "cancelled"
-                return
+            check_cancel(self._cancel)
             gained = self._step(token)
             token = gained[-1]
             yield gained
@@ -356,27 +427,24 @@ class Generation:
             return True
         return len(self._sequence.tokens) >= self._engine.context
 
-    def _prefill(self) -> F32 | None:
-        """Process the prompt in chunks; logits [V] of its last token, None if cancelled."""
+    def _prefill(self) -> F32:
+        """Process the prompt in chunks; logits [V] of its last token."""
         engine, sequence = self._engine, self._sequence
         drafting = self._draft != 0 and max_draft(engine.backend.config) > 0
-        with engine.lock:
-            engine.check_open()
+        with engine.turn(self._cancel):
             at = self.stats.reused_tokens = sequence.adopt(self._prompt, drafting)
-        logits: F32 | None = None
-        while at < len(self._prompt):
-            if self._cancel.is_set():
-                return None
+        while True:
+            check_cancel(self._cancel)
             chunk = self._prompt[at : at + even_part(len(self._prompt) - at, engine.prefill_chunk)]
-            with engine.lock:
-                engine.check_open()
+            with engine.turn(self._cancel):
                 start = engine.clock()
-                rows, hidden = sequence.advance(chunk, 1)
-                sequence.commit(chunk, hidden, len(chunk))
+                rows, hidden = sequence.advance(chunk, 1, cancel=self._cancel)
+                sequence.commit(chunk, hidden, len(chunk), self._cancel)
                 self.stats.prefill_ms += (engine.clock() - start) * 1e3
-            logits = rows[-1]
             at += len(chunk)
-        return logits
+            if at >= len(self._prompt):  # at least one token is always left to process
+                logits: F32 = rows[-1]
+                return logits
 
     def _step(self, pending: int) -> list[int]:
         """Draft, verify and commit; the tokens gained. `pending` is chosen, not processed."""
@@ -385,8 +453,7 @@ class Generation:
         left = room + 1
         if self._max_tokens is not None:
             left = min(left, self._max_tokens - stats.tokens)
-        with engine.lock:
-            engine.check_open()
+        with engine.turn(self._cancel):
             start = engine.clock()
             # More drafts than can still be used would only be thrown away.
             want = min(self._policy.choose(), room, left - 1)
@@ -394,14 +461,14 @@ class Generation:
             steady = True
             if want > 0 and sequence.drafter is not None:
                 known = [*sequence.tokens, pending]
-                drafts = sequence.drafter.draft(known, want, self._sampler.best)
+                drafts = sequence.drafter.draft(known, want, self._sampler.best, self._cancel)
                 steady = sequence.drafter.steady
             batch = [pending, *drafts]
             phase = Phase.VERIFY if drafts else Phase.DECODE
-            logits, hidden = sequence.advance(batch, len(batch), phase)
+            logits, hidden = sequence.advance(batch, len(batch), phase, self._cancel)
             gained = accept(logits, drafts, self._sampler.sample, self._is_last, left)
             # The newest token is chosen but not processed, as after a plain step.
-            sequence.commit(batch, hidden, len(gained))
+            sequence.commit(batch, hidden, len(gained), self._cancel)
             seconds = engine.clock() - start
         hits = [a == b for a, b in zip(gained, drafts, strict=False)]
         self._policy.record(len(drafts), hits, seconds, steady)

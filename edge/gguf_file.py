@@ -1,9 +1,9 @@
-"""Reading GGUF v3 files: metadata, tensor table, read-only views of tensor bytes.
+"""Reading GGUF v3 files: metadata, tensor table, bytes of tensors.
 
 Written for files we did not write: every count, length and offset is checked against the file
 before anything is allocated from it, and every malformation is a BundleError that names the
-file. A split set ("x-00001-of-00003.gguf") opens as one model. Nothing is copied: `raw` is a
-view of the mapped file, and big string arrays are decoded only when read.
+file. A split set ("x-00001-of-00003.gguf") opens as one model. The header is kept in memory, its
+big string arrays are decoded only when read; tensors are read from the open files when asked for.
 
 Source: ggml docs/gguf.md; llama.cpp:ggml/src/gguf.cpp and src/llama-model-loader.cpp for the
 split keys.
@@ -11,9 +11,9 @@ split keys.
 
 from __future__ import annotations
 
-import mmap
 import re
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -24,12 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.errors import BundleError
+from mimo_edge.flash_file import FlashFile
 
 MAGIC = b"GGUF"
 VERSION = 3
 DEFAULT_ALIGNMENT = 32
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME less the terminator
 MAX_DIMS = 4
+# A tokenizer of 150,000 tokens takes some 10 MB: more than this is a mistake or an attack.
+MAX_HEADER_BYTES = 256 << 20
+_FIRST_BYTES = 64 << 10
+_PIECE_BYTES = 4 << 20
 
 U8 = NDArray[np.uint8]
 
@@ -140,11 +145,11 @@ class TensorInfo:
 
 
 class StringArray(Sequence[str]):
-    """A GGUF array of strings, decoded item by item from the mapped file.
+    """A GGUF array of strings, decoded item by item from the header.
 
     Reading an item that is not UTF-8 raises BundleError."""
 
-    def __init__(self, data: U8, starts: NDArray[np.int64], where: str) -> None:
+    def __init__(self, data: memoryview, starts: NDArray[np.int64], where: str) -> None:
         self._data = data
         self._starts = starts  # [n + 1]; item i is data[starts[i] + 8 : starts[i + 1]]
         self._where = where
@@ -173,25 +178,41 @@ class StringArray(Sequence[str]):
 
 
 class _Cursor:
-    """A position in the mapped file that never leaves it."""
+    """A position in the file that never leaves it; the header is read as far as it is needed."""
 
-    def __init__(self, data: U8, path: Path) -> None:
-        self.data = data
-        self.path = path
+    def __init__(self, file: FlashFile) -> None:
+        self.path = file.path
+        self.size = file.size
         self.position = 0
-        self._view = data.data
+        self._file = file
+        self._view = memoryview(b"")
+        self._arrays: list[StringArray] = []
 
     def fail(self, message: str, hint: str = "") -> BundleError:
         return BundleError(f"{self.path}: {message}", hint)
 
+    def _load(self, end: int) -> memoryview:
+        """Have the bytes up to `end`, which the file must reach, in memory."""
+        have = len(self._view)
+        if end > have:
+            if end > MAX_HEADER_BYTES:
+                raise self.fail(f"its header has more than {MAX_HEADER_BYTES} bytes")
+            grown = bytearray(min(self.size, max(end, 2 * have, _FIRST_BYTES)))
+            grown[:have] = self._view
+            with memoryview(grown) as whole, whole[have:] as new:
+                self._file.read(have, [new])
+            self._view = memoryview(grown).toreadonly()
+        return self._view
+
     def skip(self, count: int, what: str) -> int:
         """Advance by `count` bytes and return where they start."""
         start = self.position
-        if count > len(self.data) - start:
+        if count > self.size - start:
             raise self.fail(
-                f"truncated: {what} needs {count} bytes at {start}, the file has {len(self.data)}",
+                f"truncated: {what} needs {count} bytes at {start}, the file has {self.size}",
                 "download or export it again",
             )
+        self._load(start + count)
         self.position = start + count
         return start
 
@@ -199,38 +220,55 @@ class _Cursor:
         start = self.skip(struct.calcsize("<" + code), what)
         return struct.unpack_from("<" + code, self._view, start)[0]
 
+    def take(self, count: int, what: str) -> memoryview:
+        start = self.skip(count, what)
+        return self._view[start : start + count]
+
     def string(self, what: str) -> str:
         length = self.scalar("Q", f"length of {what}")
-        start = self.skip(length, what)
         try:
-            return bytes(self._view[start : start + length]).decode("utf-8")
+            return str(self.take(length, what), "utf-8")
         except UnicodeDecodeError as error:
             raise self.fail(f"{what} is not UTF-8 ({error.reason})") from error
 
     def count(self, what: str, least_bytes: int) -> int:
         """A count of items of at least `least_bytes` each, checked against what is left."""
         value = int(self.scalar("Q", f"count of {what}"))
-        if value > (len(self.data) - self.position) // least_bytes:
-            raise self.fail(
-                f"truncated or damaged: claims {value} {what} with "
-                f"{len(self.data) - self.position} bytes left"
-            )
+        left = self.size - self.position
+        if value > left // least_bytes:
+            raise self.fail(f"truncated or damaged: claims {value} {what} with {left} bytes left")
         return value
 
     def strings(self, key: str, count: int) -> StringArray:
-        if count > (len(self.data) - self.position) // 8:
+        if count > (self.size - self.position) // 8:
             raise self.fail(f"truncated: {key} claims {count} strings")
+        if count > MAX_HEADER_BYTES // 8:
+            raise self.fail(f"{key} claims {count} strings, more than any header holds")
         starts = np.empty(count + 1, np.int64)
-        view, position, end = self._view, self.position, len(self.data)
+        position, end = self.position, self.size
+        view, loaded = self._view, len(self._view)
         unpack = struct.Struct("<Q").unpack_from
         for i in range(count):
             starts[i] = position
+            if position + 8 > loaded and position + 8 <= end:
+                view = self._load(position + 8)
+                loaded = len(view)
             if position + 8 > end or unpack(view, position)[0] > end - position - 8:
                 raise self.fail(f"truncated: item {i} of {key} passes the end of the file")
             position += 8 + unpack(view, position)[0]
         starts[count] = position
+        self._load(position)
         self.position = position
-        return StringArray(self.data, starts, f"{self.path}: {key}")
+        array = StringArray(self._view, starts, f"{self.path}: {key}")
+        self._arrays.append(array)
+        return array
+
+    def settle(self) -> None:
+        """The header is complete: keep one copy of it, in the size it has."""
+        whole = memoryview(bytes(self._view[: self.position]))
+        self._view = whole
+        for array in self._arrays:
+            array._data = whole
 
 
 def _read_value(cursor: _Cursor, key: str) -> tuple[Any, GgufType]:
@@ -243,9 +281,9 @@ def _read_value(cursor: _Cursor, key: str) -> tuple[Any, GgufType]:
         code = SCALAR_FORMATS.get(item_type)
         if code is None:
             raise cursor.fail(f"{key} is an array of items of type {item_type}")
-        size = struct.calcsize("<" + code)
-        start = cursor.skip(count * size, key)
-        values = np.frombuffer(cursor.data, np.dtype("<" + code), count, start)
+        dtype = np.dtype("<" + code)
+        values = np.frombuffer(cursor.take(count * dtype.itemsize, key), dtype).copy()
+        values.flags.writeable = False
         return (values != 0 if item_type == GgufType.BOOL else values), GgufType.ARRAY
     if raw_type == GgufType.STRING:
         return cursor.string(key), GgufType.STRING
@@ -259,7 +297,7 @@ def _read_value(cursor: _Cursor, key: str) -> tuple[Any, GgufType]:
 @dataclass(frozen=True)
 class _Part:
     path: Path
-    data: U8
+    file: FlashFile
     metadata: dict[str, Any]
     alignment: int
     tensors: dict[str, TensorInfo]
@@ -268,18 +306,26 @@ class _Part:
 
 def _parse(path: Path) -> _Part:
     try:
-        size = path.stat().st_size
-        if not path.is_file():
+        path.stat()
+        if not path.is_file():  # opening a pipe would wait for somebody to write to it
             raise BundleError(f"{path} is not a file")
-        data: U8 = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
     except FileNotFoundError:
         raise BundleError(f"there is no file {path}") from None
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}") from error
-    cursor = _Cursor(data, path)
-    if bytes(data[:4]) != MAGIC:
-        raise cursor.fail(f"not a GGUF file (starts with {bytes(data[:4])!r})")
-    cursor.skip(4, "magic")
+    file = FlashFile(path, direct=False, keep_pages=True)
+    try:
+        return _parse_open(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _parse_open(file: FlashFile) -> _Part:
+    cursor, path = _Cursor(file), file.path
+    magic = bytes(cursor.take(min(4, file.size), "magic"))
+    if magic != MAGIC:
+        raise cursor.fail(f"not a GGUF file (starts with {magic!r})")
     version = cursor.scalar("I", "version")
     if version != VERSION:
         swapped = struct.unpack(">I", struct.pack("<I", version))[0] == VERSION
@@ -309,7 +355,8 @@ def _parse(path: Path) -> _Part:
             raise cursor.fail(f"tensor {name} occurs twice")
         tensors[name] = _place(cursor, name, ggml_type, shape, offset, data_start, alignment)
     _check_overlap(cursor, tensors)
-    return _Part(path, data, metadata, alignment, tensors, data_start)
+    cursor.settle()
+    return _Part(path, file, metadata, alignment, tensors, data_start)
 
 
 def _read_tensor_row(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
@@ -349,10 +396,9 @@ def _place(
     if offset % alignment:
         raise cursor.fail(f"tensor {name}: offset {offset} is not a multiple of {alignment}")
     start = data_start + offset
-    if start + nbytes > len(cursor.data):
+    if start + nbytes > cursor.size:
         raise cursor.fail(
-            f"truncated: tensor {name} ends at {start + nbytes}, "
-            f"the file has {len(cursor.data)} bytes",
+            f"truncated: tensor {name} ends at {start + nbytes}, the file has {cursor.size} bytes",
             "download or export it again",
         )
     return TensorInfo(name, ggml_type, shape, start, nbytes, cursor.path)
@@ -378,11 +424,13 @@ class GgufFile:
     """An open GGUF model: one file, or all parts of a split set.
 
     `metadata` is that of the first part: scalars as Python values, number arrays as read-only
-    NumPy views, string arrays as `StringArray`. `tensors` covers every part.
+    NumPy arrays, string arrays as `StringArray`. `tensors` covers every part. Close it, or use it
+    as a context manager.
     """
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         self._parts = {part.path: part for part in parts}
+        self._files = {part.path: part.file for part in parts}
         self.files: tuple[Path, ...] = tuple(self._parts)
         self.metadata: dict[str, Any] = parts[0].metadata
         self.tensors: dict[str, TensorInfo] = {}
@@ -444,18 +492,63 @@ class GgufFile:
             raise BundleError(f"{self.files[0]} has no tensor {name!r}") from None
 
     def raw(self, name: str) -> U8:
-        """Bytes of a tensor: a read-only u8 view [nbytes] of the mapped file."""
-        info = self.info(name)
-        return self._bytes(info.file, info.offset, info.nbytes)
+        """Bytes of a tensor: read-only u8 [nbytes], read now.
+
+        This and every other method that reads raises BundleError when the file is damaged or no
+        longer the one that was opened.
+        """
+        data: U8 = np.empty(self.info(name).nbytes, np.uint8)
+        self.read_into(name, 0, data)
+        data.flags.writeable = False
+        return data
 
     def raw_rows(self, name: str, start: int, stop: int) -> U8:
-        """Rows start..stop of a tensor, all leading axes flattened: u8 view [rows, row bytes]."""
+        """Rows start..stop of a tensor, all leading axes flattened: read-only u8 [rows, row
+        bytes], read now."""
+        size = self.row_bytes(name)
+        rows = self.info(name).nbytes // size
+        if not 0 <= start <= stop <= rows:
+            raise BundleError(f"rows {start}..{stop} of {name}, which has {rows}")
+        data: U8 = np.empty((stop - start, size), np.uint8)
+        self.read_into(name, start * size, data.reshape(-1))
+        data.flags.writeable = False
+        return data
+
+    def row_bytes(self, name: str) -> int:
+        """Bytes of one row of a tensor."""
         info = self.info(name)
-        size = row_bytes(info.ggml_type, info.shape[-1])
-        if not 0 <= start <= stop <= info.nbytes // size:
-            raise BundleError(f"rows {start}..{stop} of {name}, which has {info.nbytes // size}")
-        view = self._bytes(info.file, info.offset + start * size, (stop - start) * size)
-        return view.reshape(stop - start, size)
+        return row_bytes(info.ggml_type, info.shape[-1])
+
+    def read_into(self, name: str, start: int, out: U8) -> None:
+        """Fill out u8 [n], contiguous, with the tensor's bytes from `start` on."""
+        info = self.info(name)
+        if not 0 <= start <= start + out.size <= info.nbytes:
+            raise BundleError(
+                f"bytes {start}..{start + out.size} of {name}, which has {info.nbytes}"
+            )
+        if not out.size:
+            return
+        self._part(info.file)
+        file = self._files[info.file]
+        try:
+            with out.data as target:
+                file.load(info.offset + start, target)
+        except BundleError:
+            file.check()  # truncated or replaced says more than short
+            raise
+        file.check()
+
+    def crc32(self, name: str, start: int = 0, nbytes: int | None = None, crc: int = 0) -> int:
+        """CRC-32 of a tensor's bytes, or of `nbytes` of them from `start` on, going on from
+        `crc`; a few MiB in memory at a time."""
+        left = self.info(name).nbytes - start if nbytes is None else nbytes
+        piece: U8 = np.empty(min(left, _PIECE_BYTES), np.uint8)
+        while left:
+            step = piece[: min(left, piece.size)]
+            self.read_into(name, start, step)
+            crc = zlib.crc32(step.data, crc)
+            start, left = start + step.size, left - step.size
+        return crc
 
     def expert_slice(self, name: str, expert: int) -> tuple[Path, int, int]:
         """(file, offset, bytes) of one expert of a stacked tensor [E, out, in]."""
@@ -469,26 +562,26 @@ class GgufFile:
 
     def data_start(self, file: Path) -> int:
         """Where the tensor data of a part begins; the header lies before it."""
-        return self._parts[file].data_start
+        return self._part(file).data_start
 
-    def _bytes(self, file: Path, offset: int, size: int) -> U8:
+    def _part(self, file: Path) -> _Part:
         if file not in self._parts:
             raise BundleError(f"{file} was closed")
-        return self._parts[file].data[offset : offset + size]
+        return self._parts[file]
 
-    def release_pages(self) -> None:
-        """Unmap what was read so far; views stay valid and read again.
-
-        What was read from a mapped file counts as this process's memory. The system keeps it
-        cached as long as nobody needs the room.
-        """
-        for part in self._parts.values():
-            mapped = getattr(part.data, "_mmap", None)
-            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+    def drop_pages(self) -> None:
+        """Give back what reading left in the page cache, and read past it from now on: it counts
+        where memory is bounded. Raises BundleError when a file is not the one it was."""
+        for path, part in self._parts.items():
+            # Whoever reads experts says whether direct reads are to be had.
+            self._files[path] = FlashFile(path, announce=False)
+            part.file.drop_pages()
+            part.file.check()
 
     def close(self) -> None:
-        """Drop the maps. Views handed out earlier stay valid until they are dropped too."""
+        """Close the files; what was read stays valid. Twice is harmless."""
+        for file in (*self._files.values(), *(part.file for part in self._parts.values())):
+            file.close()
         self._parts.clear()
 
     def __enter__(self) -> GgufFile:

@@ -10,6 +10,7 @@ from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BundleError, QuantError, UsageError
 from mimo_edge.gguf_file import U8, GgufFile
 from mimo_edge.quant.base import format_by_ggml_type
+from mimo_edge.row_reader import RowReader
 from mimo_edge.runtimes.base import F32, ExpertWeights, TokenIds
 
 _QKV = re.compile(r"blk\.(\d+)\.attn_([qkv])\.(weight|bias)")
@@ -24,6 +25,7 @@ class GgufWeights:
     def __init__(self, file: GgufFile, config: MimoConfig) -> None:
         self._file = file
         self._config = config
+        self._embedding: RowReader | None = None
 
     @property
     def config(self) -> MimoConfig:
@@ -73,10 +75,13 @@ class GgufWeights:
         if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
             bad = ids.min() if ids.min() < 0 else ids.max()
             raise UsageError(f"token id {bad} is outside the vocabulary of {vocab}")
-        raw: U8 = self._file.raw_rows(name, 0, vocab)[ids]
-        return self._decode(name, raw)
+        if self._embedding is None:
+            self._embedding = RowReader(self._file, name)
+        return self._decode(name, self._embedding.rows(ids))
 
     def close(self) -> None:
+        if self._embedding is not None:
+            self._embedding.close()
         self._file.close()
 
     def _resolve(self, name: str) -> tuple[str, int, int] | None:

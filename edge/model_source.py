@@ -182,7 +182,12 @@ def _open_ggml(
         return made[0]
 
     backend = GgmlBackend(
-        GgufTensors(config, [bundle.gguf], bounded=ram is not None),
+        GgufTensors(
+            config,
+            [bundle.gguf],
+            bounded=ram is not None,
+            table_crc32=bundle.tensor_crc32("token_embd.weight"),
+        ),
         threads=threads,
         kv_type=kv_type,
         chunk=budget.chunk,

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
 from mimo_edge.runtimes.base import F32, Backend, Cache
@@ -72,6 +73,11 @@ class Drafter:
         self.steady = True  # whether the last draft only did its regular work
 
     @property
+    def length(self) -> int:
+        """Positions observed."""
+        return self._length
+
+    @property
     def wanted_rows(self) -> int | None:
         """H rows a forward pass must return at most, the last ones; None is all of them."""
         return self._keep if self.limit else 0
@@ -85,11 +91,14 @@ class Drafter:
         self._hidden.extend(hidden)
         self._length += rows
 
-    def flush(self, tokens: Sequence[int], *, force: bool = False) -> None:
+    def flush(
+        self, tokens: Sequence[int], *, force: bool = False, cancel: Cancel | None = None
+    ) -> None:
         """Write the rows of a block that attends to everything, so that H rows can go.
 
         `tokens` is x_0 .. x_p at least. Nothing to do for windowed blocks, whose old rows
-        are never seen. `force` writes however few there are.
+        are never seen. `force` writes however few there are. When it fails, the next call
+        writes them.
         """
         if self._window is not None or not self.limit:
             return
@@ -97,12 +106,18 @@ class Drafter:
         count = end - self._final[0]
         if count <= 0 or (count < _FLUSH_ROWS and not force):
             return
-        self._run(0, tokens, self._final[0], end)
+        self._run(0, tokens, self._final[0], end, cancel=cancel)
         self._final[0] = end
         while self._length - len(self._hidden) < end - _SPARE_ROWS:
             self._hidden.popleft()
 
-    def draft(self, tokens: Sequence[int], count: int, best: Callable[[F32], int]) -> list[int]:
+    def draft(
+        self,
+        tokens: Sequence[int],
+        count: int,
+        best: Callable[[F32], int],
+        cancel: Cancel | None = None,
+    ) -> list[int]:
         """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
 
         `best` picks from logits [V]. Fewer, down to none, come back while the H rows that the
@@ -122,7 +137,7 @@ class Drafter:
                 break
             # One verify commits up to count + 1 rows; depth more were stale.
             self.steady = self.steady and p - first <= 2 * MAX_DRAFT + 1
-            logits = self._run(depth, known, first, p + 1, offset)
+            logits = self._run(depth, known, first, p + 1, offset, cancel)
             drafts.append(best(logits))
             known.append(drafts[-1])
             # Rows up to p - depth took tokens that stand; the newer ones took drafts.
@@ -141,13 +156,21 @@ class Drafter:
             stands = 0 if self._window is not None else max(0, min(length, known - 1 - depth))
             self._final[depth] = min(self._final[depth], stands)
 
-    def _run(self, depth: int, known: Sequence[int], first: int, end: int, offset: int = 0) -> F32:
+    def _run(
+        self,
+        depth: int,
+        known: Sequence[int],
+        first: int,
+        end: int,
+        offset: int = 0,
+        cancel: Cancel | None = None,
+    ) -> F32:
         """Rows first..end-1 of block `depth`; `known` starts at x_offset."""
         start = self._length - len(self._hidden)
         hidden = np.stack([self._hidden[row - start] for row in range(first, end)])
         shift = 1 + depth - offset
         ids = np.asarray(known[first + shift : end + shift], dtype=np.int32)
-        return self._backend.mtp_forward(depth, ids, hidden, first, self._cache)
+        return self._backend.mtp_forward(depth, ids, hidden, first, self._cache, cancel=cancel)
 
 
 def accept(

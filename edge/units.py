@@ -1,4 +1,4 @@
-"""Sizes as people write them: "900MiB", "2.5 GB", "4096"; and cutting amounts into parts."""
+"""Sizes in bytes as people write them: "900MiB", "2.5 GB", "4096"; amounts rounded and cut up."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def parse_bytes(size: int | str) -> int:
     if not 0 < amount < 1 << 63 or (value := int(amount)) < 1:
         raise UsageError(f"{size!r} is no size in bytes", 'write for instance "900MiB" or "4GiB"')
     return value
+
+
+def round_up(value: int, unit: int) -> int:
+    """The least multiple of `unit` that is >= value."""
+    return -(-value // unit) * unit
 
 
 def format_bytes(size: int) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 
 F32 = NDArray[np.float32]
@@ -78,7 +79,11 @@ class Cache(Protocol):
         ...
 
     def rollback(self, n: int) -> None:
-        """Undo the last n rows of the decoder layers, exactly, or raise CacheError."""
+        """Undo the last n rows of the decoder layers, exactly, or raise CacheError.
+
+        Afterwards the next token sees every row it should; so rollback(0) tells whether a pass
+        that failed half-way destroyed rows that are still needed.
+        """
         ...
 
     def nbytes(self) -> int:
@@ -109,16 +114,31 @@ class Backend(Protocol):
         ...
 
     def forward(
-        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+        self,
+        token_ids: TokenIds,
+        cache: Cache,
+        *,
+        logits_rows: int = 1,
+        hidden_rows: int = 0,
+        cancel: Cancel | None = None,
     ) -> ForwardResult:
         """Append T tokens [T] to `cache` and return the last rows asked for.
 
-        Raises ContextLengthError before touching the cache when they do not fit.
+        Raises ContextLengthError before touching the cache when they do not fit, Cancelled within
+        a layer after `cancel` was set. A pass that fails leaves `cache.length` at the tokens
+        that are complete.
         """
         ...
 
     def mtp_forward(
-        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+        self,
+        depth: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
     ) -> F32:
         """Run MTP block `depth` on rows position..position+n-1: row i takes hidden[i] = H_i [n, M]
         and token_ids[i] = x_{i+1+depth}. Writes those rows of the block's ring (overwriting

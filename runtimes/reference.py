@@ -42,6 +42,7 @@ from collections import OrderedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mimo_edge.cancel import Cancel, check_cancel
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
 from mimo_edge.kv_cache import LayerCache, ModelCache, Positions, Rows
@@ -187,7 +188,13 @@ class ReferenceBackend:
     def _tensor(self, name: str) -> F32:
         tensor = self._tensors.get(name)
         if tensor is None:
-            tensor = self._tensors[name] = self._source().tensor(name)
+            tensor = self._source().tensor(name)
+            # A bias or sink that is not finite would misroute tokens and leave every result finite.
+            small = tensor.ndim == 1 or name.endswith("ffn_gate_inp.weight")
+            if small and not np.isfinite(tensor).all():
+                where = f"block {name.split('.')[1]}: " if name.startswith("blk.") else ""
+                raise GenerationError(f"{where}{name} holds NaN or Inf", "the weights are damaged")
+            self._tensors[name] = tensor
         return tensor
 
     def _expert(self, layer: int, expert: int) -> ExpertWeights:
@@ -311,7 +318,13 @@ class ReferenceBackend:
         return ModelCache(self.config, context, verify_rows)
 
     def forward(
-        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+        self,
+        token_ids: TokenIds,
+        cache: Cache,
+        *,
+        logits_rows: int = 1,
+        hidden_rows: int = 0,
+        cancel: Cancel | None = None,
     ) -> ForwardResult:
         """Append token_ids [T] to `cache`; logits f32 [logits_rows, V] and residual rows before
         the final norm f32 [hidden_rows, M] of the last rows come back.
@@ -319,7 +332,7 @@ class ReferenceBackend:
         Any T works: a prefill chunk, one token, or a verify batch. T, and so every chunk, may
         exceed the rows a rollback can undo. The cache keeps its length if an error is raised.
         Raises UsageError (ids, row counts), ContextLengthError (before anything is touched),
-        CacheError (not ours), GenerationError (NaN or Inf, naming the layer).
+        CacheError (not ours), GenerationError (NaN or Inf, naming the layer), Cancelled.
         """
         source = self._source()
         ids = self._check_ids(token_ids)
@@ -333,21 +346,30 @@ class ReferenceBackend:
         with np.errstate(over="ignore", invalid="ignore"):
             h = source.embedding(ids)
             for spec, layer_cache in zip(self.config.layers, ours.layers, strict=True):
+                check_cancel(cancel)
                 h = self._block(spec, h, position, layer_cache, total)
             logits = self._head("output_norm.weight", h[total - logits_rows :])
         ours.commit(total)
         return ForwardResult(logits=logits, hidden=h[total - hidden_rows :].copy())
 
     def mtp_forward(
-        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+        self,
+        depth: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
     ) -> F32:
         """Run MTP block `depth` on rows position..position+n-1; see the top of this file.
 
         token_ids [n] = x_{i+1+depth}, hidden f32 [n, M] = H_i -> logits f32 [V] of the last row,
         which predicts x_{i+2+depth}. Earlier rows only leave their key and value.
         Raises UsageError (depth, shapes, ids), CacheError (rows missing or not yet processed),
-        GenerationError (NaN or Inf).
+        GenerationError (NaN or Inf), Cancelled.
         """
+        check_cancel(cancel)
         logits: F32 = self._mtp(depth, token_ids, hidden, position, cache, 1)[0]
         return logits
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
@@ -78,7 +79,13 @@ class FakeBackend:
         return row
 
     def forward(
-        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+        self,
+        token_ids: TokenIds,
+        cache: Cache,
+        *,
+        logits_rows: int = 1,
+        hidden_rows: int = 0,
+        cancel: Cancel | None = None,
     ) -> ForwardResult:
         assert isinstance(cache, FakeCache)
         assert not self.closed
@@ -103,7 +110,14 @@ class FakeBackend:
         )
 
     def mtp_forward(
-        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+        self,
+        depth: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
     ) -> F32:
         assert isinstance(cache, FakeCache)
         self.on_call("mtp", len(token_ids))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import tiny
 from fake_backend import FakeBackend
 
+from mimo_edge.cancel import Cancel
 from mimo_edge.engine import Engine, Sequence
 from mimo_edge.errors import ContextLengthError, UsageError
 from mimo_edge.runtimes.reference import ReferenceBackend
@@ -160,7 +160,7 @@ def test_switching_drafts_on_later_processes_the_prompt_again() -> None:
 
 def test_cancel_between_prefill_chunks_and_between_steps() -> None:
     engine, backend = fake(prefill_chunk=2)
-    cancel = threading.Event()
+    cancel = Cancel()
     sequence = engine.sequence()
     backend.on_call = lambda kind, rows: cancel.set() if len(backend.forwards) == 1 else None
     generation = engine.generate(sequence, PROMPT, greedy(), cancel=cancel)

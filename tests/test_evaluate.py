@@ -15,6 +15,7 @@ from checkpoint_factory import write_tokenizer
 from tiny import random_weights, tiny_config
 
 from mimo_edge import evaluate
+from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import GenerationError, TokenizerError, UsageError
@@ -156,12 +157,25 @@ class TableBackend:
         return None  # type: ignore[return-value]
 
     def forward(
-        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+        self,
+        token_ids: TokenIds,
+        cache: Cache,
+        *,
+        logits_rows: int = 1,
+        hidden_rows: int = 0,
+        cancel: Cancel | None = None,
     ) -> ForwardResult:
         return ForwardResult(self.table[token_ids[-logits_rows:]], np.zeros((0, 1), np.float32))
 
     def mtp_forward(
-        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+        self,
+        depth: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
     ) -> F32:
         raise NotImplementedError
 

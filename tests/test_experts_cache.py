@@ -29,9 +29,9 @@ from mimo_edge.errors import (
     UsageError,
 )
 from mimo_edge.experts.cache import ExpertCache, Ticket
-from mimo_edge.experts.flash_file import FlashFile
 from mimo_edge.experts.reader import ExpertReader
 from mimo_edge.experts.slots import SlotPool
+from mimo_edge.flash_file import FlashFile
 
 UNALIGNED = {"sizes": (1000, 3000, 5000), "start": 96}
 LAYOUTS = {
@@ -394,6 +394,58 @@ def test_rewritten_in_place_while_running(tmp_path: Path) -> None:
         cache.acquire(1, np.array([0])).release()
         os.utime(file.path, ns=(1, 1))
         fail_once(file, cache, BundleError, "changed")
+
+
+def test_a_repaired_file_works_again_and_is_checked_again(tmp_path: Path) -> None:
+    """With checksums a changed file is opened anew: what it holds counts, not which file it is."""
+    file = ExpertFile(tmp_path / "x")
+    content = file.path.read_bytes()
+    stack = file.table.layers[1].stacks[2]
+    changed = bytearray(content)
+    changed[stack.offset + 3 * stack.nbytes + 77] ^= 4
+    damaged = bytes(changed)
+
+    def in_place(data: bytes) -> None:
+        file.path.write_bytes(data)
+
+    def other_file(data: bytes) -> None:
+        (tmp_path / "y").write_bytes(data)
+        os.replace(tmp_path / "y", file.path)
+
+    with ExpertCache(file.table, 2) as cache:
+
+        def good(expert: int) -> None:
+            with cache.acquire(2, np.array([expert])) as ticket:
+                assert_content(cache, file, 1, ticket.ids, ticket.slots)
+            cache.acquire(1, np.arange(2)).release()  # give it up again
+
+        good(3)
+        for write in (in_place, other_file):
+            write(damaged)
+            good(2)
+            # It was checked once, but in the file as it was then.
+            fail_once(file, cache, IntegrityError, "damaged", "changed while running")
+            write(content)
+            good(3)
+            write(content[: stack.offset])
+            what = "truncated" if write is in_place else "replaced"
+            fail_once(file, cache, BundleError, what)
+            write(content)
+            good(3)
+            file.path.unlink()
+            fail_once(file, cache, BundleError, "gone")
+            write(content)
+            good(3)
+
+
+def test_a_change_of_the_working_directory_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = ExpertFile(Path("x"))
+    with ExpertCache(file.table, 6) as cache:
+        monkeypatch.chdir("/")
+        cache.acquire(1, np.array([0])).release()
 
 
 def test_a_read_that_fails_after_its_pass_ended_does_not_fail_the_next_pass(

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mimo_edge.errors import BackendError, GenerationError, UsageError
+from mimo_edge.cancel import Cancel
+from mimo_edge.errors import BackendError, Cancelled, UsageError
 from mimo_edge.kv_cache import Rows
 from mimo_edge.quant.base import FORMATS
 from mimo_edge.runtimes.ggml import bindings as ggml
@@ -361,13 +362,13 @@ def test_graphs_share_scratch_and_know_when_it_moved() -> None:
         device.compute(1)
 
 
-def test_abort_stops_until_cleared(device: Device) -> None:
-    device.abort()
-    try:
-        with pytest.raises(GenerationError, match="cancelled"):
+def test_a_cancelled_graph_stops_and_the_next_one_runs(device: Device) -> None:
+    cancel = Cancel()
+    with device.cancelled_by(cancel):
+        run(device, Graph.add, normal(2, 3), normal(2, 3))
+        cancel.set()
+        with pytest.raises(Cancelled):
             run(device, Graph.add, normal(2, 3), normal(2, 3))
-    finally:
-        device.clear_abort()
     close(run(device, Graph.add, np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)),
           np.full((2, 3), 2, np.float32))  # fmt: skip
 

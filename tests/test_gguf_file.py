@@ -104,7 +104,7 @@ def test_one_expert_is_a_contiguous_slice(sample: Path) -> None:
         model.raw("nothing")
 
 
-def test_views_survive_close_and_closed_files_refuse(sample: Path) -> None:
+def test_what_was_read_survives_close_and_closed_files_refuse(sample: Path) -> None:
     model = GgufFile.open(sample)
     view = model.raw("vector")
     model.close()

@@ -26,8 +26,8 @@ from mimo_edge.budget import Budget, plan, resident_bytes
 from mimo_edge.bundle import Bundle
 from mimo_edge.errors import BundleError, UsageError
 from mimo_edge.experts.cache import ExpertCache
-from mimo_edge.experts.flash_file import FlashFile
 from mimo_edge.export.pipeline import export_bundle
+from mimo_edge.flash_file import FlashFile
 
 PROMPT = [5, 17, 3, 40, 2, 9, 33, 8] * 6
 

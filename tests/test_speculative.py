@@ -8,6 +8,7 @@ import pytest
 import tiny
 from fake_backend import FakeBackend
 
+from mimo_edge.cancel import Cancel
 from mimo_edge.engine import Engine
 from mimo_edge.errors import UsageError
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
@@ -67,12 +68,19 @@ class WithGoodDrafts:
     def new_cache(self, context: int, verify_rows: int = 4) -> Cache:
         return self.inner.new_cache(context, verify_rows)
 
-    def forward(self, token_ids: TokenIds, cache: Cache, **rows: int) -> ForwardResult:
+    def forward(self, token_ids: TokenIds, cache: Cache, **options: Any) -> ForwardResult:
         self.seen = self.seen[: cache.length] + token_ids.tolist()
-        return self.inner.forward(token_ids, cache, **rows)
+        return self.inner.forward(token_ids, cache, **options)
 
     def mtp_forward(
-        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+        self,
+        depth: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
     ) -> F32:
         logits = self.inner.mtp_forward(depth, token_ids, hidden, position, cache)
         end = position + len(token_ids)

@@ -21,17 +21,15 @@ import numpy as np
 import pytest
 import tiny
 from checkpoint_factory import write_checkpoint
+from streamed import open_streamed
 from typer.testing import CliRunner
 
 from mimo_edge.api import Runtime
 from mimo_edge.budget import Budget, plan
 from mimo_edge.bundle import Bundle
-from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.cli.main import app
 from mimo_edge.errors import BundleError, DeviceError, IntegrityError, UsageError
-from mimo_edge.experts.table import ExpertTable
 from mimo_edge.export.pipeline import export_bundle
-from mimo_edge.model_source import Model
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.expert_source import CachedExperts
@@ -52,29 +50,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         bundles[recipe] = folder / recipe
         export_bundle(source, bundles[recipe], recipe=recipe).close()
     return bundles
-
-
-def open_streamed(
-    path: Path, slots: int | None, draft: Any = 0, **options: Any
-) -> tuple[Runtime, CachedExperts | None]:
-    """A runtime over `path`, resident when `slots` is None."""
-    bundle = Bundle.open(path)
-    found: list[CachedExperts] = []
-
-    def experts(device: Device) -> CachedExperts:
-        assert slots is not None
-        found.append(CachedExperts(device, ExpertTable.from_bundle(bundle), slots))
-        return found[0]
-
-    backend = GgmlBackend(
-        GgufTensors(bundle.config, [bundle.gguf], bounded=True),
-        threads=1,
-        repack=False,
-        experts=None if slots is None else experts,
-        **options,
-    )
-    model = Model("m", backend, None, ChatTemplate(), frozenset(), found[0] if found else None)
-    return Runtime(model, 256, draft), (found[0] if found else None)
 
 
 @pytest.mark.parametrize("recipe", ["f32", "q8_0"])
@@ -169,7 +144,7 @@ def test_a_failing_read_leaves_the_cache_at_the_last_good_token(
     made: dict[str, Path], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """EIO in the middle: the error names layer and expert, and the same call works again."""
-    from mimo_edge.experts.flash_file import FlashFile
+    from mimo_edge.flash_file import FlashFile
 
     whole = FlashFile._preadv
     runtime, experts = open_streamed(made["f32"], 4)
@@ -204,7 +179,7 @@ def test_a_failing_read_leaves_the_cache_at_the_last_good_token(
 def test_a_disk_error_in_an_answer_leaves_the_session_usable(
     made: dict[str, Path], draft: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mimo_edge.experts.flash_file import FlashFile
+    from mimo_edge.flash_file import FlashFile
 
     whole = FlashFile._preadv
     resident, _ = open_streamed(made["f32"], None)

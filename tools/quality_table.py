@@ -31,6 +31,7 @@ import numpy as np
 
 import mimo_edge
 from mimo_edge.api import Runtime
+from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import MimoEdgeError, UsageError
 from mimo_edge.evaluate import TextChunk, answer_chunks, evaluate_commands, evaluate_text
@@ -89,7 +90,13 @@ class Recorder:
         return self._backend.new_cache(context, verify_rows)
 
     def forward(
-        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+        self,
+        token_ids: TokenIds,
+        cache: Cache,
+        *,
+        logits_rows: int = 1,
+        hidden_rows: int = 0,
+        cancel: Cancel | None = None,
     ) -> ForwardResult:
         """The model's own, kept."""
         key = _key(token_ids, cache, logits_rows, hidden_rows)
@@ -98,7 +105,14 @@ class Recorder:
         return result
 
     def mtp_forward(
-        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+        self,
+        depth: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
     ) -> F32:
         """Nothing to keep."""
         raise UsageError("only whole texts are recorded")
@@ -145,7 +159,13 @@ class Remembered:
         return _NoRows()
 
     def forward(
-        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+        self,
+        token_ids: TokenIds,
+        cache: Cache,
+        *,
+        logits_rows: int = 1,
+        hidden_rows: int = 0,
+        cancel: Cancel | None = None,
     ) -> ForwardResult:
         """The logits of a whole text, as they were recorded."""
         end = self._places.get(_key(token_ids, cache, logits_rows, hidden_rows).hex())
@@ -155,7 +175,14 @@ class Remembered:
         return ForwardResult(self._logits[end - logits_rows : end], no_states)
 
     def mtp_forward(
-        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+        self,
+        depth: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
     ) -> F32:
         """Nothing to remember."""
         raise UsageError("only whole texts are remembered")

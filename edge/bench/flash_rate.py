@@ -9,10 +9,10 @@ import time
 from contextlib import suppress
 
 from mimo_edge.bundle import Bundle
-from mimo_edge.experts.flash_file import FlashFile
 from mimo_edge.experts.reader import DEFAULT_LANES
-from mimo_edge.experts.slots import round_up
 from mimo_edge.experts.table import ExpertTable
+from mimo_edge.flash_file import FlashFile
+from mimo_edge.units import round_up
 
 _MAX_S = 1.0
 _TRIES = 3

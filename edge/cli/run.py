@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mimo_edge.cli.interrupts import Interrupts, cancelled_by_interrupts
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import MimoEdgeError, UsageError
 
@@ -126,14 +127,7 @@ def _answer(
     out: Output, runtime: Runtime, session: Session, prompt: str, options: dict[str, Any]
 ) -> None:
     """One answer, printed as it comes; an interrupt keeps what is there and exits 130."""
-    interrupted = False
-    try:
-        # Checked before the first token: errors leave no half answer.
-        _print_pieces(out, session.stream(prompt, **options))
-    except KeyboardInterrupt:
-        interrupted = True
-        session.stop()
-        out.text("")
+    interrupted = _stream(out, session, prompt, options)
     reply = session.last_reply
     if reply is not None:
         out.result(_reply_json(runtime, reply))
@@ -154,12 +148,7 @@ def _chat(out: Output, runtime: Runtime, session: Session, options: dict[str, An
         if not line.strip():
             continue
         try:
-            _print_pieces(out, session.stream(line, **options))
-        except KeyboardInterrupt:
-            session.stop()
-            out.text("")
-            if not interactive:
-                raise typer.Exit(INTERRUPTED) from None
+            interrupted = _stream(out, session, line, options)
         except MimoEdgeError as error:
             if not interactive:
                 raise
@@ -170,6 +159,25 @@ def _chat(out: Output, runtime: Runtime, session: Session, options: dict[str, An
             _remarks(out, reply)
             for text in experts_line(runtime):
                 out.detail(text)
+        if interrupted and not interactive:
+            raise typer.Exit(INTERRUPTED)
+
+
+def _stream(out: Output, session: Session, prompt: str, options: dict[str, Any]) -> bool:
+    """Print an answer as it comes; whether Ctrl-C ended it. A second Ctrl-C does not wait."""
+    interrupts = Interrupts()
+    try:
+        with cancelled_by_interrupts(session.cancel) as interrupts:
+            # Checked before the first token: errors leave no half answer.
+            pieces = session.stream(prompt, **options)
+            if interrupts:  # before there was anything to cancel
+                session.cancel()
+            _print_pieces(out, pieces)
+    except KeyboardInterrupt:
+        session.stop()
+        out.text("")
+        return True
+    return bool(interrupts)
 
 
 def _remarks(out: Output, reply: Reply) -> None:

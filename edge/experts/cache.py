@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mimo_edge.cancel import CancelSignal
 from mimo_edge.errors import Cancelled, DeviceError, MimoEdgeError, UsageError
 from mimo_edge.experts.policy import FrequencyPolicy, Ids, Mask, Policy
 from mimo_edge.experts.reader import DEFAULT_LANES, ExpertRead, ExpertReader
@@ -29,7 +30,7 @@ from mimo_edge.experts.table import ExpertTable
 
 _log = logging.getLogger(__name__)
 
-# How often a waiting caller looks at its cancel event.
+# How often a waiting caller looks at its cancel signal.
 _CANCEL_POLL_S = 0.02
 # Reads of `warm_up` in the queue at a time: enough for every lane, dropped quickly.
 _WARM_READS = 4
@@ -58,7 +59,7 @@ class Ticket:
         slots: Slots,
         resident: Mask,
         slot_ids: Slots,
-        cancel: threading.Event | None,
+        cancel: CancelSignal | None,
     ) -> None:
         self.row, self.ids, self.slots, self.resident = row, ids, slots, resident
         self.slot_ids = slot_ids
@@ -211,7 +212,7 @@ class ExpertCache:
         layer: int,
         ids: NDArray[np.integer[Any]],
         *,
-        cancel: threading.Event | None = None,
+        cancel: CancelSignal | None = None,
     ) -> Ticket:
         """Ask for the experts `ids` ([T, K] of T tokens, or any list) of a layer.
 
@@ -236,7 +237,7 @@ class ExpertCache:
         layer: int,
         ids: NDArray[np.integer[Any]],
         *,
-        cancel: threading.Event | None = None,
+        cancel: CancelSignal | None = None,
     ) -> Ticket:
         """`begin` and wait for everything."""
         ticket = self.begin(layer, ids, cancel=cancel)
@@ -253,7 +254,7 @@ class ExpertCache:
         ids: NDArray[np.integer[Any]],
         group: int,
         *,
-        cancel: threading.Event | None = None,
+        cancel: CancelSignal | None = None,
     ) -> Generator[ExpertGroup, None, None]:
         """All experts `ids` of a layer, at most `group` at a time, each once.
 
@@ -440,10 +441,10 @@ class ExpertCache:
         self._check_ids(ids)
         return row
 
-    def _plain_ticket(self, row: int, ids: Ids, cancel: threading.Event | None) -> Ticket:
+    def _plain_ticket(self, row: int, ids: Ids, cancel: CancelSignal | None) -> Ticket:
         return self._ticket(row, ids, np.arange(len(ids)), cancel)
 
-    def _make_room(self, wanted: int, cancel: threading.Event | None) -> int:
+    def _make_room(self, wanted: int, cancel: CancelSignal | None) -> int:
         """Try to make `wanted` slots claimable; returns how many are. What was read ahead, and is
         not held by a ticket, gives way."""
         self._check_open()
@@ -456,14 +457,14 @@ class ExpertCache:
             self._check_open()
         return r.available()
 
-    def _sleep(self, cancel: threading.Event | None) -> None:
+    def _sleep(self, cancel: CancelSignal | None) -> None:
         """Wait for a change. Raises Cancelled."""
         if cancel is not None and cancel.is_set():
             raise Cancelled("cancelled while waiting for experts")
         self._change.wait(None if cancel is None else _CANCEL_POLL_S)
 
     def _ticket(
-        self, row: int, ids: Ids, inverse: NDArray[np.int64], cancel: threading.Event | None
+        self, row: int, ids: Ids, inverse: NDArray[np.int64], cancel: CancelSignal | None
     ) -> Ticket:
         """Hold what is there, claim and queue the rest. The lock is held."""
         self._check_open()
@@ -616,7 +617,10 @@ class ExpertCache:
                 self._abandon(row, expert)
 
     def close(self) -> None:
-        """Stop reading, give the memory back. Twice is harmless; waiting callers get an error."""
+        """Stop reading, give the memory back. Twice is harmless; waiting callers get an error. In a
+        forked process nothing happens: memory and threads are its parent's."""
+        if self._reader.forked:
+            return
         with self._change:
             if self._closed:
                 return

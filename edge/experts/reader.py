@@ -6,6 +6,9 @@ the file along with it: one request for neighbours (36 KiB parts: 0.5 GB/s one b
 eight at a time; above 1 MiB it makes no difference). The lane that finishes the last part checks
 the expert's checksum and reports. Lanes wait for work asleep; reads and checksums run without the
 interpreter's lock.
+
+A file that changes while running ends in an error when there are no checksums to judge it by. With
+them it is opened anew, so that a repaired file works again, and every expert is checked again.
 """
 
 from __future__ import annotations
@@ -25,15 +28,20 @@ from pathlib import Path
 import numpy as np
 
 from mimo_edge.errors import BackendError, BundleError, IntegrityError, MimoEdgeError, UsageError
-from mimo_edge.experts.flash_file import FlashFile
 from mimo_edge.experts.policy import Mask
-from mimo_edge.experts.slots import SlotPool, round_up
+from mimo_edge.experts.slots import SlotPool
 from mimo_edge.experts.table import KINDS, ExpertTable
+from mimo_edge.flash_file import FlashFile
+from mimo_edge.units import round_up
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_LANES = 4
 COALESCE_BYTES = 1 << 20
+# How long closing waits for reads that are running; a disk that hangs must not hang the program.
+_CLOSE_WAIT_S = 1.0
+# Reads of a file that is another one each time.
+_ATTEMPTS = 3
 
 Done = Callable[["ExpertRead", MimoEdgeError | None], None]
 
@@ -41,8 +49,9 @@ Done = Callable[["ExpertRead", MimoEdgeError | None], None]
 class ExpertRead:
     """One expert on its way into a slot. `error` is set when it failed."""
 
-    def __init__(self, row: int, expert: int, slot: int, done: Done) -> None:
+    def __init__(self, row: int, expert: int, slot: int, done: Done, renewed: int) -> None:
         self.row, self.expert, self.slot = row, expert, slot
+        self.renewed = renewed  # files opened anew before this read
         self.error: MimoEdgeError | None = None
         self.nbytes = 0  # read from flash for it
         self._done = done
@@ -98,6 +107,9 @@ class _Shared:
     flights: dict[tuple[int, int], ExpertRead] = field(default_factory=dict)
     stats: ReaderStats = field(default_factory=ReaderStats)
     closing: bool = False
+    lanes_left: int = 0  # that have not ended yet
+    resources: ExitStack | None = None  # what the last lane closes, when nobody waits for it
+    renewed: int = 0  # how often a file was opened anew because it had changed
 
 
 class ExpertReader:
@@ -122,7 +134,7 @@ class ExpertReader:
         self._stack = ExitStack()  # runs backwards: bounce buffers, then files
         if not 1 <= lanes <= 64:
             raise UsageError(f"{lanes} reader lanes", "use 1 to 64")
-        if paranoid and any(layer.crc32 is None for layer in table.layers):
+        if paranoid and not table.has_checksums:
             raise UsageError(
                 "paranoid reading needs checksums, and this model has none",
                 "export it with mimo-edge export",
@@ -148,6 +160,7 @@ class ExpertReader:
                     target=lane.run, name=f"mimo-expert-lane-{number}", daemon=True
                 )
                 thread.start()
+                self._shared.lanes_left += 1
                 self._lanes.append(thread)
         except BaseException:
             self.close()
@@ -196,7 +209,7 @@ class ExpertReader:
             flying = s.flights.get((row, expert))
             if flying is not None:
                 return flying
-            read = ExpertRead(row, expert, slot, done)
+            read = ExpertRead(row, expert, slot, done, s.renewed)
             s.flights[row, expert] = read
             queue = s.ahead if ahead else s.urgent
             for kind, stack in enumerate(s.table.layers[row].stacks):
@@ -232,32 +245,47 @@ class ExpertReader:
         read._finished.set()
         return True
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that made the reader."""
+        return os.getpid() != self._pid
+
     def check_process(self) -> None:
         """Threads do not survive a fork: refuse to work in a child."""
-        if os.getpid() != self._pid:
+        if self.forked:
             raise BackendError(
                 "expert reading was started in another process", "open the model after the fork"
             )
 
     def close(self) -> None:
-        """Stop the lanes once they finish the reads they are in; queued reads are dropped and
-        never reported. Twice is harmless."""
+        """Stop the lanes once they finish the reads they are in; queued reads are dropped, and no
+        read is reported any more. A read that hangs is left to its lane, which cleans up when it
+        comes back. Twice is harmless; in a forked process nothing happens."""
+        if self.forked:
+            return  # the locks may be held by threads that do not exist here
         shared = getattr(self, "_shared", None)
-        if shared is not None:
-            with shared.wake:
-                shared.closing = True
-                for queue in (shared.urgent, shared.ahead):
-                    for part in queue:
-                        part.target.release()
-                    queue.clear()
-                shared.waiting.clear()
-                shared.wake.notify_all()
-        if os.getpid() == self._pid:
-            for thread in self._lanes:
-                if thread is not threading.current_thread():  # collected inside a lane
-                    thread.join()
+        if shared is None:
+            self._stack.close()
+            return
+        with shared.wake:
+            shared.closing = True
+            for queue in (shared.urgent, shared.ahead):
+                for part in queue:
+                    part.target.release()
+                queue.clear()
+            shared.waiting.clear()
+            shared.wake.notify_all()
+        until = time.monotonic() + _CLOSE_WAIT_S
+        for thread in self._lanes:
+            if thread is not threading.current_thread():  # collected inside a lane
+                thread.join(max(0.0, until - time.monotonic()))
         self._lanes.clear()
-        self._stack.close()
+        with shared.wake:
+            resources = self._stack.pop_all()
+            if shared.lanes_left:
+                shared.resources = resources
+                return
+        resources.close()
 
     def __enter__(self) -> ExpertReader:
         return self
@@ -290,6 +318,18 @@ class _Lane:
             self._map = None
 
     def run(self) -> None:
+        """Read what is queued until the reader is closed."""
+        shared = self._shared
+        try:
+            self._work()
+        finally:
+            with shared.wake:
+                shared.lanes_left -= 1
+                last = None if shared.lanes_left else shared.resources
+            if last is not None:
+                last.close()
+
+    def _work(self) -> None:
         shared = self._shared
         while True:
             with shared.wake:
@@ -359,16 +399,43 @@ class _Lane:
             return 0, BackendError(f"reading {file.path} failed: {failure!r}")
 
     def _fetch(self, file: FlashFile, parts: list[_Part]) -> int:
+        targets = [part.target for part in parts]
+        for attempt in range(_ATTEMPTS):
+            state = file.state
+            try:
+                nbytes = file.read(parts[0].offset, targets, self._bounce)
+                file.check()
+            except BundleError:
+                again = file.state != state or self._renew(file)
+                if not again or attempt == _ATTEMPTS - 1:
+                    raise
+            else:
+                if file.state == state:  # or else it was read from the file before
+                    return nbytes
+        raise BundleError(f"{file.path} keeps changing while running", "copy the file again")
+
+    def _renew(self, file: FlashFile) -> bool:
+        """Go on with a file that was changed or replaced, if checksums can tell whether it holds
+        the same experts. False when it is still the same file; raises what happened to it when
+        there is nothing to go on with."""
+        shared = self._shared
         try:
-            nbytes = file.read(parts[0].offset, [part.target for part in parts], self._bounce)
+            file.check()
         except BundleError:
-            file.check()  # truncated or replaced says more than short
-            raise
-        file.check()
-        return nbytes
+            if not shared.table.has_checksums or not file.refresh():
+                raise  # truncated or replaced says more than short
+        else:
+            return False
+        with shared.wake:
+            shared.renewed += 1
+            self._checked[:] = False
+        _log.warning("%s was changed while running: every expert is checked again", file.path)
+        return True
 
     def _finish(self, read: ExpertRead) -> None:
         shared = self._shared
+        if shared.closing:
+            return  # nobody waits for it, and its slot is gone
         if read.error is None:
             read.error = self._check(read)
         with shared.wake:
@@ -390,14 +457,16 @@ class _Lane:
         with shared.wake:
             shared.stats.checked += 1
         if crc == layer.crc32[read.expert]:
-            self._checked[read.row, read.expert] = True
+            with shared.wake:  # what was read from an older file says nothing about the new one
+                self._checked[read.row, read.expert] = read.renewed == shared.renewed
             return None
         places = ", ".join(
             f"{kind} at {stack.offset + read.expert * stack.nbytes}"
             for kind, stack in zip(KINDS, layer.stacks, strict=True)
         )
+        since = " since the file was changed while running" if shared.renewed else ""
         return IntegrityError(
-            f"{layer.stacks[0].file}: layer {layer.layer}, expert {read.expert} is damaged: "
+            f"{layer.stacks[0].file}: layer {layer.layer}, expert {read.expert} is damaged{since}: "
             f"CRC-32 {crc:08x}, not {layer.crc32[read.expert]:08x} ({places})",
             "copy the file again",
         )

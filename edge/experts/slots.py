@@ -21,13 +21,9 @@ from collections.abc import Sequence
 
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.table import KINDS, ExpertTable
+from mimo_edge.units import round_up
 
 _HUGE_PAGE_BYTES = 2 << 20
-
-
-def round_up(value: int, unit: int) -> int:
-    """The least multiple of `unit` that is >= value."""
-    return -(-value // unit) * unit
 
 
 class SlotPool:

@@ -77,6 +77,11 @@ class ExpertTable:
         return len(self.layers) * self.experts
 
     @property
+    def has_checksums(self) -> bool:
+        """Whether a damaged expert can be told from a good one in every layer."""
+        return all(layer.crc32 is not None for layer in self.layers)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all experts of all layers."""
         return sum(layer.expert_bytes for layer in self.layers) * self.experts

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE, check_kv_type
@@ -45,7 +46,7 @@ class GgmlBackend:
 
     `kv_type` is the format of global layers' rows (see `kv_format`). `repack=False` keeps weights
     in file order: slower prefill, same results within rounding. `routes` is told which experts
-    every pass chose. One call at a time; `abort` may be called from anywhere.
+    every pass chose. One call at a time.
     """
 
     name = "ggml"
@@ -108,16 +109,21 @@ class GgmlBackend:
         return GgmlCache(self.device, self.config, self._kv_type, context, verify_rows)
 
     def forward(
-        self, token_ids: TokenIds, cache: Cache, *, logits_rows: int = 1, hidden_rows: int = 0
+        self,
+        token_ids: TokenIds,
+        cache: Cache,
+        *,
+        logits_rows: int = 1,
+        hidden_rows: int = 0,
+        cancel: Cancel | None = None,
     ) -> ForwardResult:
         """Append token_ids [T] to `cache`; logits f32 [logits_rows, V] and residual rows before
         the final norm f32 [hidden_rows, M] of the last rows come back.
 
         When it fails, `cache.length` says how many tokens are complete: those before the chunk
-        that failed. A chunk of at most `verify_rows` tokens that failed can be repeated; after a
-        longer one the rows sliding layers need are gone and the next call raises CacheError.
-        Raises UsageError, ContextLengthError (before anything is touched),
-        CacheError, GenerationError (NaN or Inf, or aborted), BackendError.
+        that failed. They can be built on, except after NaN or Inf, which stay in the cache.
+        Raises UsageError, ContextLengthError (before anything is touched), CacheError,
+        GenerationError (NaN or Inf), Cancelled, BundleError (a read), BackendError.
         """
         self._check_open()
         ids = self._check_ids(token_ids)
@@ -135,7 +141,8 @@ class GgmlBackend:
             chunk = ids[start : start + even_part(after, self._chunk)]
             after -= len(chunk)
             want = [min(max(0, n - after), len(chunk)) for n in (logits_rows, hidden_rows)]
-            found = self._forward_chunk(ours, chunk, *want)
+            with self.device.cancelled_by(cancel):
+                found = self._forward_chunk(ours, chunk, *want)
             for out, part in zip((logits, hidden), found, strict=True):
                 if len(part):
                     end = len(out) - after
@@ -149,14 +156,16 @@ class GgmlBackend:
         if any(self.config.hybrid_layer_pattern):
             # Fails when an earlier pass was stopped while it overwrote the ring.
             cache.ring.check(position, total, total)
-        embedding = self._source.embedding(ids)
+        embedding = self._source.embedding(ids, self.device.cancel)
         shape = trunk_shape(cache, total, logits_rows, hidden_rows)
         trunk = self._trunk(cache, shape)
         before = cache.ring.positions()
-        cache.ring.store(position, total)
-        cache.full.store(position, total)
-        trunk.fill(embedding, position, before, cache.ring.positions())
+        # So that a pass that fails half-way costs no more than itself.
+        saved = cache.save_rings() if shape.ring == "append" else None
         try:
+            cache.ring.store(position, total)
+            cache.full.store(position, total)
+            trunk.fill(embedding, position, before, cache.ring.positions())
             trunk.compute()
             empty = np.empty((0, 0), np.float32)
             hidden, logits = (
@@ -169,7 +178,7 @@ class GgmlBackend:
             self._check_finite(hidden, "the residual stream", position + total - len(hidden))
             self._check_finite(logits, "the output head", position + total - len(logits))
         except BaseException:
-            cache.undo_write()
+            cache.undo_write(saved)
             raise
         cache.commit(total)
         return logits, hidden
@@ -187,14 +196,21 @@ class GgmlBackend:
         return found
 
     def mtp_forward(
-        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+        self,
+        depth: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
     ) -> F32:
         """Run MTP block `depth` on rows position..position+n-1.
 
         token_ids [n] = x_{i+1+depth}, hidden f32 [n, M] = H_i -> logits f32 [V] of the last row,
         which predicts x_{i+2+depth}. Earlier rows only leave their key and value.
         Raises UsageError (depth, shapes, ids), CacheError (rows missing or not yet processed),
-        GenerationError (NaN or Inf, or aborted).
+        GenerationError (NaN or Inf), Cancelled.
         """
         self._check_open()
         c = self.config
@@ -220,7 +236,8 @@ class GgmlBackend:
             # Only the newest row queries, and it sees no further back than the ring holds.
             skip = len(ids) - index.rows
             ids, hidden, position = ids[skip:], hidden[skip:], position + skip
-        return self._mtp(ours, depth, ids, hidden, position, index)
+        with self.device.cancelled_by(cancel):
+            return self._mtp(ours, depth, ids, hidden, position, index)
 
     def _mtp(
         self,
@@ -231,7 +248,7 @@ class GgmlBackend:
         position: int,
         index: RingIndex | FullIndex,
     ) -> F32:
-        embedding = self._source.embedding(ids)
+        embedding = self._source.embedding(ids, self.device.cancel)
         shape = mtp_shape(cache, depth, len(ids), position)
         found = cache.graph(shape)
         if not isinstance(found, MtpPass):
@@ -239,14 +256,14 @@ class GgmlBackend:
                 cache.drop_large()
             found = MtpPass(self.device, self._weights.model, cache, shape)
             cache.keep(shape, found)
-        index.store(position, len(ids))
-        held = (
-            index.positions()
-            if isinstance(index, RingIndex)
-            else index.positions(cache.mtp[depth].rows)
-        )
-        found.fill(embedding, hidden, position, held)
         try:
+            index.store(position, len(ids))
+            held = (
+                index.positions()
+                if isinstance(index, RingIndex)
+                else index.positions(cache.mtp[depth].rows)
+            )
+            found.fill(embedding, hidden, position, held)
             found.compute()
             assert found.logits_tensor is not None
             logits: F32 = found.logits_tensor.array().reshape(-1).copy()
@@ -255,16 +272,6 @@ class GgmlBackend:
             index.truncate(position)
             raise
         return logits
-
-    def abort(self) -> None:
-        """Stop the running pass after its current operation; from any thread or signal handler.
-
-        Passes fail with GenerationError until `clear_abort`."""
-        self.device.abort()
-
-    def clear_abort(self) -> None:
-        """Let passes run again."""
-        self.device.clear_abort()
 
     def close(self) -> None:
         """Free weights and scratch, close the source. Twice is harmless. Caches keep their own
@@ -312,6 +319,8 @@ class GgmlBackend:
 def _release(
     weights: ResidentWeights, experts: ExpertSource | None, device: Device, source: RawTensors
 ) -> None:
+    if device.forked:
+        return  # locks of threads that do not exist here may be held; the memory ends with us
     weights.close()
     if experts is not None:
         experts.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,7 +144,7 @@ class RingIndex:
         if not 0 <= length <= self.length:
             raise CacheError(f"cannot go back to {length} rows: {self.length} were written")
         first = self.first_seen(length)
-        if first < length < self.length and first < self.oldest():
+        if first < length and first < self.oldest():
             raise CacheError(
                 f"cannot go back from {self.length} rows to {length}: position {length} sees "
                 f"rows from {first}, rows below {self.oldest()} are gone",
@@ -155,6 +155,13 @@ class RingIndex:
     def truncate(self, length: int) -> None:
         """Forget the rows from `length` on."""
         self.length = min(self.length, length)
+
+    def copy(self) -> RingIndex:
+        """The same state, to go back to."""
+        made = RingIndex(self.window, self.rows)
+        made.length, made.high, made._start = self.length, self.high, self._start
+        made._slots[:] = self._slots
+        return made
 
     def positions(self, rows: int | None = None) -> Positions:
         """Position held by each slot, EMPTY where none or a forgotten one."""
@@ -185,6 +192,14 @@ class KvTensors:
         self.value = value
         self.rows = rows
         self.row_bytes = key.nb[1] + value.nb[1]
+
+
+class RingCopy(NamedTuple):
+    """The sliding layers of a cache: positions, and keys and values of one layer after the other
+    as u8 [bytes]."""
+
+    ring: RingIndex
+    rows: list[NDArray[np.uint8]]
 
 
 class GgmlCache:
@@ -239,7 +254,7 @@ class GgmlCache:
             raise
         self._graphs: OrderedDict[object, Reusable] = OrderedDict()
         self._finalizer = weakref.finalize(
-            self, _release, self._graphs, self._region, self._context
+            self, _release, device, self._graphs, self._region, self._context
         )
 
     @property
@@ -266,8 +281,21 @@ class GgmlCache:
         """Count `tokens` rows, already written to every layer, as part of the sequence."""
         self._length += tokens
 
-    def undo_write(self) -> None:
-        """A pass failed half-way: rows past the committed length hold anything."""
+    def save_rings(self) -> RingCopy:
+        """What a pass that overwrites rows of the sliding layers destroys, to undo it."""
+        sliding = [kv for i, kv in enumerate(self.layers) if self.config.layer(i).sliding]
+        rows = [tensor.bytes().copy() for kv in sliding for tensor in (kv.key, kv.value)]
+        return RingCopy(self.ring.copy(), rows)
+
+    def undo_write(self, saved: RingCopy | None) -> None:
+        """A pass failed half-way: rows past the committed length hold anything, and if it was one
+        that overwrote rows, `saved` is what was there."""
+        if saved is not None:
+            self.ring = saved.ring
+            sliding = [kv for i, kv in enumerate(self.layers) if self.config.layer(i).sliding]
+            tensors = [tensor for kv in sliding for tensor in (kv.key, kv.value)]
+            for tensor, rows in zip(tensors, saved.rows, strict=True):
+                tensor.bytes()[...] = rows
         self.ring.truncate(self._length)
         self.full.truncate(self._length)
 
@@ -360,7 +388,11 @@ def _place(device: Device, tensors: Sequence[KvTensors]) -> Region:
     return region
 
 
-def _release(graphs: OrderedDict[object, Reusable], region: Region, context: Context) -> None:
+def _release(
+    device: Device, graphs: OrderedDict[object, Reusable], region: Region, context: Context
+) -> None:
+    if device.forked:
+        return
     for graph in graphs.values():
         graph.close()
     graphs.clear()

@@ -1,4 +1,4 @@
-"""The compute device: a ggml CPU backend, its buffer types, scratch memory and abort flag.
+"""The compute device: a ggml CPU backend, its buffer types, scratch memory and cancellation.
 
 Scratch memory is one `ggml_gallocr` for every graph of the device: graphs run one at a time, so
 they share it. When it grows, the addresses of graphs allocated before are void; `epoch` counts
@@ -11,10 +11,12 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mimo_edge.errors import BackendError, GenerationError, UsageError
+from mimo_edge.cancel import Cancel
+from mimo_edge.errors import BackendError, Cancelled, UsageError
 from mimo_edge.runtimes.ggml import bindings as ggml
 from mimo_edge.runtimes.ggml.bindings import Bindings, bindings
 
@@ -49,11 +51,9 @@ class Device:
             self._buffer_type(p) for p in ggml.extra_buffer_types(self.ggml, self._device)
         ]
         self._scratch = self._made(self.ggml.ggml_gallocr_new(self.plain.pointer), "an allocator")
-        self._flag = ctypes.create_string_buffer(2)
-        function, self._libc = ggml.flag_function()
-        self.ggml.ggml_backend_cpu_set_abort_callback(
-            self._backend, function, ctypes.addressof(self._flag)
-        )
+        self._flag_function, self._libc = ggml.flag_function()
+        self.cancel: Cancel | None = None
+        """What may stop the pass that is running."""
 
     def _buffer_type(self, pointer: int) -> BufferType:
         name = self.ggml.ggml_backend_buft_name(pointer).decode()
@@ -133,36 +133,49 @@ class Device:
         return int(self.ggml.ggml_gallocr_get_buffer_size(self._scratch, 0))
 
     def compute(self, graph: int) -> None:
-        """Run `graph`. Raises GenerationError when aborted, BackendError when ggml refuses."""
+        """Run `graph`. Raises Cancelled, or BackendError when ggml refuses."""
         if not self._backend:
             raise BackendError("the backend is closed")
-        if os.getpid() != self._pid:
+        if self.forked:
             raise BackendError(
                 "this process was forked from the one that opened the model",
                 "OpenMP threads do not survive fork: open the model after forking",
             )
-        if not self._running.acquire(blocking=False):
+        if self._running.locked():
             raise BackendError("another thread is computing", "one call at a time per runtime")
-        try:
+        # `with`, because KeyboardInterrupt can come right after an acquire() that was a call.
+        with self._running:
             status = int(self.ggml.ggml_backend_graph_compute(self._backend, graph))
-        finally:
-            self._running.release()
         if status == ggml.STATUS_ABORTED:
-            raise GenerationError("the computation was cancelled")
+            raise Cancelled("cancelled while computing")
         if status != ggml.STATUS_SUCCESS:
             raise BackendError(f"ggml could not compute the graph (status {status})")
 
-    def abort(self) -> None:
-        """Stop the running graph after its current operation; from any thread or signal."""
-        self._flag[0] = b"\1"
-
-    def clear_abort(self) -> None:
-        """Let graphs run again."""
-        self._flag[0] = b"\0"
+    @contextmanager
+    def cancelled_by(self, cancel: Cancel | None) -> Iterator[None]:
+        """In here `cancel` stops a graph after its current operation."""
+        if cancel is None:
+            yield
+            return
+        set_callback = self.ggml.ggml_backend_cpu_set_abort_callback
+        flag = (ctypes.c_char * len(cancel.flag)).from_buffer(cancel.flag)
+        set_callback(self._backend, self._flag_function, ctypes.addressof(flag))
+        self.cancel = cancel
+        try:
+            yield
+        finally:
+            self.cancel = None
+            if self._backend:
+                set_callback(self._backend, None, None)
 
     @property
     def closed(self) -> bool:
         return not self._backend
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that made the device."""
+        return os.getpid() != self._pid
 
     def close(self) -> None:
         """Free the backend and the scratch memory. Twice is harmless."""

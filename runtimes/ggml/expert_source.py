@@ -90,6 +90,7 @@ class CachedExperts:
         when a file cannot be opened."""
         self.cache = ExpertCache(table, slots, lanes=lanes)
         self._table = table
+        self._device = device
         try:
             self.slots = PoolTensors(device, table, self.cache.pool)
         except BaseException:
@@ -98,7 +99,8 @@ class CachedExperts:
 
     def groups(self, layer: int, experts: Ids, counts: Ids) -> Generator[ExpertGroup, None, None]:
         """See `ExpertSource.groups`. A read that fails raises BundleError (IntegrityError when a
-        checksum differs) naming layer and expert."""
+        checksum differs) naming layer and expert. Waiting ends with Cancelled when the pass is
+        cancelled."""
         # Which token chose what is not told, and does not matter to the cache: how often, does.
         ids = np.repeat(experts, counts).reshape(-1, self._table.chosen)
         if len(ids) <= MOST_ROWS_OF_A_STEP and len(experts) <= self.cache.slots:
@@ -106,8 +108,9 @@ class CachedExperts:
         return self._in_turn(layer, ids)
 
     def _at_once(self, layer: int, ids: Ids) -> Generator[ExpertGroup, None, None]:
+        cancel = self._device.cancel
         try:
-            ticket = self.cache.begin(layer, ids)
+            ticket = self.cache.begin(layer, ids, cancel=cancel)
         except DeviceError:  # slots were given back since they were counted
             yield from self._in_turn(layer, ids)
             return
@@ -117,7 +120,7 @@ class CachedExperts:
 
     def _in_turn(self, layer: int, ids: Ids) -> Generator[ExpertGroup, None, None]:
         group = max(1, self.cache.slots // _GROUPS)
-        stream = self.cache.stream(layer, ids, group)
+        stream = self.cache.stream(layer, ids, group, cancel=self._device.cancel)
         try:
             for found in stream:
                 yield ExpertGroup(found.ids, found.slots.astype(np.int64))

@@ -69,6 +69,14 @@ class Tensor:
             self._view = view.reshape(shape)
         return self._view
 
+    def bytes(self) -> NDArray[np.uint8]:
+        """The tensor's memory as u8 [n]; otherwise as `array`."""
+        struct = ggml.TensorStruct.from_address(self.pointer)
+        _require(self.contiguous and bool(struct.data), f"{self} has no memory of its own")
+        size = self.ne[3] * self.nb[3]
+        memory = (ctypes.c_uint8 * size).from_address(struct.data)
+        return np.ctypeslib.as_array(memory)
+
     @property
     def contiguous(self) -> bool:
         """Whether elements of a plain type follow each other without gaps."""

@@ -2,56 +2,77 @@
 
 Names are canonical (GGUF, q/k/v split also where the file fuses them), shapes are NumPy's
 ([out, in], stacked experts [E, out, in]). `PackedTensors` holds them in memory and can be made
-from f32 weights; `GgufTensors` reads open GGUF files: mapped, or past the page cache where memory
-is bounded.
+from f32 weights; `GgufTensors` reads them from open GGUF files when their bytes are asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mimo_edge.cancel import CancelSignal
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BundleError
 from mimo_edge.experts.flash_file import FlashFile
 from mimo_edge.gguf_file import GgufFile
 from mimo_edge.gguf_meta import expected_shapes
 from mimo_edge.quant.base import Format, format_by_ggml_type, get_format
+from mimo_edge.row_reader import RowReader
 from mimo_edge.runtimes.base import F32, TokenIds, Weights
 from mimo_edge.runtimes.ggml.library import TYPES
 from mimo_edge.runtimes.weights import DictWeights
 
 U8 = NDArray[np.uint8]
 
+Fill = Callable[[int, U8], None]
+"""fill(start, out): put the tensor's bytes from `start` on into out u8 [n]."""
 
-class RawTensor(NamedTuple):
-    """Packed rows `data` u8 [rows, row bytes] of a tensor of `shape`, rows = all but the last.
 
-    `data` may be a mapped file, not read yet; `place` is (file, offset of data) then.
-    """
+class RawTensor:
+    """Packed bytes of a tensor of `shape`: in memory, or in a file and read when asked for."""
 
-    ggml_type: int
-    shape: tuple[int, ...]
-    data: U8
-    place: tuple[Path, int] | None = None
+    def __init__(self, ggml_type: int, shape: tuple[int, ...], data: U8 | Fill) -> None:
+        """`data`: contiguous u8, of any shape, or what reads it."""
+        self.ggml_type = ggml_type
+        self.shape = shape
+        self._data = data
+        kind = TYPES[ggml_type]
+        self._row_bytes = shape[-1] // kind.blck_size * kind.type_size
+        self._rows = int(np.prod(shape[:-1], dtype=np.int64))  # 1 for a vector
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self._rows * self._row_bytes
+
+    @property
+    def data(self) -> U8:
+        """Packed rows u8 [rows, row bytes], rows = all but the last axis."""
+        if not callable(self._data):
+            return self._data.reshape(self._rows, self._row_bytes)
+        out: U8 = np.empty((self._rows, self._row_bytes), np.uint8)
+        self._data(0, out.reshape(-1))
+        return out
+
+    def read_into(self, out: U8) -> None:
+        """Put all bytes into out u8 [nbytes]."""
+        if callable(self._data):
+            self._data(0, out)
+        else:
+            out[...] = self._data.reshape(-1)
 
     def rows(self, start: int, stop: int) -> RawTensor:
         """Rows start..stop of a matrix or elements of a vector of a type without blocks."""
-        shape = (stop - start, *self.shape[1:])
-        if len(self.shape) == 1:
-            size = TYPES[self.ggml_type].type_size
-            data = self.data[:, start * size : stop * size]
-        else:
-            size = self.data.shape[1]
-            data = self.data[start:stop]
-        place = self.place
-        if place is not None:
-            place = place[0], place[1] + start * size
-        return RawTensor(self.ggml_type, shape, data, place)
+        unit = self._row_bytes if len(self.shape) > 1 else TYPES[self.ggml_type].type_size
+        shape, first, last = (stop - start, *self.shape[1:]), start * unit, stop * unit
+        data = self._data
+        if not callable(data):
+            return RawTensor(self.ggml_type, shape, data.reshape(-1)[first:last])
+        fill = data
+        return RawTensor(self.ggml_type, shape, lambda at, out: fill(first + at, out))
 
 
 class RawTensors(Protocol):
@@ -68,25 +89,20 @@ class RawTensors(Protocol):
         """Its packed bytes, or BundleError."""
         ...
 
-    def read(self, raw: RawTensor) -> U8:
-        """All bytes of one of its tensors, or of rows of one: u8 [nbytes], read now."""
-        ...
-
-    def embedding(self, token_ids: TokenIds) -> F32:
+    def embedding(self, token_ids: TokenIds, cancel: CancelSignal | None = None) -> F32:
         """Rows of token_embd for token_ids [T] -> f32 [T, M], without loading the table."""
         ...
 
-    def release_pages(self) -> None:
-        """Give back memory that only caches what a file holds."""
-        ...
-
     def close(self) -> None:
-        """Release files and maps."""
+        """Release files."""
         ...
 
 
-def raw_tensor(name: str, ggml_type: int, shape: tuple[int, ...], data: U8) -> RawTensor:
-    """Check type and byte count and shape the bytes [n] into rows. Raises BundleError."""
+def raw_tensor(
+    name: str, ggml_type: int, shape: tuple[int, ...], data: U8 | Fill, nbytes: int | None = None
+) -> RawTensor:
+    """A tensor after a check of its type, shape and byte count (`nbytes`, or that of `data`).
+    Raises BundleError."""
     info = TYPES.get(ggml_type)
     if info is None:
         raise BundleError(
@@ -100,9 +116,10 @@ def raw_tensor(name: str, ggml_type: int, shape: tuple[int, ...], data: U8) -> R
         )
     width = shape[-1] // info.blck_size * info.type_size
     rows = int(np.prod(shape[:-1], dtype=object)) if len(shape) > 1 else 1
-    if data.size != rows * width:
-        raise BundleError(f"tensor {name} has {data.size} bytes, expected {rows * width}")
-    return RawTensor(ggml_type, shape, data.reshape(rows, width))
+    found = nbytes if callable(data) else data.size
+    if found != rows * width:
+        raise BundleError(f"tensor {name} has {found} bytes, expected {rows * width}")
+    return RawTensor(ggml_type, shape, data)
 
 
 def unpack(raw: RawTensor) -> F32:
@@ -110,15 +127,16 @@ def unpack(raw: RawTensor) -> F32:
     return format_by_ggml_type(raw.ggml_type).dequantize(raw.data, raw.shape[-1]).reshape(raw.shape)
 
 
-def _check_rows(table: RawTensor, token_ids: TokenIds) -> NDArray[np.int64]:
+_TABLE = "token_embd.weight"
+
+
+def _embedding(
+    table: RawTensor, token_ids: TokenIds, gather: Callable[[NDArray[np.int64]], U8]
+) -> F32:
     ids = np.asarray(token_ids, dtype=np.int64)
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < table.shape[0]:
         raise BundleError(f"token id outside 0..{table.shape[0] - 1}")
-    return ids
-
-
-def _rows_to_f32(table: RawTensor, rows: U8) -> F32:
-    return format_by_ggml_type(table.ggml_type).dequantize(rows, table.shape[1])
+    return format_by_ggml_type(table.ggml_type).dequantize(gather(ids), table.shape[1])
 
 
 class PackedTensors:
@@ -161,15 +179,9 @@ class PackedTensors:
         except KeyError:
             raise BundleError(f"no tensor {name!r} in this model") from None
 
-    def read(self, raw: RawTensor) -> U8:
-        return np.ascontiguousarray(raw.data).reshape(-1)
-
-    def embedding(self, token_ids: TokenIds) -> F32:
-        table = self.tensor("token_embd.weight")
-        return _rows_to_f32(table, table.data[_check_rows(table, token_ids)])
-
-    def release_pages(self) -> None:
-        """Nothing here is a file."""
+    def embedding(self, token_ids: TokenIds, cancel: CancelSignal | None = None) -> F32:
+        table = self.tensor(_TABLE)
+        return _embedding(table, token_ids, lambda ids: np.ascontiguousarray(table.data[ids]))
 
     def close(self) -> None:
         self._tensors.clear()
@@ -179,14 +191,24 @@ class GgufTensors:
     """A `RawTensors` over open GGUF files (the model, and side files after it)."""
 
     def __init__(
-        self, config: MimoConfig, files: Sequence[GgufFile], *, bounded: bool = False
+        self,
+        config: MimoConfig,
+        files: Sequence[GgufFile],
+        *,
+        bounded: bool = False,
+        table_crc32: int | None = None,
     ) -> None:
-        """`bounded`: read past the page cache, which counts as this process's memory."""
+        """`bounded`: leave nothing of the files in the page cache. `table_crc32` of the embedding
+        lets a model go on with a file that was repaired while running."""
         self._config = config
         self._files = list(files)
-        self._table: RawTensor | None = None
         self._bounded = bounded
-        self._flash: dict[Path, FlashFile] = {}
+        self._table_crc32 = table_crc32
+        self._table: RawTensor | None = None
+        self._rows: RowReader | None = None
+        if bounded:
+            for file in self._files:
+                file.drop_pages()
 
     @property
     def config(self) -> MimoConfig:
@@ -201,47 +223,29 @@ class GgufTensors:
             raise BundleError(f"no tensor {name!r} in {self._files[0].files[0]}")
         file, stored = found
         info = file.info(stored)
-        raw = raw_tensor(stored, info.ggml_type, info.shape, file.raw(stored))
-        raw = raw._replace(place=(info.file, info.offset))
+        raw = raw_tensor(
+            stored,
+            info.ggml_type,
+            info.shape,
+            lambda start, out: file.read_into(stored, start, out),
+            info.nbytes,
+        )
         return raw if stored == name or ".attn_" not in name else self._part(name, raw)
 
-    def read(self, raw: RawTensor) -> U8:
-        """See `RawTensors.read`. Raises BundleError when the file cannot be read, or is no longer
-        the one that was opened."""
-        if not self._bounded or raw.place is None:
-            return np.ascontiguousarray(raw.data).reshape(-1)
-        path, offset = raw.place
-        file = self._flash.get(path)
-        if file is None:
-            # The reader of experts has said what kind of reads this file allows.
-            file = self._flash[path] = FlashFile(path, announce=False)
-        found: U8 = np.frombuffer(file.load(offset, raw.data.size), np.uint8)
-        file.check()
-        return found
-
-    def embedding(self, token_ids: TokenIds) -> F32:
-        if self._table is None:
-            self._table = self.tensor("token_embd.weight")
-        table = self._table
-        ids = _check_rows(table, token_ids)
-        if not self._bounded:
-            return _rows_to_f32(table, table.data[ids])
-        rows = np.empty((len(ids), table.data.shape[1]), np.uint8)
-        for at, token in enumerate(ids.tolist()):
-            rows[at] = self.read(table.rows(token, token + 1))
-        return _rows_to_f32(table, rows)
-
-    def release_pages(self) -> None:
-        for file in self._files:
-            file.release_pages()
+    def embedding(self, token_ids: TokenIds, cancel: CancelSignal | None = None) -> F32:
+        """See RawTensors. Raises BundleError when a row cannot be read, Cancelled."""
+        if self._table is None or self._rows is None:
+            self._table = self.tensor(_TABLE)
+            file = next(file for file in self._files if _TABLE in file.tensors)
+            self._rows = RowReader(file, _TABLE, past_cache=self._bounded, crc32=self._table_crc32)
+        rows = self._rows
+        return _embedding(self._table, token_ids, lambda ids: rows.rows(ids, cancel))
 
     def close(self) -> None:
-        for flash in self._flash.values():
-            flash.close()
-        self._flash.clear()
+        if self._rows is not None:
+            self._rows.close()
         for file in self._files:
             file.close()
-        self._table = None
 
     def _find(self, name: str) -> tuple[GgufFile, str] | None:
         """The file and the stored name of a tensor: fused q/k/v and llama.cpp's other name of

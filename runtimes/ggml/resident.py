@@ -9,6 +9,7 @@ alone.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from mimo_edge.gguf_meta import expected_shapes
 from mimo_edge.runtimes.ggml import bindings as ggml
 from mimo_edge.runtimes.ggml.device import BufferType, Device
 from mimo_edge.runtimes.ggml.graph import Context, Tensor
-from mimo_edge.runtimes.ggml.raw import RawTensor, RawTensors, raw_tensor, unpack
+from mimo_edge.runtimes.ggml.raw import U8, RawTensor, RawTensors, raw_tensor, unpack
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,17 @@ class _Pending:
         self.sources = sources
         self.kind = kind
 
-    def read(self, source: RawTensors) -> NDArray[np.uint8]:
-        """All bytes in one piece."""
-        parts = [source.read(part) for part in self.sources]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(source.nbytes for source in self.sources)
+
+    def read_into(self, out: U8) -> None:
+        """Put the parts into out u8 [nbytes], one after the other."""
+        start = 0
+        for source in self.sources:
+            source.read_into(out[start : start + source.nbytes])
+            start += source.nbytes
 
 
 class ResidentWeights:
@@ -213,9 +221,13 @@ class ResidentWeights:
     def _as_f32(self, name: str) -> RawTensor:
         """Norms, sinks, biases and routers compute in f32 whatever the file stores."""
         raw = self._get(name)
+        values = unpack(raw)
+        if not np.isfinite(values).all():
+            # A bias or sink that is not finite would misroute tokens and leave every result finite.
+            bad = int(np.argmin(np.isfinite(values)))
+            raise BundleError(f"{name} holds NaN or Inf at element {bad}", "export the model again")
         if raw.ggml_type == ggml.TYPE_F32:
             return raw
-        values = unpack(raw)
         return raw_tensor(name, ggml.TYPE_F32, raw.shape, values.view(np.uint8).reshape(-1))
 
     def _add(
@@ -235,6 +247,13 @@ class ResidentWeights:
     # --- loading ---
 
     def _load(self) -> None:
+        largest = max(pending.nbytes for pending in self._pending)
+        # A map of its own, not from the heap: all of it goes back to the system afterwards.
+        self._load_through(np.frombuffer(mmap.mmap(-1, largest), np.uint8))
+        self._pending.clear()
+
+    def _load_through(self, staging: U8) -> None:
+        """Load everything, each tensor by way of `staging`, which is as large as the largest."""
         g = self._device.ggml
         for kind in {p.kind.pointer: p.kind for p in self._pending}.values():
             mine = [p for p in self._pending if p.kind.pointer == kind.pointer]
@@ -258,13 +277,11 @@ class ResidentWeights:
                 pointer = pending.tensor.pointer
                 if g.ggml_backend_tensor_alloc(buffer, pointer, base + offset) != 0:
                     raise BackendError("ggml could not place a weight")
-                data = pending.read(self._source)
-                if data.size != int(g.ggml_nbytes(pointer)):
+                nbytes = pending.nbytes
+                if nbytes != int(g.ggml_nbytes(pointer)):
                     raise BackendError(
-                        f"{data.size} bytes for a tensor of {int(g.ggml_nbytes(pointer))}"
+                        f"{nbytes} bytes for a tensor of {int(g.ggml_nbytes(pointer))}"
                     )
-                g.ggml_backend_tensor_set(pointer, data.ctypes.data, 0, data.size)
-                del data
-                self._source.release_pages()
+                pending.read_into(staging[:nbytes])
+                g.ggml_backend_tensor_set(pointer, staging.ctypes.data, 0, nbytes)
             self.nbytes[kind.name] = self.nbytes.get(kind.name, 0) + size
-        self._pending.clear()

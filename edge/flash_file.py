@@ -1,8 +1,10 @@
-"""Reading byte ranges of a file past the page cache, or leaving nothing in it.
+"""Reading byte ranges of a file: past the page cache, leaving nothing in it, or plainly.
 
 O_DIRECT where the file system takes it; else buffered reads in small pieces, each dropped from
-the page cache again, so that memory use is what the plan says. A file that shrinks, changes or is
-replaced under us is an error: what was read before may belong to another model.
+the page cache again, so that memory use is what the plan says. Nothing is ever mapped: a mapped
+file that is truncated kills the process with SIGBUS, a read of it is an error. A file that
+shrinks, changes or is replaced under us is an error, too: what was read before may belong to
+another model. Who has checksums may `refresh` and go on with what is there now.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import errno
 import logging
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from mimo_edge.errors import BundleError
-from mimo_edge.experts.slots import round_up
+from mimo_edge.units import round_up
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +26,10 @@ _log = logging.getLogger(__name__)
 _ALIGNMENTS = (4096, 16384, 65536)
 # Buffered reads go in pieces of this size, so that no more than this is in the page cache.
 _BUFFERED_BYTES = 1 << 20
+# Loading goes through a bounce buffer of this size.
+_LOAD_BYTES = 4 << 20
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
 
 
 class FlashFile:
@@ -32,11 +38,18 @@ class FlashFile:
     Reads from several threads at once are safe.
     """
 
-    def __init__(self, path: Path, *, direct: bool = True, announce: bool = True) -> None:
-        """`announce`: warn when direct reads are not to be had. Raises BundleError when the file
-        cannot be opened."""
+    def __init__(
+        self, path: Path, *, direct: bool = True, keep_pages: bool = False, announce: bool = True
+    ) -> None:
+        """`keep_pages`: what buffered reads bring into the page cache may stay there. `announce`:
+        warn when direct reads are not to be had. Raises BundleError when the file cannot be
+        opened."""
         self.path = path
+        self._place = os.path.abspath(path)  # still there when the working directory changes
         self._fd = -1
+        self._keeps_pages = keep_pages
+        self._refreshing = threading.Lock()
+        self._renewed = 0
         self.alignment = 0
         reason = "it was asked for"
         try:
@@ -46,21 +59,32 @@ class FlashFile:
                 reason = "this system has no O_DIRECT"
             if self._fd < 0:
                 self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                # Read-ahead would fill the page cache with experts nobody asked for.
-                _advise(self._fd, 0, 0, "POSIX_FADV_RANDOM")
-                _log.log(
-                    logging.WARNING if direct and announce else logging.INFO,
-                    "%s is read through the page cache (%s), dropping it behind",
-                    path,
-                    reason,
-                )
+                if not keep_pages:
+                    # Read-ahead would fill the page cache with experts nobody asked for.
+                    _advise(self._fd, 0, 0, "POSIX_FADV_RANDOM")
+                    _log.log(
+                        logging.WARNING if direct and announce else logging.INFO,
+                        "%s is read through the page cache (%s), dropping it behind",
+                        path,
+                        reason,
+                    )
             status = os.fstat(self._fd)
         except OSError as error:
             self.close()
             raise BundleError(f"cannot open {path}: {error.strerror}") from error
         self.size = status.st_size
+        self._note(status)
+
+    def _note(self, status: os.stat_result) -> None:
+        """Remember which file this is, and in which state."""
         self._identity = (status.st_dev, status.st_ino)
         self._changed = (status.st_size, status.st_mtime_ns)
+
+    def drop_pages(self) -> None:
+        """Give back what earlier reads left in the page cache, and leave nothing there any more."""
+        self._keeps_pages = False
+        _advise(self._fd, 0, 0, "POSIX_FADV_DONTNEED")
+        _advise(self._fd, 0, 0, "POSIX_FADV_RANDOM")
 
     def _open_direct(self) -> str:
         """Open with O_DIRECT and find the alignment. Returns why not, "" when it works."""
@@ -90,7 +114,7 @@ class FlashFile:
         """Raises BundleError when the file is no longer the one that was opened."""
         hint = "open the model again"
         try:
-            held, named = os.fstat(self._fd), os.stat(self.path)
+            held, named = os.fstat(self._fd), os.stat(self._place)
         except OSError as error:
             raise BundleError(f"{self.path} is gone: {error.strerror}", hint) from error
         if (named.st_dev, named.st_ino) != self._identity:
@@ -103,6 +127,33 @@ class FlashFile:
             )
         if (held.st_size, held.st_mtime_ns) != self._changed:
             raise BundleError(f"{self.path} was changed while running", hint)
+
+    @property
+    def state(self) -> int:
+        """Another number after every `refresh`: a read in between may be of either file."""
+        with self._refreshing:
+            return self._renewed
+
+    def refresh(self) -> bool:
+        """Go on with the file that `path` names now; False when there is none of at least the
+        old size. Its contents may differ: only for callers who check them."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | (_O_DIRECT if self.alignment else 0)
+        with self._refreshing:
+            try:
+                fd = os.open(self._place, flags)
+            except OSError:
+                return False
+            try:
+                status = os.fstat(fd)
+                if status.st_size < self.size or self._fd < 0:
+                    return False
+                # In place of the old one: reads in other threads never meet a closed descriptor.
+                os.dup2(fd, self._fd, inheritable=False)
+            finally:
+                os.close(fd)
+            self._note(status)
+            self._renewed += 1
+            return True
 
     def aligned(self, offset: int, targets: Sequence[memoryview]) -> bool:
         """Whether targets may be read from `offset` without a bounce buffer, given memory that
@@ -140,23 +191,34 @@ class FlashFile:
                 at += len(target)
         return length
 
-    def load(self, offset: int, nbytes: int) -> memoryview:
-        """`nbytes` >= 1 bytes from `offset` in memory of their own. Raises BundleError when they
-        cannot be had in full."""
-        unit = self.alignment or 1
-        start = offset // unit * unit
-        length = round_up(offset + nbytes, unit) - start
-        view = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        self._fill(start, [view], offset + nbytes - start)
-        return view[offset - start : offset - start + nbytes]
+    def load(self, offset: int, out: memoryview) -> None:
+        """Fill `out`, memory of any alignment and size, from `offset` on. Raises as `read`."""
+        unit = self.alignment
+        if not unit:
+            self.read(offset, [out])
+            return
+        size = round_up(min(len(out), _LOAD_BYTES), unit) + unit
+        bounce = memoryview(mmap.mmap(-1, size))  # goes with its last view, also after an error
+        done = 0
+        while done < len(out):
+            at = offset + done
+            skip = at % unit
+            count = min(len(out) - done, size - skip)
+            piece = bounce[: round_up(skip + count, unit)]
+            self._fill(at - skip, [piece], skip + count)
+            out[done : done + count] = piece[skip : skip + count]
+            done += count
 
     def _fill(self, offset: int, targets: list[memoryview], needed: int) -> None:
         """Read until `needed` bytes are there, or raise."""
+        if self._fd < 0:
+            raise BundleError(f"{self.path} was closed")
         done = 0
         while done < needed:
             at = offset + done
             pieces = _rest(targets, done)
-            if not self.alignment:
+            dropping = not self.alignment and not self._keeps_pages
+            if dropping:
                 pieces = _first(pieces, _BUFFERED_BYTES - at % _BUFFERED_BYTES)
             try:
                 count = self._preadv(pieces, at)
@@ -165,10 +227,10 @@ class FlashFile:
                     f"{self.path}: reading {needed - done} bytes at {at} failed: {error.strerror}",
                     "check the disk, and copy the file again",
                 ) from error
-            if not self.alignment:
+            if dropping:
                 page = at // mmap.PAGESIZE * mmap.PAGESIZE
                 _advise(self._fd, page, at + count - page, "POSIX_FADV_DONTNEED")
-            elif done + count < needed:
+            elif self.alignment and done + count < needed:
                 count -= count % self.alignment  # go on from where a direct read may start
             if count <= 0:
                 raise BundleError(
@@ -178,6 +240,15 @@ class FlashFile:
                 )
             done += count
 
+    def read_cached(self, offset: int, target: memoryview) -> bool:
+        """Fill `target` from `offset` on if the page cache holds all of it; no disk is touched."""
+        if self.alignment or not _NOWAIT or self._fd < 0:
+            return False
+        try:
+            return os.preadv(self._fd, [target], offset, _NOWAIT) == len(target)
+        except OSError:  # not there, or this file system cannot tell
+            return False
+
     def _preadv(self, targets: Sequence[memoryview], offset: int) -> int:
         return os.preadv(self._fd, targets, offset)
 
@@ -186,6 +257,9 @@ class FlashFile:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _rest(targets: Sequence[memoryview], skip: int) -> list[memoryview]:
