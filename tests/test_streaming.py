@@ -31,9 +31,6 @@ from mimo_edge.cli.main import app
 from mimo_edge.errors import BundleError, DeviceError, IntegrityError, UsageError
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
-from mimo_edge.runtimes.ggml.device import Device
-from mimo_edge.runtimes.ggml.expert_source import CachedExperts
-from mimo_edge.runtimes.ggml.raw import GgufTensors
 from mimo_edge.sampling import Sampler, SamplingParams
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from mimo_edge.cancel import CancelSignal
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BundleError
-from mimo_edge.experts.flash_file import FlashFile
 from mimo_edge.gguf_file import GgufFile
 from mimo_edge.gguf_meta import expected_shapes
 from mimo_edge.quant.base import Format, format_by_ggml_type, get_format

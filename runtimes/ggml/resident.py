@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mimo_edge.config import LayerSpec
 from mimo_edge.errors import BackendError, BundleError
