@@ -464,14 +464,14 @@ def test_a_dense_model(tmp_path: Path) -> None:
 
 def test_a_cap_too_small_is_a_row_not_the_end(tiny: Path) -> None:
     done = invoke(
-        str(tiny), "--backend", "ggml", "-p", "16", "-n", "none", "--ram", "150MiB,none",
+        str(tiny), "--backend", "ggml", "-p", "16", "-n", "none", "--ram", "90MiB,none",
         *QUICK, "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     refused, free = (result["rows"][0] for result in json.loads(done.stdout)["results"])
     assert refused["error"]["type"] == "DeviceError"
-    assert "--ram allows 150.0 MiB" in refused["error"]["message"]
-    assert "--ram allows 150.0 MiB" in done.stderr
+    assert "--ram allows 90.0 MiB" in refused["error"]["message"]
+    assert "--ram allows 90.0 MiB" in done.stderr
     assert refused["tps"] is None
     assert free["tps"]["median"] > 0
     alone = invoke(str(tiny), "--backend", "ggml", "-p", "16", "-n", "none", "--ram", "9MiB")
