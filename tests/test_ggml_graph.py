@@ -101,6 +101,7 @@ def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_version_is_checked_before_anything_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_loaded", {})
+    monkeypatch.setattr(library, "_installed", None)
     monkeypatch.setattr(library, "GGML_VERSION", (0, 99))
     with pytest.raises(BackendError, match=r"is ggml 0\.25\.\d+, expected 0\.99\.x: pip install"):
         ggml.Bindings()
