@@ -204,7 +204,7 @@ def test_a_disk_error_in_an_answer_leaves_the_session_usable(
 def test_an_embedding_row_that_cannot_be_read_is_named(
     made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mimo_edge.experts.flash_file import FlashFile
+    from mimo_edge.flash_file import FlashFile
 
     runtime, _ = open_streamed(made["f32"], 4)
     with runtime:
