@@ -201,26 +201,6 @@ def test_a_disk_error_in_an_answer_leaves_the_session_usable(
         assert session.generate([7, 8], max_tokens=8).token_ids == turns[1]
 
 
-def test_an_embedding_row_that_cannot_be_read_is_named(
-    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mimo_edge.flash_file import FlashFile
-
-    runtime, _ = open_streamed(made["f32"], 4)
-    with runtime:
-        session = runtime.session()
-        answer = session.generate(PROMPT, max_tokens=4).token_ids
-
-        def broken(self: FlashFile, targets: Any, offset: int) -> int:
-            raise OSError(5, os.strerror(5))
-
-        monkeypatch.setattr(FlashFile, "_preadv", broken)
-        with pytest.raises(BundleError, match=r"00001.*: reading .* failed: Input/output error"):
-            session.generate([7, 8], max_tokens=8)
-        monkeypatch.undo()
-        assert runtime.session().generate(PROMPT, max_tokens=4).token_ids == answer
-
-
 def test_a_truncated_file_is_named(made: dict[str, Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(made["f32"], tmp_path / "bundle"))
     runtime, _ = open_streamed(path, 4)
