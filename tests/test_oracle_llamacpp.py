@@ -134,9 +134,10 @@ def test_same_answers_several_windows_long(tmp_path: Path, kind: Any, recipe: st
         assert_same(found, reference(bundle, blocks), recipe)
 
 
-# Four times as wide, half again as deep, logits twice as large (standard deviation 1.9): sums
-# differ more, and no row escapes every rounding step. Measured 2.3e-5 and 9.3e-3.
-NANO_BOUNDS = {"f32": (1e-4, 0.0), "f16": (2e-2, 5e-3)}
+# Four times as wide, half again as deep, logits three times as large (standard deviation 2.7 to
+# 3.0): sums differ more, and no row escapes every rounding step. Which ones are hit depends on the
+# order our BLAS sums in: measured 1.6e-2 with two threads of it and 2.8e-2 with one.
+NANO_BOUNDS = {"f32": (1e-4, 0.0), "f16": (4e-2, 5e-3)}
 
 
 @pytest.mark.parametrize("recipe", NANO_BOUNDS)
