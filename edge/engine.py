@@ -250,17 +250,21 @@ class Sequence:
         return 0
 
     def advance(
-        self, token_ids: Ids[int], logits_rows: int, phase: Phase = Phase.PREFILL
+        self,
+        token_ids: Ids[int],
+        logits_rows: int,
+        phase: Phase = Phase.PREFILL,
+        following: int = 0,
     ) -> tuple[F32, F32]:
-        """Process tokens; logits of the last rows and the H rows the drafter wants.
+        """Process tokens; logits of the last rows and the H rows the drafter wants, given that
+        `following` more tokens are sure to come.
 
         The caller says with `commit` how many of them stand.
         """
         assert self.cache is not None
         wanted = 0
         if self.drafter is not None:
-            most = self.drafter.wanted_rows
-            wanted = len(token_ids) if most is None else min(most, len(token_ids))
+            wanted = self.drafter.wanted_rows(len(token_ids), following)
         result = self._engine.forward(
             token_ids, self.cache, phase, logits_rows=logits_rows, hidden_rows=wanted
         )
@@ -371,11 +375,13 @@ class Generation:
             with engine.lock:
                 engine.check_open()
                 start = engine.clock()
-                rows, hidden = sequence.advance(chunk, 1)
+                following = len(self._prompt) - at - len(chunk)
+                # The last layer of a chunk matters only where somebody looks at its rows.
+                rows, hidden = sequence.advance(chunk, 0 if following else 1, following=following)
                 sequence.commit(chunk, hidden, len(chunk))
                 self.stats.prefill_ms += (engine.clock() - start) * 1e3
-            logits = rows[-1]
             at += len(chunk)
+            logits = rows[-1] if at == len(self._prompt) else None
         return logits
 
     def _step(self, pending: int) -> list[int]:

@@ -71,15 +71,17 @@ class Drafter:
         self._final = [0] * self.limit
         self.steady = True  # whether the last draft only did its regular work
 
-    @property
-    def wanted_rows(self) -> int | None:
-        """H rows a forward pass must return at most, the last ones; None is all of them."""
-        return self._keep if self.limit else 0
+    def wanted_rows(self, rows: int, following: int = 0) -> int:
+        """How many H rows, the last ones, to ask of a pass of `rows` tokens when `following` more
+        are sure to come: rows that a window will have passed by then are never looked at."""
+        if not self.limit:
+            return 0
+        return rows if self._keep is None else max(0, min(rows, self._keep - following))
 
     def observe(self, hidden: F32, rows: int) -> None:
         """Note that the target processed `rows` tokens, `hidden` [m <= rows, M] their last H."""
-        if len(hidden) < rows and len(hidden) < (self._keep or rows):
-            raise ValueError(f"{len(hidden)} H rows of {rows}, {self._keep} are kept")
+        if self._keep is None and len(hidden) < rows:
+            raise ValueError(f"{len(hidden)} H rows of {rows}: a block that sees all needs all")
         if len(hidden) < rows:
             self._hidden.clear()  # what came before is no longer adjacent
         self._hidden.extend(hidden)

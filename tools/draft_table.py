@@ -164,7 +164,9 @@ def measure(args: argparse.Namespace) -> int:
         print(json.dumps({"model": model.name, "ram": ram, "rows": rows, "differing": differing}))
     else:
         cap = "" if ram is None else f", {format_bytes(ram)}"
-        print(f"{model.name}{cap}: {len(questions)} prompts, {args.rounds} rounds, {differing} differ")
+        print(
+            f"{model.name}{cap}: {len(questions)} prompts, {args.rounds} rounds, {differing} differ"
+        )
         print("draft    tok/s  to 0  to best  tokens/verify  accepted by depth")
         for row in rows:
             kept = " ".join(f"{100 * x:.0f} %" for x in row["accepted"] if x)

@@ -22,6 +22,7 @@ from mimo_edge.runtimes.ggml import bindings as ggml
 from mimo_edge.runtimes.ggml.device import BufferType, Device
 from mimo_edge.runtimes.ggml.graph import Context, Tensor
 from mimo_edge.runtimes.ggml.raw import RawTensor, RawTensors, raw_tensor, unpack
+from mimo_edge.runtimes.ggml.rows import RowCheck
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ class ResidentWeights:
         self,
         device: Device,
         source: RawTensors,
+        rows: RowCheck,
         *,
         repack: bool = True,
         streamed: Collection[int] = (),
     ) -> None:
-        """`streamed`: layers whose routed experts are left out.
+        """`rows` tells how matrices multiply the rows of a verify. `streamed`: layers whose routed
+        experts are left out.
 
         Raises BundleError on missing or misshapen tensors, BackendError when memory is short.
         """
@@ -123,6 +126,7 @@ class ResidentWeights:
         try:
             self.model = self._describe()
             self._load()
+            self._keep_rows_exact(rows)
         except BaseException:
             self.close()
             raise
@@ -133,6 +137,17 @@ class ResidentWeights:
             self._device.ggml.ggml_backend_buffer_free(buffer)
         self._buffers.clear()
         self._context.close()
+
+    def _keep_rows_exact(self, check: RowCheck) -> None:
+        """Tell the matrices a verify multiplies by how to. Experts take rows one by one as it is,
+        and what MTP blocks compute is checked by the verify."""
+        for w in self.model.layers:
+            dense = (w.dense.gate, w.dense.up, w.dense.down) if w.dense is not None else ()
+            router = (w.router,) if w.router is not None else ()
+            projections = [projection.weight for projection in w.projections]
+            for weight in (*projections, w.attn_output, *dense, *router):
+                weight.rows = check.weight(weight)
+        self.model.output.rows = check.weight(self.model.output)
 
     # --- describing ---
 
