@@ -41,7 +41,6 @@ from mimo_edge.nano import commands as nano
 from mimo_edge.suites import spread
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- policies: begin -->", "<!-- policies: end -->"
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 COMMANDS = 60
 START_TOKENS = 50
@@ -163,14 +162,15 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 
-def write_document(text: str) -> None:
-    """Put `text` between the markers of the document."""
+def write_section(name: str, text: str) -> None:
+    """Put `text` between the markers `name` of the document."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     document = DOCUMENT.read_text("utf-8")
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise UsageError(f"{DOCUMENT} does not hold {BEGIN} and {END} once each")
-    before, _, rest = document.partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}{END}{after}", "utf-8")
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise UsageError(f"{DOCUMENT} does not hold {begin} and {end} once each")
+    before, _, rest = document.partition(begin)
+    after = rest.partition(end)[2]
+    DOCUMENT.write_text(f"{before}{begin}\n{text}{end}{after}", "utf-8")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
             f"while this layer runs):\n\n{prefetch_table(traces)}"
         )
         if args.write:
-            write_document(text)
+            write_section("policies", text)
         print(text)
     except MimoEdgeError as error:
         print(f"error: {error}", file=sys.stderr)
