@@ -127,13 +127,15 @@ def _attention(backend: GgmlBackend, layers: list[KvTensors], rows: int) -> Iter
     query.array()[...] = np.random.default_rng(1).standard_normal(query.array().shape)
     mask.array()[...] = 0
     for kv in layers:
-        heads = []
-        for tensor, dim in ((kv.key, c.head_dim), (kv.value, c.v_head_dim)):
-            row, block = tensor.nb[1], tensor.nb[0]
-            groups = tensor.ne[0] // dim
-            heads.append(graph.view(tensor, (dim, rows, groups), (row, row // groups)))
-            assert block <= row
-        graph.output(graph.attention(query, *heads, mask, c.head_dim**-0.5, None))
+        keys, values = (
+            graph.view(
+                tensor,
+                (dim, rows, tensor.ne[0] // dim),
+                (tensor.nb[1], tensor.nb[1] * dim // tensor.ne[0]),
+            )
+            for tensor, dim in ((kv.key, c.head_dim), (kv.value, c.v_head_dim))
+        )
+        graph.output(graph.attention(query, keys, values, mask, c.head_dim**-0.5, None))
     graph.finish()
     try:
         while True:

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from mimo_edge.api import Runtime
+from mimo_edge.api import Runtime, Session
+from mimo_edge.bundle import Bundle
 from mimo_edge.errors import MimoEdgeError, UsageError
 from mimo_edge.experts.simulate import (
     POLICIES,
@@ -62,19 +63,29 @@ def synthetic(layers: int, experts: int, chosen: int, tokens: int) -> dict[str, 
     }
 
 
-def record_nano(folder: Path, commands: int) -> tuple[Trace, Heat]:
-    """Export mimo-nano with heat and record it while it answers held-out commands, not drafting."""
-    bundle, file = folder / "nano", folder / "nano.routes"
+def export_nano(folder: Path) -> Path:
+    """mimo-nano as an int4 bundle with heat."""
     calibration = folder / "calibration.txt"
     calibration.write_text(nano.calibration_text(), "utf-8")
-    with export_bundle("mimo-nano", bundle, calibration=calibration) as made:
+    export_bundle("mimo-nano", folder / "nano", calibration=calibration).close()
+    return folder / "nano"
+
+
+def nano_session(runtime: Runtime, record: Mapping[str, Any]) -> Session:
+    """A session with the tools of a held-out command."""
+    tools = [nano.TOOLS[name] for name in record["tools"]]
+    return runtime.session(tools=tools, enable_thinking=False)
+
+
+def record_nano(folder: Path, commands: int) -> tuple[Trace, Heat]:
+    """Record mimo-nano while it answers held-out commands, not drafting; its trace and heat."""
+    bundle, file = export_nano(folder), folder / "nano.routes"
+    with Bundle.open(bundle) as made:
         heat = made.heat
     assert heat is not None
     with Runtime.open(bundle, backend="ggml", draft=0, trace=file) as runtime:
         for record in spread(nano.held_out(), commands):
-            tools = [nano.TOOLS[name] for name in record["tools"]]
-            session = runtime.session(tools=tools, enable_thinking=False)
-            session.generate(record["text"], max_tokens=128)
+            nano_session(runtime, record).generate(record["text"], max_tokens=128)
     return read_trace(file), heat
 
 
