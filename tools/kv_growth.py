@@ -1,13 +1,14 @@
 """How KV cache and attention grow with the context: hybrid layers against all of them global.
 
     python tools/kv_growth.py                       # 1K to 32K tokens, MiMo-V2-Flash's attention
-    python tools/kv_growth.py --contexts 1024,8192 --kv-types f16,q8_0 --write
+    python tools/kv_growth.py --write               # into docs/benchmarks.md
 
 Two models of MiMo-V2-Flash's attention geometry (64 heads of 192/128, a window of 129) are made:
 one global layer to five sliding ones, and all layers global with the same 4 KV heads the hybrid's
 global layers have. (Its sliding layers have 8: with those everywhere the ratio would be near 11.)
 Caches are filled with random rows, because a real prefill of 32K tokens through six global layers
-takes most of an hour here; a token is then decoded at that length, again and again.
+takes most of an hour here; a token is then decoded at that length, again and again. `--part` picks
+one of growth, quality (mimo-nano with every cache format) and sliding.
 
 `attention` is the time of the attention operations of all layers for one token, measured as graphs
 of their own; `token` is a whole decoded token. The last table processes 32K tokens for real through
@@ -21,27 +22,32 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make_random_model import scaled_config, write_model
-from simulate_policies import markdown, write_section
+from simulate_policies import export_nano, markdown, write_section
 
+from mimo_edge.api import Runtime, Session
 from mimo_edge.budget import resident_bytes
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import MimoEdgeError, UsageError
+from mimo_edge.evaluate import evaluate_commands
 from mimo_edge.gguf_file import GgufFile
 from mimo_edge.kv_format import KV_FORMATS
+from mimo_edge.nano import commands as nano
 from mimo_edge.quant.base import get_format
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32
 from mimo_edge.runtimes.ggml.cache import GgmlCache, KvTensors, kv_rows
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs
 from mimo_edge.runtimes.ggml.raw import GgufTensors
+from mimo_edge.suites import spread
 from mimo_edge.units import format_bytes
 
 HYBRID, GLOBAL = "111110", "0"
@@ -222,6 +228,42 @@ def sliding_memory(args: argparse.Namespace, folder: Path) -> str:
     return f"Sliding layers only, {args.layers} of them, processed for real:\n\n{markdown(rows)}"
 
 
+class Kept:
+    """A runtime that remembers the sessions it made."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._made: list[Session] = []
+
+    def session(self, *, tools: Sequence[Mapping[str, Any]], enable_thinking: bool) -> Session:
+        """See `Runtime.session`."""
+        self._made.append(self._runtime.session(tools=tools, enable_thinking=enable_thinking))
+        return self._made[-1]
+
+    def replies(self) -> list[tuple[int, ...]]:
+        """The token ids of every session's last answer."""
+        found = (session.last_reply for session in self._made)
+        return [() if reply is None else reply.token_ids for reply in found]
+
+
+def quality(args: argparse.Namespace, folder: Path) -> str:
+    """Answers of mimo-nano with every cache format: right ones, and the same ones."""
+    path = export_nano(folder)
+    commands = spread(nano.held_out(), args.commands)
+    rows = [["KV cache", "exact tool calls", "answers as with f16, token for token"]]
+    first: list[tuple[int, ...]] | None = None
+    for kv_type in ("f16", *(kind for kind in args.kv_types if kind != "f16")):
+        with Runtime.open(path, backend="ggml", kv_type=kv_type, threads=args.threads) as runtime:
+            kept = Kept(runtime)
+            exact = evaluate_commands(kept, commands, nano.TOOLS).total.exact
+        replies = kept.replies()
+        first = first or replies
+        same = sum(a == b for a, b in zip(replies, first, strict=True))
+        rows.append([kv_type, *(f"{n} of {len(commands)}" for n in (exact, same))])
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    return f"mimo-nano (Q4_0), held-out commands:\n\n{markdown(rows)}\n"
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
 
@@ -238,7 +280,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--part", choices=("growth", "sliding", "all"), default="all")
+    parser.add_argument("--part", choices=("growth", "sliding", "quality"), action="append")
+    parser.add_argument("--commands", type=int, default=100, help="held-out commands of quality")
     parser.add_argument("--models", type=Path, help="keep the models in this folder")
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
     args = parser.parse_args(argv)
@@ -255,9 +298,10 @@ def main(argv: list[str] | None = None) -> int:
         args = arguments(argv)
         with tempfile.TemporaryDirectory() as made:
             folder = made if args.models is None else args.models
-            text = "" if args.part == "sliding" else growth(args, Path(folder))
-            if args.part != "growth":
-                text += sliding_memory(args, Path(folder))
+            parts = {"growth": growth, "quality": quality, "sliding": sliding_memory}
+            text = "\n".join(
+                parts[part](args, Path(folder)) for part in parts if part in (args.part or parts)
+            )
         if args.write:
             write_section("kv growth", text)
         print(text)
