@@ -78,9 +78,9 @@ def open_model(
     Backend "auto" is ggml for bundles and GGUF files, the reference for checkpoints. With less
     `ram` than it would need the ggml backend reads routed experts from flash. `kv_type` is the
     format of its KV cache (None: its own choice), `pin` how many hottest experts of every layer
-    stay in memory; without `mtp` its MTP blocks are not loaded. `trace` is the file routes are recorded in while the model runs; whoever uses
-    the model closes it. Raises UsageError, BundleError, CheckpointError, BackendError, or
-    DeviceError when the model does not fit `ram`.
+    stay in memory; without `mtp` its MTP blocks are not loaded. `trace` is the file routes are
+    recorded in while the model runs; whoever uses the model closes it. Raises UsageError,
+    BundleError, CheckpointError, BackendError, or DeviceError when the model does not fit `ram`.
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")

@@ -219,7 +219,7 @@ def test_pinned_experts_are_the_hottest_and_stay(bundle: Path, few_slots: list[i
         heat = files.heat
     assert heat is not None
     few_slots[0] = 10
-    options = {"backend": "ggml", "ram": "1GiB", "context": 256, "threads": 1, "draft": 0}
+    options: dict[str, Any] = {"backend": "ggml", "ram": "1GiB", "context": 256, "threads": 1}
     with Runtime.open(bundle, pin=1, **options) as runtime:
         cache = cache_of(runtime)
         wait_until_warm(cache)
@@ -237,10 +237,11 @@ def test_pinned_experts_are_the_hottest_and_stay(bundle: Path, few_slots: list[i
 
 
 def test_wrong_pins(bundle: Path, few_slots: list[int], tmp_path: Path) -> None:
-    options = {"backend": "ggml", "ram": "1GiB", "context": 256, "threads": 1}
-    for pin in (-1, 1.5, True, "2", 1000):
+    options: dict[str, Any] = {"backend": "ggml", "ram": "1GiB", "context": 256, "threads": 1}
+    wrong: tuple[Any, ...] = (-1, 1.5, True, "2", 1000)
+    for pin in wrong:
         with pytest.raises(UsageError, match="pin"):
-            Runtime.open(bundle, pin=pin, **options)  # type: ignore[arg-type]
+            Runtime.open(bundle, pin=pin, **options)
     with pytest.raises(DeviceError, match="pin fewer experts"):
         Runtime.open(bundle, pin=3, **options)
     path = tmp_path / "m.gguf"

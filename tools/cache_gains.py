@@ -6,9 +6,9 @@
 
 Two tables. Start: the share of experts found in memory up to the 50th token of the first answer,
 each time in a newly opened model, with nothing known, with the bundle's heat, and with the hottest
-experts read at load. Speculative reads: decoding without any, with those that the next layer used last
-time, and with those its router names on the residual stream as it is (what the runtime does while
-enough of them come true), by turns in one process.
+experts read at load. Speculative reads: decoding without any, with those that the next layer used
+last time, and with those its router names on the residual stream as it is (what the runtime does
+while enough of them come true), by turns in one process.
 """
 
 from __future__ import annotations
