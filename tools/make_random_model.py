@@ -22,25 +22,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mimo_edge.bundle import Bundle
+from mimo_edge.api import Runtime
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import ExportError, MimoEdgeError, UsageError
+from mimo_edge.experts.trace import read_trace
 from mimo_edge.export.gguf_writer import GgufLayout, PlannedTensor
 from mimo_edge.gguf_meta import architecture, config_metadata, expected_shapes, text, u32
 from mimo_edge.known_models import KNOWN_MODELS, known_model
 from mimo_edge.quant.base import Format, get_format
-from mimo_edge.runtimes.base import F32
-from mimo_edge.runtimes.reference import ReferenceBackend
 
 U8 = NDArray[np.uint8]
 
 POOL_ELEMENTS = 1 << 21
 PIECE_BYTES = 32 << 20
+STREAMED_RAM = 4 << 30  # checking a model leaves its experts on disk when it is larger than half
 
 
 def scaled_config(
@@ -228,19 +229,24 @@ class LayerRoutes:
 
 
 def routing(path: Path, tokens: int, seed: int = 0) -> list[LayerRoutes]:
-    """Route `tokens` ids drawn at random through the model, on the reference backend.
+    """Route `tokens` ids drawn at random through the model.
 
     Raises MimoEdgeError subclasses.
     """
-    with Bundle.open(path) as bundle:
-        backend = ReferenceBackend(bundle.weights(), max_cached_experts=1)
-        seen = backend.observer = _Routes()
-        config = bundle.config
-        ids = np.random.default_rng(seed).integers(0, config.vocab_size, tokens)
-        backend.forward(ids.astype(np.int32), backend.new_cache(tokens))
-    count, chosen = config.n_routed_experts, config.num_experts_per_tok
+    ram = STREAMED_RAM if path.stat().st_size > STREAMED_RAM // 2 else None
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "routes"
+        with Runtime.open(
+            path, backend="ggml", ram=ram, context=tokens + 1, draft=0, trace=file
+        ) as runtime:
+            vocab = runtime.config.vocab_size
+            ids = np.random.default_rng(seed).integers(0, vocab, tokens).tolist()
+            runtime.logits(ids)  # of all tokens: an answer needs the last layer for one alone
+        trace = read_trace(file)
+    count, chosen = trace.header.experts, trace.header.chosen
     found = []
-    for layer, routes in sorted(seen.routes.items()):
+    for row, layer in enumerate(trace.header.layers):
+        routes = np.concatenate([route.ids for route in trace.routes if route.row == row])
         uses = np.sort(np.bincount(routes.ravel(), minlength=count))[::-1]
         repeats = [len(set(a) & set(b)) for a, b in pairwise(routes.tolist())]
         found.append(
@@ -253,22 +259,6 @@ def routing(path: Path, tokens: int, seed: int = 0) -> list[LayerRoutes]:
             )
         )
     return found
-
-
-class _Routes:
-    """An observer that keeps routes alone."""
-
-    def __init__(self) -> None:
-        self.routes: dict[int, NDArray[np.int64]] = {}
-
-    def matmul(self, name: str, x: F32) -> None:
-        return None
-
-    def expert_matmul(self, name: str, expert: int, x: F32) -> None:
-        return None
-
-    def route(self, layer: int, ids: NDArray[np.int64], weights: F32) -> None:
-        self.routes[layer] = ids.copy()
 
 
 def main() -> None:
@@ -306,7 +296,8 @@ def main() -> None:
             skew=args.skew,
         )
         print(f"{args.out}: {size} bytes, {config.num_hidden_layers} layers", flush=True)
-        for use in routing(args.out, args.check, args.seed) if args.check else ():
+        moe = sum(config.moe_layer_freq)
+        for use in routing(args.out, args.check, args.seed) if args.check and moe else ():
             print(
                 f"layer {use.layer}: {use.distinct} of {config.n_routed_experts} experts used by "
                 f"{args.check} tokens (evenly: {use.expected:.1f}), the busiest eighth "
