@@ -19,6 +19,7 @@ import llamacpp_runner
 import numpy as np
 import pytest
 import tiny
+from make_random_model import tiny_config, write_model
 from stopping import stopped_after
 
 from mimo_edge.cancel import Cancel
@@ -55,7 +56,6 @@ from mimo_edge.runtimes.ggml.slots import (
 from mimo_edge.runtimes.reference import ReferenceBackend
 from mimo_edge.sampling import Sampler, SamplingParams
 
-ROOT = Path(__file__).parent.parent
 F32_TOLERANCE = 1e-5  # f32 against f32, another order of additions; measured 6e-7
 
 RNG = np.random.default_rng(0)
@@ -549,14 +549,6 @@ def test_cache_formats_are_those_of_ggml() -> None:
 
 @pytest.fixture(scope="module")
 def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    spec = importlib.util.spec_from_file_location(
-        "make_random_model", ROOT / "tools" / "make_random_model.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules["make_random_model"] = tool
-    spec.loader.exec_module(tool)
     folder = tmp_path_factory.mktemp("models")
     made = {}
     for name, model, fmt in (
@@ -566,11 +558,11 @@ def random_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("v2-f32", "MiMo-V2-Flash", "F32"),
         ("7b-q4_k", "MiMo-7B", "Q4_K"),
     ):
-        config = tool.tiny_config(model, 3 if model == "MiMo-V2-Flash" else 0)
+        config = tiny_config(model, 3 if model == "MiMo-V2-Flash" else 0)
         if config.n_routed_experts:
             config = replace(config, num_experts_per_tok=config.n_routed_experts)
         made[name] = folder / f"{name}.gguf"
-        tool.write_model(
+        write_model(
             made[name], config, experts=fmt, dense=fmt, head="F32" if fmt == "F32" else "Q6_K"
         )
     return made
