@@ -438,6 +438,27 @@ def test_a_repaired_file_works_again_and_is_checked_again(tmp_path: Path) -> Non
             good(3)
 
 
+def test_two_lanes_may_find_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second finds the file that the first has gone on with: it reads again, too."""
+    file = ExpertFile(tmp_path / "x")
+    whole, calls = FlashFile.check, 0
+
+    def check(flash: FlashFile) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            os.utime(file.path, ns=(1, 1))
+        elif calls == 2:  # between the lane's finding and what it does about it
+            assert flash.refresh()
+        whole(flash)
+
+    with ExpertCache(file.table, 6, lanes=1) as cache:
+        monkeypatch.setattr(FlashFile, "check", check)
+        with cache.acquire(2, np.array([3])) as ticket:
+            assert_content(cache, file, 1, ticket.ids, ticket.slots)
+    assert calls >= 3
+
+
 def test_a_change_of_the_working_directory_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -406,18 +406,17 @@ class _Lane:
                 nbytes = file.read(parts[0].offset, targets, self._bounce)
                 file.check()
             except BundleError:
-                again = file.state != state or self._renew(file)
-                if not again or attempt == _ATTEMPTS - 1:
+                if not self._renew(file, state) or attempt == _ATTEMPTS - 1:
                     raise
             else:
                 if file.state == state:  # or else it was read from the file before
                     return nbytes
         raise BundleError(f"{file.path} keeps changing while running", "copy the file again")
 
-    def _renew(self, file: FlashFile) -> bool:
+    def _renew(self, file: FlashFile, state: int) -> bool:
         """Go on with a file that was changed or replaced, if checksums can tell whether it holds
-        the same experts. False when it is still the same file; raises what happened to it when
-        there is nothing to go on with."""
+        the same experts. False when it is still the file of `state`; raises what happened to it
+        when there is nothing to go on with."""
         shared = self._shared
         try:
             file.check()
@@ -425,7 +424,7 @@ class _Lane:
             if not shared.table.has_checksums or not file.refresh():
                 raise  # truncated or replaced says more than short
         else:
-            return False
+            return file.state != state  # another lane may have gone on with it meanwhile
         with shared.wake:
             shared.renewed += 1
             self._checked[:] = False
