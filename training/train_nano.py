@@ -39,10 +39,10 @@ from mimo_edge.nano import commands as grammar
 from training import data, evaluate, export, load, make_tokenizer, optim, quantise
 from training.model import MoE, Nano, NanoConfig
 
-DRILLS_TO, MTP_AT, MTP_ALL, QUANT_AT = 0.6, 0.75, 0.8, 0.9
+DRILLS_TO, MTP_AT, MTP_ALL, QUANT_AT = 0.6, 0.75, 0.78, 0.9
 """Shares of a schedule: copying drills end (first schedule only), MTP starts, MTP at every step,
 quantisation starts."""
-SHAPES = ((6, 1024), (14, 384), (6, 1024))
+SHAPES = ((6, 1024), (14, 384), (6, 1024), (6, 1024))
 """Batch shapes in turn: long conversations, and short ones where the first answers weigh more."""
 
 
@@ -157,8 +157,8 @@ class Workers:
         ]
         self.loads = torch.zeros(count, len(self.moe), model.c.n_routed_experts).share_memory_()
         self.order = torch.zeros(
-            7, dtype=torch.float64
-        ).share_memory_()  # go on, b, t, quant, drills, mtp, lr
+            8, dtype=torch.float64
+        ).share_memory_()  # go on, b, t, quant, drills, mtp, lr, turn
         self.barrier = mp.get_context("fork").Barrier(count)
         self.names = self._parts()
         self.seed, self.tok = seed, tok
@@ -185,7 +185,7 @@ class Workers:
         return parts
 
     def _half(self, rank: int, rng: random.Random, tok: Tokenizer) -> list[float]:
-        _, b, t, quant, drills, mtp, lr = self.order.tolist()
+        _, b, t, quant, drills, mtp, lr, turn = self.order.tolist()
         parts = backward(
             self.model, rng, tok, int(b) // self.count, int(t), int(quant), int(drills), bool(mtp)
         )
@@ -197,6 +197,7 @@ class Workers:
             self.loads[rank, i] = m.load
         self.barrier.wait()
         self.opt.step(
+            int(turn),
             lr,
             [n for n in self.names[rank] if mtp or not n.startswith("mtp.")],
             lambda n: sum(g[n] for g in self.grads) / self.count,
@@ -215,12 +216,12 @@ class Workers:
             self._half(rank, rng, tok)
 
     def step(
-        self, b: int, t: int, quant: int, drills: int, mtp: bool, lr: float
+        self, b: int, t: int, quant: int, drills: int, mtp: bool, lr: float, turn: int
     ) -> tuple[list[float], float]:
         """One optimiser step on b sequences of t tokens: losses of this worker's share, worst
         expert load.
         """
-        self.order.copy_(torch.tensor([1, b, t, quant, drills, mtp, lr], dtype=torch.float64))
+        self.order.copy_(torch.tensor([1, b, t, quant, drills, mtp, lr, turn], dtype=torch.float64))
         self.barrier.wait()
         parts = self._half(0, self.rng, self.encoder)
         worst = 0.0
@@ -397,9 +398,9 @@ def main() -> None:
         quant = 0 if progress < QUANT_AT else 1 + step % 2
         first = not cycle and not a.start
         drills = 1 if t == 1024 and first and progress < DRILLS_TO else 0  # for each worker
-        # Blocks that follow a moving trunk learn as much from every other step; the end is theirs.
-        mtp = len(model.mtp) > 1 and (step // len(SHAPES) % 2 == 0 or progress > MTP_ALL)
-        parts, worst = team.step(b, t, quant, drills, mtp, lr)
+        # Blocks that follow a moving trunk learn enough from a few steps; the end is theirs.
+        mtp = len(model.mtp) > 1 and (step // len(SHAPES) % 4 == 0 or progress > MTP_ALL)
+        parts, worst = team.step(b, t, quant, drills, mtp, lr, step)
         tokens += b * t
         row = [f"{x:.4f}" for x in parts] + [""] * (4 - len(parts))
         log.writerow([step, f"{spent / 60:.3f}", tokens, f"{lr:.4f}", quant, *row, f"{worst:.2f}"])

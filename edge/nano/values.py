@@ -10,6 +10,7 @@ from mimo_edge.nano.words import (
     APPS_EN,
     APPS_ZH,
     CHARS_ZH,
+    COMMANDS_EN,
     FIRST_EN,
     GIVEN_ZH,
     NOUN_EN,
@@ -514,7 +515,17 @@ def _contact_en(rng: random.Random) -> str:
     return _name_en(rng)
 
 
-_ANY_EN = sorted({*FIRST_EN, *NOUN_EN, *VERB_EN, *PLACES_EN, *APPS_EN, *" ".join(ROOMS_EN).split()})
+_ANY_EN = sorted(
+    {
+        *FIRST_EN,
+        *NOUN_EN,
+        *VERB_EN,
+        *PLACES_EN,
+        *APPS_EN,
+        *COMMANDS_EN,
+        *" ".join(ROOMS_EN).split(),
+    }
+)
 _ANY_ZH = sorted(
     {*CHARS_ZH, *SURNAMES_ZH, *GIVEN_ZH, *"".join((*ROOMS_ZH, *WORDS_ZH, *APPS_ZH, *PLACES_ZH))}
 )
@@ -548,6 +559,9 @@ def _free(rng: random.Random, slot: str, lang: str, held: bool) -> str:
     r = 1.0 if held else rng.random()
     if r < 0.3:
         return _wild(rng, lang)
+    if r < 0.45 and lang == "en" and slot in ("room", "door"):
+        kinds = ("room", "room", "hall", "corner") if slot == "room" else ("door", "gate")
+        return f"{rng.choice(_ANY_EN).lower()} {rng.choice(kinds)}"
     return FREE_TEXT[rng.choice(list(FREE_TEXT)) if r < 0.5 else slot](rng, lang)
 
 

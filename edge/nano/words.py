@@ -49,6 +49,14 @@ APPS_EN = _list("""
     Store Radio Zoom Slack Signal Drive
 """)
 
+COMMANDS_EN = _list("""
+    alarm timer message call contact music reminder app volume temperature climate window trunk
+    seat heating defrost guest wifi block device priority network router reboot speed test name
+    switch light lights dim bright brightness color curtain blinds thermostat heat vacuum robot
+    lock unlock door song artist label text task percent degrees minutes route tolls level
+""")
+"""Words by which commands are told apart: as part of a value they must not."""
+
 PLACES_EN = _list("""
     Street Park Airport Hotel Station Mall Hospital Library Cafe Road School Museum Avenue Market
     Stadium Gym
