@@ -12,8 +12,11 @@ import pytest
 from checkpoint_factory import write_checkpoint
 from llamacpp_runner import LlamaCppError, run
 
+from mimo_edge.api import Runtime
 from mimo_edge.bundle import Bundle
+from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.export.pipeline import export_bundle
+from mimo_edge.nano.commands import TOOLS, held_out
 from mimo_edge.quant.base import get_format
 from mimo_edge.quant.recipe import Recipe
 from mimo_edge.runtimes.base import F32, ExpertWeights, Weights
@@ -150,6 +153,40 @@ def test_mimo_nano_with_its_own_tokenizer(tmp_path: Path, recipe: str) -> None:
         found = run(bundle.gguf.files[0], ids, mtp=(0, 1, 2), texts=[text])
         assert found.pop("tokens0").tolist() == ids
         assert_same(found, reference(bundle, 3, ids=ids), recipe, NANO_BOUNDS)
+
+
+def test_the_first_mtp_block_is_accepted_as_often_as_by_llama_cpp(tmp_path: Path) -> None:
+    """Greedy answers with one draft: as many drafts, and as many right ones, as llama.cpp's own
+    MTP context proposes after the same tokens. Weights in f32 leave no rounding to argue about."""
+    ours, theirs = [], []
+    with (
+        export_bundle("mimo-nano", tmp_path / "out", recipe="f32") as bundle,
+        Runtime.open(tmp_path / "out", backend="ggml", draft=1, threads=1) as runtime,
+    ):
+        for record in held_out()[::180]:
+            messages = [{"role": "user", "content": record["text"]}]
+            tools = [TOOLS[name] for name in record["tools"]]
+            whole = ChatTemplate(bundle.chat_template).encode(
+                Tokenizer.from_gguf(bundle.metadata), messages, tools, enable_thinking=False
+            )
+            # Cut in the middle of what the user says, the model is on strange ground.
+            for prompt in (whole, whole[:-12]):
+                reply = runtime.session().generate(prompt, max_tokens=48)
+                stats = reply.stats
+                ours.append((stats.drafted_by_depth[0], stats.accepted_by_depth[0]))
+                ids = [*prompt, *reply.token_ids]
+                found = run(bundle.gguf.files[0], ids, mtp=(0,))
+                best, draft = found["logits"].argmax(axis=1), found["mtp0"].argmax(axis=1)
+                assert (best[len(prompt) - 1 : -1] == reply.token_ids).all(), record["id"]
+                # token at + 1 is chosen; nothing is drafted for the last one within the limit
+                end = len(ids) - (reply.finish_reason == "length")
+                at, drafted, accepted = len(prompt) - 1, 0, 0
+                while at + 2 < end:
+                    hit = int(draft[at] == best[at + 1])
+                    drafted, accepted, at = drafted + 1, accepted + hit, at + 1 + hit
+                theirs.append((drafted, accepted))
+    assert ours == theirs
+    assert 0 < sum(a for _, a in ours) < sum(n for n, _ in ours)
 
 
 def test_decoding_in_batches_crosses_the_window_too(tmp_path: Path) -> None:

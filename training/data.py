@@ -104,7 +104,7 @@ def conversation(rng: random.Random, length: int) -> list[tuple[str, bool]]:
     while budget > 0:
         lang = "zh" if rng.random() < lang_share else "en"
         made: grammar.Command | None = None
-        if not tools or rng.random() < 0.22:
+        if not tools or rng.random() < 0.25:
             made = grammar.refusal(rng, lang, False, tools)
         if made is None:
             names = rng.sample(tools, 2) if rng.random() < 0.07 else [rng.choice(tools)]

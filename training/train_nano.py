@@ -39,7 +39,7 @@ from mimo_edge.nano import commands as grammar
 from training import data, evaluate, export, load, make_tokenizer, optim, quantise
 from training.model import MoE, Nano, NanoConfig
 
-DRILLS_TO, MTP_AT, MTP_ALL, QUANT_AT = 0.6, 0.75, 0.78, 0.9
+DRILLS_TO, MTP_AT, MTP_ALL, QUANT_AT = 0.6, 0.75, 0.78, 0.87
 """Shares of a schedule: copying drills end (first schedule only), MTP starts, MTP at every step,
 quantisation starts."""
 SHAPES = ((6, 1024), (14, 384), (6, 1024), (6, 1024))

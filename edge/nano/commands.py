@@ -355,18 +355,20 @@ def refusal(rng: random.Random, lang: str, held: bool, tools: Sequence[str]) -> 
     relatives here.
     """
     r = rng.random()
-    if r < 0.1:
+    if r < 0.06:
         train, kept, reply = rng.choice(SMALL_TALK[lang])
         text = expand(rng, rng.choice(kept if held else train))
         return Command(_case(rng, text, lang), lang, "chat", (), reply)
-    if r < 0.3:
+    if r < 0.22:
         text = expand(rng, rng.choice(CHAT[lang]["held" if held else "train"]))
         return Command(_dress(rng, text, lang, True), lang, "chat", (), REFUSAL[lang])
     able = [n for n in TOOLS if not _relatives(n) & set(tools)]
     if not able:
         return None
     same = [n for n in able if tools and DOMAIN_OF[n] == DOMAIN_OF[tools[0]]]
-    asked = command(rng, rng.choice(same or able), lang, held)
+    # Near misses are the hard ones; the others keep every tool from being called unlisted.
+    near = same and rng.random() < 0.4
+    asked = command(rng, rng.choice(same if near else able), lang, held)
     return Command(asked.text, lang, asked.domain, (), REFUSAL[lang])
 
 
