@@ -10,15 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mimo_edge.agent import Agent, AgentResult
     from mimo_edge.api import Piece, Reply, Runtime, Session
     from mimo_edge.bundle import Bundle
     from mimo_edge.config import MimoConfig
     from mimo_edge.errors import MimoEdgeError
     from mimo_edge.export.pipeline import export_bundle
+    from mimo_edge.tool_functions import Tool, tool
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Agent": "mimo_edge.agent",
+    "AgentResult": "mimo_edge.agent",
     "Bundle": "mimo_edge.bundle",
     "MimoConfig": "mimo_edge.config",
     "MimoEdgeError": "mimo_edge.errors",
@@ -26,10 +30,14 @@ _PUBLIC = {
     "Reply": "mimo_edge.api",
     "Runtime": "mimo_edge.api",
     "Session": "mimo_edge.api",
+    "Tool": "mimo_edge.tool_functions",
     "export_bundle": "mimo_edge.export.pipeline",
+    "tool": "mimo_edge.tool_functions",
 }
 
 __all__ = [
+    "Agent",
+    "AgentResult",
     "Bundle",
     "MimoConfig",
     "MimoEdgeError",
@@ -37,8 +45,10 @@ __all__ = [
     "Reply",
     "Runtime",
     "Session",
+    "Tool",
     "__version__",
     "export_bundle",
+    "tool",
 ]
 
 

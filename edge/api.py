@@ -12,12 +12,13 @@ One session serves one generation at a time.
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+from mimo_edge.agent import MAX_STEPS, Agent, Step, make_tools
 from mimo_edge.answer_reader import THINK_OPEN, AnswerReader, Fragment
 from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import Message, check_messages
@@ -31,6 +32,7 @@ from mimo_edge.sampling import Mask, Sampler, SamplingParams
 from mimo_edge.speculative import DraftSetting
 from mimo_edge.tokenizer import Tokenizer, check_unicode
 from mimo_edge.tool_calls import Malformed, ToolCall, tool_schemas
+from mimo_edge.tool_functions import Tool
 from mimo_edge.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -218,6 +220,24 @@ class Runtime:
         """
         self._engine.check_open()
         return Session(self, system, tools or (), enable_thinking)
+
+    def agent(
+        self,
+        tools: Sequence[Tool | Callable[..., Any]],
+        system: str | None = None,
+        *,
+        max_steps: int = MAX_STEPS,
+        enable_thinking: bool | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Agent:
+        """A new conversation in which the model calls `tools`, Python functions, by itself:
+        `agent.run("...")`. `max_steps` bounds its answers in one run; `on_step` hears of each call.
+
+        Raises UsageError on a function that makes no tool, and what `session` raises.
+        """
+        made = make_tools(tools)
+        session = self.session(system, [t.spec for t in made], enable_thinking)
+        return Agent(session, made, max_steps, on_step)
 
     def logits(self, token_ids: Sequence[int]) -> F32:
         """Logits f32 [T, V] after every one of token_ids [T], for evaluation and tests."""

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import tokenizers_made as made
 from checkpoint_factory import write_checkpoint
-from fake_backend import FakeBackend
+from scripted import END, runtime
 
 from mimo_edge.answer_reader import AnswerReader
 from mimo_edge.api import Reply, Runtime, Session
@@ -37,41 +37,6 @@ from mimo_edge.units import format_bytes, parse_bytes
 TOOLS = [{"name": "dim", "parameters": {"properties": {"by": {"type": "integer"}}}}]
 
 
-class Scripted(FakeBackend):
-    """Answers each prompt that ends in the generation prompt with the next scripted text."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, vocab: int, answers: list[str], **options: Any
-    ) -> None:
-        super().__init__(tiny.tiny_config(vocab_size=vocab, eos_token_ids=()), **options)
-        self.tokenizer = tokenizer
-        self.script = [tokenizer.encode(answer, allow_special=True) for answer in answers]
-        self.start = tokenizer.encode("<|im_start|>assistant\n", allow_special=True)
-
-    def next_logits(self, tokens: list[int]) -> Any:
-        starts = [
-            i + len(self.start)
-            for i in range(len(tokens) - len(self.start) + 1)
-            if tokens[i : i + len(self.start)] == self.start
-        ]
-        logits = np.zeros(self.config.vocab_size, np.float32)
-        logits[-1] = 99  # a padding id: must never come out
-        answer = self.script[min(len(starts), len(self.script)) - 1] if starts else []
-        at = len(tokens) - starts[-1] if starts else 0
-        logits[answer[at] if at < len(answer) else 7] = 50
-        return logits
-
-
-def runtime(
-    answers: list[str], draft: Any = "auto", context: int = 2000, **options: Any
-) -> tuple[Runtime, Scripted]:
-    tokenizer = Tokenizer.from_gguf(made.gguf_metadata())
-    backend = Scripted(tokenizer, tokenizer.size + 5, answers, **options)
-    model = Model("scripted", backend, tokenizer, ChatTemplate(), tokenizer.eos_ids)
-    return Runtime(model, context, draft), backend
-
-
-END = "<|im_end|>"
 CALL = "<tool_call>\n<function=dim>\n<parameter=by>3</parameter>\n</function>\n</tool_call>"
 
 

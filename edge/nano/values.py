@@ -535,7 +535,11 @@ _LETTERS, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 def _wild(rng: random.Random, lang: str) -> str:
     """Something nobody would guess: any words, characters or letters, in any order."""
     if lang == "zh" and rng.random() < 0.85:
-        return "".join(rng.choice(_ANY_ZH) for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5))))
+        chars = [rng.choice(_ANY_ZH) for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5)))]
+        if rng.random() < 0.2:  # said twice, it is copied twice
+            at = rng.randrange(len(chars))
+            chars.insert(at, chars[at])
+        return "".join(chars)
     words = []
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
         r = rng.random()
