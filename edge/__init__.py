@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mimo_edge.config import MimoConfig
     from mimo_edge.errors import MimoEdgeError
     from mimo_edge.export.pipeline import export_bundle
+    from mimo_edge.planner import Plan, plan
     from mimo_edge.tool_functions import Tool, tool
 
 __version__ = "0.1.0"
@@ -27,11 +28,13 @@ _PUBLIC = {
     "MimoConfig": "mimo_edge.config",
     "MimoEdgeError": "mimo_edge.errors",
     "Piece": "mimo_edge.api",
+    "Plan": "mimo_edge.planner",
     "Reply": "mimo_edge.api",
     "Runtime": "mimo_edge.api",
     "Session": "mimo_edge.api",
     "Tool": "mimo_edge.tool_functions",
     "export_bundle": "mimo_edge.export.pipeline",
+    "plan": "mimo_edge.planner",
     "tool": "mimo_edge.tool_functions",
 }
 
@@ -42,12 +45,14 @@ __all__ = [
     "MimoConfig",
     "MimoEdgeError",
     "Piece",
+    "Plan",
     "Reply",
     "Runtime",
     "Session",
     "Tool",
     "__version__",
     "export_bundle",
+    "plan",
     "tool",
 ]
 

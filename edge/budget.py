@@ -45,6 +45,15 @@ _BOUNCE_SPARE = 2 * 65536
 _PARTS = ("gate", "up", "down")
 
 
+class BudgetError(DeviceError):
+    """A model that does not fit: `budget` holds its table, `need_bytes` what would do."""
+
+    def __init__(self, message: str, hint: str, budget: Budget, need_bytes: int) -> None:
+        super().__init__(message, hint)
+        self.budget = budget
+        self.need_bytes = need_bytes
+
+
 @dataclass(frozen=True)
 class Line:
     """One entry of the table."""
@@ -198,13 +207,15 @@ def _streamed(
     return budget
 
 
-def _too_small(budget: Budget, need: int, why: str) -> DeviceError:
+def _too_small(budget: Budget, need: int, why: str) -> BudgetError:
     assert budget.ram is not None
     table = ", ".join(f"{name} {size}" for name, size, _ in budget.rows()[:-1])
-    return DeviceError(
+    return BudgetError(
         f"the ggml backend needs {format_bytes(need)} ({need} bytes), --ram allows "
         f"{format_bytes(budget.ram)} ({table}; {why})",
         f"allow {format_bytes(need)}, or use a smaller --context or recipe",
+        budget,
+        need,
     )
 
 
@@ -223,7 +234,7 @@ def _weight_lines(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> list
     for name, info in tensors.items():
         if _is_routed(name) or (name == _TABLE and not config.tie_word_embeddings):
             continue
-        if _block(name) >= config.num_hidden_layers + config.num_mtp_layers:
+        if block_index(name) >= config.num_hidden_layers + config.num_mtp_layers:
             continue  # MTP blocks that stay in the file
         nbytes = info.nbytes
         if len(info.shape) == 1 or name.endswith("ffn_gate_inp.weight"):
@@ -233,7 +244,7 @@ def _weight_lines(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> list
             # the f32 form in its buffer, and another copy while loading when it is converted
             nbytes = 4 * elements * (1 if info.ggml_type == 0 else 2)
         nbytes = round_up(nbytes, 64)
-        if _block(name) >= config.num_hidden_layers:
+        if block_index(name) >= config.num_hidden_layers:
             mtp += nbytes
         else:
             trunk += nbytes
@@ -254,11 +265,12 @@ def _loading_bytes(tensors: Mapping[str, TensorInfo], routed: bool) -> int:
         if routed or not (_is_routed(name) or name == _TABLE):
             largest = max(largest, info.nbytes)
         if name.endswith(("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_qkv.weight")):
-            joined[_block(name)] = joined.get(_block(name), 0) + 2 * info.nbytes
+            joined[block_index(name)] = joined.get(block_index(name), 0) + 2 * info.nbytes
     return max(largest, max(joined.values(), default=0))
 
 
-def _block(name: str) -> int:
+def block_index(name: str) -> int:
+    """The layer or MTP block a tensor belongs to, -1 when to none."""
     return int(name.split(".")[1]) if name.startswith("blk.") else -1
 
 

@@ -8,6 +8,27 @@ import resource
 import sys
 from pathlib import Path
 
+# Kernels without a limit write a number near 2^63.
+_NO_LIMIT = 1 << 60
+# Names of device profiles, and how /proc/cpuinfo spells them.
+_ISA_FLAGS = {
+    "neon": "asimd",
+    "fp16": "asimdhp",
+    "dotprod": "asimddp",
+    "i8mm": "i8mm",
+    "sve": "sve",
+    "sve2": "sve2",
+    "sme": "sme",
+    "avx": "avx",
+    "avx2": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+    "avx512": "avx512f",
+    "avx512-vnni": "avx512_vnni",
+    "avx-vnni": "avx_vnni",
+    "amx-int8": "amx_int8",
+}
+
 
 def usable_cores() -> int:
     """Cores this process may run on, which a container or taskset can make fewer than exist."""
@@ -38,11 +59,90 @@ def memory_bytes() -> int | None:
     return None if total is None else total * 1024
 
 
+def available_bytes() -> int | None:
+    """What the system says could be allocated now; None where it does not tell."""
+    free = _field("/proc/meminfo", "MemAvailable")
+    return None if free is None else free * 1024
+
+
+def cgroup_limit_bytes(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """The tightest memory limit of the cgroups this process is in, less what they hold already;
+    None when there is none. Versions 1 and 2."""
+    try:
+        lines = membership.read_text("ascii", "replace").splitlines()
+    except OSError:
+        return None
+    found = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        names = ("memory.max", "memory.current")
+        base = root
+        if "memory" in controllers.split(","):
+            names, base = ("memory.limit_in_bytes", "memory.usage_in_bytes"), root / "memory"
+        elif controllers:
+            continue
+        folder = base / path.lstrip("/")
+        # A limit anywhere above binds as well; a container may not see all of the path.
+        for place in (folder, *folder.parents):
+            limit, used = (_number(place / name) for name in names)
+            if limit is not None and limit < _NO_LIMIT:
+                found.append(max(0, limit - (used or 0)))
+            if place == base:
+                break
+    return min(found, default=None)
+
+
+def isa_flags() -> tuple[str, ...]:
+    """Vector extensions our kernels use, as device profiles name them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return ()
+    words: set[str] = set()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            words |= set(value.split())
+    return tuple(name for name, flag in _ISA_FLAGS.items() if flag in words)
+
+
+def clock_hz() -> float | None:
+    """The fastest clock the system names for a core."""
+    folder = Path("/sys/devices/system/cpu")
+    limits = (_number(path) for path in folder.glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq"))
+    if known := [limit * 1e3 for limit in limits if limit]:
+        return max(known)
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    shown = [line.partition(":")[2] for line in lines if line.startswith("cpu MHz")]
+    clocks = [float(text) for text in shown if text.strip().replace(".", "", 1).isdigit()]
+    return max(clocks) * 1e6 if clocks else None
+
+
+def thermal_zones(root: Path = Path("/sys/class/thermal")) -> dict[str, float]:
+    """Temperature in degrees Celsius of every sensor the system shows, by its kind."""
+    found: dict[str, float] = {}
+    for zone in sorted(root.glob("thermal_zone*")):
+        value = _number(zone / "temp")
+        try:
+            kind = (zone / "type").read_text("utf-8", "replace").strip()
+        except OSError:
+            kind = zone.name
+        if value is not None:
+            found[kind if kind not in found else f"{kind} ({zone.name})"] = value / 1000
+    return found
+
+
 def describe() -> dict[str, object]:
     """JSON-ready: processor, cores, RAM, system, load."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": usable_cores(),
         "memory_bytes": memory_bytes(),
@@ -51,7 +151,8 @@ def describe() -> dict[str, object]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
@@ -61,6 +162,14 @@ def _cpu_name() -> str:
         if key.strip() in ("model name", "Hardware", "Model"):
             return value.strip()
     return platform.processor() or platform.machine()
+
+
+def _number(path: Path) -> int | None:
+    """The whole number a file of the kernel's holds; None when it holds none."""
+    try:
+        return int(path.read_text("ascii", "replace"))
+    except (OSError, ValueError):
+        return None
 
 
 def _field(path: str, name: str) -> int | None:

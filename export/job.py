@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mimo_edge.config import MimoConfig
+from mimo_edge.devices.profile import load_profile
 from mimo_edge.errors import UsageError
 from mimo_edge.export.checkpoint import Checkpoint
 from mimo_edge.export.gguf_tokenizer import read_chat_template, tokenizer_metadata
 from mimo_edge.export.gguf_writer import GgufLayout, PlannedTensor, split_keys
 from mimo_edge.export.journal import Journal
-from mimo_edge.export.mapping import TensorMapping, TensorPlan, plan_tensors
+from mimo_edge.export.mapping import Canonical, TensorMapping, TensorPlan, plan_tensors
 from mimo_edge.gguf_file import split_name
 from mimo_edge.gguf_meta import ARCH_7B_MTP, Value, architecture, config_metadata, text, u32
 from mimo_edge.heat import Heat, expert_names
 from mimo_edge.manifest import FileEntry
 from mimo_edge.quant.base import Format
 from mimo_edge.quant.imatrix import Imatrix
-from mimo_edge.quant.recipe import Recipe
+from mimo_edge.quant.recipe import Choice, Recipe
 from mimo_edge.quant.roles import Role
 
 Progress = Callable[[str, int, int], None]
@@ -120,15 +121,14 @@ def prepare(
     """Decide everything from names and shapes; no tensor data is read."""
     config = source.config
     mapping = plan_tensors(source)
-    chosen = _choose_recipe(recipe, profile, config).with_overrides(overrides)
+    chosen = choose_recipe(recipe, load_profile(profile).recipe, config).with_overrides(overrides)
     if unused := chosen.unused_overrides(plan.name for plan in mapping.tensors):
         raise UsageError(f"the recipe's overrides {unused} match no tensor of {source.name}")
-    formats = {}
-    for plan in mapping.tensors:
-        choice = chosen.format_for(plan.role, plan.shape[-1], plan.name)
+    choices = choose_formats(chosen, mapping.tensors)
+    for tensor, choice in choices.items():
         if choice.fallback:
-            _log.warning("%s: %s", plan.name, choice.reason)
-        formats[plan.name] = choice.format
+            _log.warning("%s: %s", tensor, choice.reason)
+    formats = {tensor: choice.format for tensor, choice in choices.items()}
     if permute_by_heat and (heat is None or not any(config.moe_layer_freq)):
         raise UsageError(
             "there is no expert heat to order experts by", "calibrate first (--calibrate FILE)"
@@ -151,7 +151,10 @@ def prepare(
         else {}
     )
     template = read_chat_template(source.tokenizer_files, source.chat_template)
-    names, layouts = _layouts(source, name, mapping, formats, chosen, template)
+    tokenizer = tokenizer_metadata(
+        source.tokenizer_files, config.vocab_size, config.eos_token_ids, template
+    )
+    names, layouts = plan_layouts(config, name, mapping.tensors, formats, chosen, tokenizer)
     file_of = {tensor: i for i, layout in enumerate(layouts) for tensor in layout.tensors}
     side: dict[str, bytes | Path | Imatrix] = {}
     for file in ("tokenizer.json", "tokenizer.model"):
@@ -185,16 +188,21 @@ def prepare(
     )
 
 
-def _choose_recipe(recipe: Recipe | str | None, profile: str, config: MimoConfig) -> Recipe:
+def choose_recipe(recipe: Recipe | str | None, default: str, config: MimoConfig) -> Recipe:
+    """The recipe asked for, else that of the device. Raises UsageError on unknown names."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe is not None:
         return Recipe.named(recipe, family=config.family)
-    default = Recipe.for_profile(profile, family=config.family)
     if config.quantization.expert_store == "mxfp4":
         # The release is 4-bit already: requantising it to another 4-bit code only loses.
-        return Recipe.named("mxfp4", family=config.family)
-    return default
+        default = "mxfp4"
+    return Recipe.named(default, family=config.family)
+
+
+def choose_formats(recipe: Recipe, tensors: Iterable[Canonical]) -> dict[str, Choice]:
+    """The format of every tensor, by name."""
+    return {t.name: recipe.format_for(t.role, t.shape[-1], t.name) for t in tensors}
 
 
 def _check_heat(heat: Heat, config: MimoConfig) -> None:
@@ -219,24 +227,22 @@ def _report_unseen(heat: Heat, config: MimoConfig) -> None:
         )
 
 
-def _layouts(
-    source: Checkpoint,
+def plan_layouts(
+    config: MimoConfig,
     name: str,
-    mapping: TensorMapping,
+    tensors: Sequence[Canonical],
     formats: Mapping[str, Format],
     recipe: Recipe,
-    template: str | None,
+    tokenizer: Mapping[str, Value],
 ) -> tuple[list[str], list[GgufLayout]]:
-    """File names and layouts: resident tensors, then routed experts, then MiMo-7B's MTP block."""
-    config = source.config
-    planned = {
-        plan.name: PlannedTensor(plan.name, formats[plan.name].ggml_type, plan.shape)
-        for plan in mapping.tensors
-    }
-    experts = [p for p in mapping.tensors if p.is_expert_stack]
-    side = [p for p in mapping.tensors if config.family == "mimo" and _is_mtp(p, config)]
-    apart = {p.name for p in (*experts, *side)}
-    resident = [p for p in mapping.tensors if p.name not in apart]
+    """File names and layouts: resident tensors, then routed experts, then MiMo-7B's MTP block.
+
+    `tokenizer` holds the tokenizer.* keys (`tokenizer_metadata`)."""
+    planned = {t.name: PlannedTensor(t.name, formats[t.name].ggml_type, t.shape) for t in tensors}
+    experts = [t for t in tensors if t.role is Role.EXPERT]
+    side = [t for t in tensors if config.family == "mimo" and _is_mtp(t, config)]
+    apart = {t.name for t in (*experts, *side)}
+    resident = [t for t in tensors if t.name not in apart]
     general = {
         "general.architecture": text(architecture(config)),
         "general.type": text("model"),
@@ -244,32 +250,29 @@ def _layouts(
         "general.file_type": u32(recipe.file_type),
         "general.quantization_version": u32(2),
     }
-    tokenizer = tokenizer_metadata(
-        source.tokenizer_files, config.vocab_size, config.eos_token_ids, template
-    )
     main = general | config_metadata(config)
     if tokenizer["tokenizer.ggml.model"].value == "none":
         main[f"{architecture(config)}.vocab_size"] = u32(config.vocab_size)
     main |= tokenizer
-    parts: list[tuple[dict[str, Value], list[TensorPlan]]] = [(main, resident)]
+    parts: list[tuple[dict[str, Value], list[Canonical]]] = [(main, resident)]
     if experts:
         parts.append(({"general.architecture": general["general.architecture"]}, experts))
-    count, tensors = len(parts), len(resident) + len(experts)
+    count, total = len(parts), len(resident) + len(experts)
     names, layouts = [], []
-    for number, (keys, plans) in enumerate(parts):
-        split = split_keys(number, count, tensors) if count > 1 else {}
+    for number, (keys, part) in enumerate(parts):
+        split = split_keys(number, count, total) if count > 1 else {}
         names.append(split_name("model", number, count) if count > 1 else "model.gguf")
-        layouts.append(GgufLayout(keys | split, [planned[p.name] for p in plans]))
+        layouts.append(GgufLayout(keys | split, [planned[t.name] for t in part]))
     if side:
         keys = general | {"general.architecture": text(ARCH_7B_MTP)}
         keys[f"{ARCH_7B_MTP}.nextn_predict_layers"] = u32(config.num_mtp_layers)
         names.append("model-mtp.gguf")
-        layouts.append(GgufLayout(keys, [planned[p.name] for p in side]))
+        layouts.append(GgufLayout(keys, [planned[t.name] for t in side]))
     return names, layouts
 
 
-def _is_mtp(plan: TensorPlan, config: MimoConfig) -> bool:
-    return plan.layer is not None and plan.layer >= config.num_hidden_layers
+def _is_mtp(tensor: Canonical, config: MimoConfig) -> bool:
+    return tensor.layer is not None and tensor.layer >= config.num_hidden_layers
 
 
 def _pieces(

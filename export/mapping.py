@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,20 @@ _SKIPPED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(model\.)?speech\w*\."), "speech embeddings: the text model does not use them"),
     (re.compile(r".*\.rotary_emb\.inv_freq"), "rotary frequencies are computed from the config"),
 )
+
+
+class Canonical(Protocol):
+    """What a layout needs to know of a canonical tensor: a plan of a checkpoint's, or one that
+    only a config calls for."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def layer(self) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +199,11 @@ def plan_tensors(checkpoint: Checkpoint) -> TensorMapping:
     if stray := [name for name in checkpoint.tensors if name not in known]:
         raise CheckpointError(f"{len(stray)} scales belong to no scaled weight: {_list(stray)}")
     return TensorMapping(plans, skipped)
+
+
+def canonical_tensors(config: MimoConfig) -> list[Canonical]:
+    """Every tensor an export of such a model writes, in writing order, from the config alone."""
+    return list(_wanted(config))
 
 
 @dataclass(frozen=True, slots=True)

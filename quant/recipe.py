@@ -58,10 +58,6 @@ _FILE_TYPES = {
 
 _PLAIN = ("F32", "F16", "BF16")
 
-# Q4_0 where the CPU is the small ARM kind (its repacked kernels are the fastest there), Q4_K
-# where there is compute to spare for a better code at the same size.
-_PROFILES = {"phone": "q4_0", "car": "q4_k", "router": "q4_0", "workstation": "q4_k"}
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -121,18 +117,6 @@ class Recipe:
             if family == "mimo":
                 formats[Role.ATTENTION] = formats[Role.DENSE_FFN] = bulk
         return cls(bulk.lower(), bulk, formats)
-
-    @classmethod
-    def for_profile(cls, profile: str, *, family: Family = "mimo_v2") -> Recipe:
-        """The default recipe of a device profile. Raises UsageError on an unknown one."""
-        try:
-            name = _PROFILES[profile]
-        except KeyError:
-            raise UsageError(
-                f"no default recipe for profile {profile!r}",
-                f"known: {', '.join(_PROFILES)}; or name a recipe: {', '.join(recipe_names())}",
-            ) from None
-        return cls.named(name, family=family)
 
     def with_overrides(self, overrides: Iterable[tuple[str, str]]) -> Recipe:
         """This recipe with (glob, format) pairs that win over the ones it has.

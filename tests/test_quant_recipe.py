@@ -88,15 +88,6 @@ def test_a_fallback_names_the_numbers() -> None:
     assert (odd.format.name, odd.fallback) == ("F16", True)
 
 
-def test_profiles() -> None:
-    assert Recipe.for_profile("phone") == Recipe.named("q4_0")
-    assert Recipe.for_profile("car") == Recipe.named("q4_k")
-    for profile in ("phone", "car", "router", "workstation"):
-        assert Recipe.for_profile(profile).formats[Role.EXPERT] in ("Q4_0", "Q4_K")
-    with pytest.raises(UsageError, match=r"'fridge'.*phone.*q4_0"):
-        Recipe.for_profile("fridge")
-
-
 def test_unknown_names_are_usage_errors() -> None:
     with pytest.raises(UsageError, match=r"'q7'.*q4_0"):
         Recipe.named("q7")

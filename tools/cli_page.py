@@ -31,8 +31,10 @@ code is 0 when all is done, 1 when something failed, 2 for a wrong call, 130 aft
 def page() -> str:
     """The whole page."""
     parts = [HEAD, _help()]
-    for name in get_command(app).commands:  # type: ignore[attr-defined]
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
         parts += [f"## mimo-edge {name}\n", _help(name)]
+        for part in getattr(command, "commands", ()):
+            parts += [f"### mimo-edge {name} {part}\n", _help(name, part)]
     return "\n".join(parts)
 
 

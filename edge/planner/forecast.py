@@ -1,0 +1,390 @@
+"""How long a token takes: from bytes and multiply-adds, against a profile's rates.
+
+Every product of a weight matrix takes the longer of two times: its bytes from memory, or its
+multiply-adds in the processor. Experts that are missing come from flash while those at hand
+compute, so a streamed layer takes the longer of reading and computing, and the last expert's
+products behind the last read. Host work per streamed layer comes on top. Whatever limits a step is
+named by the seconds it accounts for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from mimo_edge.budget import Budget, block_index
+from mimo_edge.config import MimoConfig
+from mimo_edge.devices.profile import DeviceProfile, KernelRate, ReadRate
+from mimo_edge.gguf_file import TensorInfo
+from mimo_edge.inventory import role_of
+from mimo_edge.kv_format import KV_FORMATS, ring_type
+from mimo_edge.planner.hits import Hits, distinct_experts
+from mimo_edge.quant.roles import Role
+from mimo_edge.speculative import DraftSetting, max_draft
+
+Resource = Literal["flash", "memory bandwidth", "compute", "host work"]
+
+# A byte of weights loaded crosses memory about this many times (read, reordered, written): 1.4 to
+# 2 GB/s were measured where kernels draw 20 to 26 GB/s.
+LOAD_PASSES = 13.0
+# Attention works on f16 rows of the cache, at about this share of the rate of 4-bit matrices.
+ATTENTION_SHARE = 0.25
+# A resident model's token is one graph, not two per layer: host work of this many layers.
+RESIDENT_LAYERS = 2.0
+# Chance that the draft of each depth is accepted when the shallower ones were: MiMo-V2.5 on a
+# GPU, all blocks on the target's state (spec); MiMo-7B's one block on prose and code together.
+ACCEPTANCE: Mapping[str, tuple[float, ...]] = {"mimo_v2": (0.82, 0.75, 0.78), "mimo": (0.7,)}
+
+
+@dataclass
+class Scan:
+    """Weights that a product reads: bytes and multiply-adds of one row, by format."""
+
+    nbytes: dict[str, float] = field(default_factory=dict)
+    macs: dict[str, float] = field(default_factory=dict)
+
+    def add(self, info: TensorInfo, share: float = 1.0) -> None:
+        """Count `share` of a tensor."""
+        elements = 1
+        for extent in info.shape:
+            elements *= extent
+        kind = info.type_name
+        self.nbytes[kind] = self.nbytes.get(kind, 0.0) + share * info.nbytes
+        self.macs[kind] = self.macs.get(kind, 0.0) + share * elements
+
+    def scaled(self, factor: float) -> Scan:
+        """`factor` times this."""
+        return Scan(
+            {kind: n * factor for kind, n in self.nbytes.items()},
+            {kind: n * factor for kind, n in self.macs.items()},
+        )
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.nbytes.values())
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What passes read: the trunk without experts and head, the head, one MTP block, and one
+    expert of each MoE layer together."""
+
+    trunk: Scan
+    head: Scan
+    mtp_block: Scan
+    expert: Scan
+
+    @classmethod
+    def of(cls, config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> Weights:
+        """Sort the tensors of a model."""
+        trunk, head, mtp, expert = Scan(), Scan(), Scan(), Scan()
+        for name, info in tensors.items():
+            role = role_of(name, config)
+            if role is Role.EMBEDDING:
+                if config.tie_word_embeddings and "output.weight" not in tensors:
+                    head.add(info)
+            elif role is Role.HEAD:
+                head.add(info)
+            elif role is Role.EXPERT:
+                expert.add(info, 1 / config.n_routed_experts)
+            elif block_index(name) >= config.num_hidden_layers + config.num_mtp_layers:
+                continue
+            elif block_index(name) >= config.num_hidden_layers:
+                mtp.add(info, 1 / config.num_mtp_layers)
+            else:
+                trunk.add(info)
+        return cls(trunk, head, mtp, expert)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds by what they are spent on."""
+
+    flash: float = 0.0
+    memory: float = 0.0
+    compute: float = 0.0
+    host: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flash + other.flash,
+            self.memory + other.memory,
+            self.compute + other.compute,
+            self.host + other.host,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        return self.flash + self.memory + self.compute + self.host
+
+    @property
+    def binding(self) -> Resource:
+        """What most of the time goes to."""
+        shares: dict[Resource, float] = {
+            "flash": self.flash,
+            "memory bandwidth": self.memory,
+            "compute": self.compute,
+            "host work": self.host,
+        }
+        return max(shares, key=lambda name: shares[name])
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decoding with `draft` drafted tokens: one step costs `cost` and gains `tokens_per_step`."""
+
+    draft: int
+    tokens_per_step: float
+    cost: Cost
+    flash_bytes_per_token: float
+    memory_bytes_per_token: float
+
+    @property
+    def tps(self) -> float:
+        """Tokens per second."""
+        return self.tokens_per_step / self.cost.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "draft": self.draft,
+            "tps": self.tps,
+            "tokens_per_step": self.tokens_per_step,
+            "binding": self.cost.binding,
+            "seconds": asdict(self.cost),
+            "flash_bytes_per_token": self.flash_bytes_per_token,
+            "memory_bytes_per_token": self.memory_bytes_per_token,
+        }
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt of `tokens` tokens, from an empty conversation."""
+
+    tokens: int
+    cost: Cost
+    flash_bytes: float
+
+    @property
+    def tps(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.cost.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "tokens": self.tokens,
+            "tps": self.tps,
+            "first_token_s": self.cost.seconds,
+            "binding": self.cost.binding,
+            "seconds": asdict(self.cost),
+            "flash_bytes": self.flash_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """`decodes[k]` drafts k tokens; `draft` is the one that runs: the fastest, or the one set.
+    `hot_*` are the same device hot. `depth` tokens are in the conversation."""
+
+    decodes: tuple[Decode, ...]
+    draft: int
+    prefill: Prefill
+    load_s: float
+    hits: Hits
+    depth: int
+    hot_decode: Decode
+    hot_prefill: Prefill
+
+    @property
+    def decode(self) -> Decode:
+        """The way it runs."""
+        return next(d for d in self.decodes if d.draft == self.draft)
+
+    @property
+    def plain(self) -> Decode:
+        """Without drafts."""
+        return self.decodes[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "decode": self.decode.to_dict(),
+            "by_draft": [d.to_dict() for d in self.decodes],
+            "prefill": self.prefill.to_dict(),
+            "load_s": self.load_s,
+            "hit_rate": self.hits.rate,
+            "hit_rate_source": self.hits.source,
+            "depth": self.depth,
+            "hot": {"decode": self.hot_decode.to_dict(), "prefill": self.hot_prefill.to_dict()},
+        }
+
+
+def forecast(
+    config: MimoConfig,
+    tensors: Mapping[str, TensorInfo],
+    budget: Budget,
+    profile: DeviceProfile,
+    hits: Hits,
+    *,
+    draft: DraftSetting = "auto",
+    depth: int = 0,
+    prompt: int = 512,
+    acceptance: Sequence[float] | None = None,
+) -> Forecast:
+    """Forecast of a model whose memory is planned as `budget`.
+
+    `config` has as many MTP blocks as are loaded. `acceptance` is the chance per depth that a
+    draft is accepted (default: the family's).
+    """
+    chances = ACCEPTANCE[config.family] if acceptance is None else tuple(acceptance)
+    weights = Weights.of(config, tensors)
+    cool = _Machine(config, weights, budget, profile, hits)
+    hot = _Machine(config, weights, budget, heated(profile), hits)
+    limit = max_draft(config)
+    decodes = tuple(cool.decode(k, depth, chances) for k in range(limit + 1))
+    fastest = max(decodes, key=lambda d: d.tps).draft
+    chosen = fastest if draft == "auto" else min(draft, limit)
+    return Forecast(
+        decodes,
+        chosen,
+        cool.prefill(prompt),
+        cool.load_s(),
+        hits,
+        depth,
+        hot.decode(chosen, depth, chances),
+        hot.prefill(prompt),
+    )
+
+
+def heated(profile: DeviceProfile) -> DeviceProfile:
+    """The profile of the same device, hot."""
+    slower, storage = profile.compute_hot, profile.storage_hot
+    return replace(
+        profile,
+        memory_bytes_per_s=profile.memory_bytes_per_s * slower,
+        kernels={
+            name: KernelRate(rate.row * slower, rate.rows4 * slower, rate.batch * slower)
+            for name, rate in profile.kernels.items()
+        },
+        reads=tuple(ReadRate(r.block_bytes, r.bytes_per_s * storage) for r in profile.reads),
+        layer_overhead_s=profile.layer_overhead_s / slower,
+    )
+
+
+class _Machine:
+    """One model on one device: the cost of every kind of pass."""
+
+    def __init__(
+        self,
+        config: MimoConfig,
+        weights: Weights,
+        budget: Budget,
+        profile: DeviceProfile,
+        hits: Hits,
+    ) -> None:
+        self.config, self.weights, self.budget, self.profile = config, weights, budget, profile
+        self.hits = hits
+        self.moe_layers = sum(config.moe_layer_freq)
+        # one expert of every layer is three matrices per layer, read one by one
+        self.expert_bytes = weights.expert.total_bytes / max(1, self.moe_layers)
+        self.flash_bytes_per_s = (
+            profile.read_rate(self.expert_bytes / 3) if budget.streamed else float("inf")
+        )
+
+    def matrices(self, scan: Scan, rows: float) -> Cost:
+        """Products of every matrix of a scan with `rows` rows."""
+        memory = compute = 0.0
+        for kind, nbytes in scan.nbytes.items():
+            from_memory = nbytes / self.profile.memory_bytes_per_s
+            macs = rows * scan.macs[kind] / self.profile.kernel(kind).at(rows)
+            if from_memory >= macs:
+                memory += from_memory
+            else:
+                compute += macs
+        return Cost(memory=memory, compute=compute)
+
+    def attention(self, rows: float, depth: float) -> Cost:
+        """Scores and values of `rows` queries over about `depth` tokens."""
+        c, nbytes, macs = self.config, 0.0, 0.0
+        for index in range(c.num_hidden_layers):
+            spec = c.layer(index)
+            seen = depth + 1 if spec.window is None else min(depth + 1, spec.window)
+            kind = self.budget.kv_type if spec.window is None else ring_type(self.budget.kv_type)
+            for dim in (c.head_dim, c.v_head_dim):
+                nbytes += KV_FORMATS[kind].row_bytes(spec.num_key_value_heads, dim) * seen
+                macs += c.num_attention_heads * dim * seen
+        from_memory = nbytes / self.profile.memory_bytes_per_s
+        rate = self.profile.kernels["any"].at(rows) * ATTENTION_SHARE
+        computed = rows * macs / rate
+        if from_memory >= computed:
+            return Cost(memory=from_memory)
+        return Cost(compute=computed)
+
+    def experts(self, rows: float, hit_rate: float) -> tuple[Cost, float]:
+        """The routed experts of all layers for `rows` tokens, and the bytes read from flash."""
+        c = self.config
+        if not self.moe_layers:
+            return Cost(), 0.0
+        distinct = distinct_experts(c.n_routed_experts, c.num_experts_per_tok, rows)
+        per_expert = rows * c.num_experts_per_tok / distinct
+        computed = self.matrices(self.weights.expert.scaled(distinct), per_expert)
+        missed = (1.0 - hit_rate) * distinct * self.expert_bytes * self.moe_layers
+        if not self.budget.streamed or missed <= 0:
+            return computed, 0.0
+        reading = missed / self.flash_bytes_per_s
+        last = 1.0 / distinct  # its products cannot begin before it is there
+        if reading + computed.seconds * last <= computed.seconds:
+            return computed, missed
+        tail = Cost(memory=computed.memory * last, compute=computed.compute * last)
+        return Cost(flash=reading) + tail, missed
+
+    def host(self) -> Cost:
+        """Host work of one pass of the trunk."""
+        layers = self.moe_layers if self.budget.streamed else RESIDENT_LAYERS
+        return Cost(host=layers * self.profile.layer_overhead_s)
+
+    def decode(self, draft: int, depth: int, acceptance: Sequence[float]) -> Decode:
+        """One step: draft, and verify all of it at once."""
+        rows = draft + 1.0
+        experts, flash = self.experts(rows, self.hits.rate)
+        cost = self.matrices(self.weights.trunk, rows) + self.matrices(self.weights.head, rows)
+        cost = cost + self.attention(rows, depth) + experts + self.host()
+        one = self.matrices(self.weights.mtp_block, 1) + self.matrices(self.weights.head, 1)
+        for _ in range(draft):
+            cost = cost + one + Cost(host=self.profile.layer_overhead_s)
+        gained = chance = 1.0
+        for k in range(draft):
+            chance *= acceptance[k] if k < len(acceptance) else 0.0
+            gained += chance
+        distinct = distinct_experts(
+            self.config.n_routed_experts, self.config.num_experts_per_tok, rows
+        )
+        scanned = self.weights.trunk.total_bytes + (1 + draft) * self.weights.head.total_bytes
+        scanned += draft * self.weights.mtp_block.total_bytes
+        scanned += distinct * self.weights.expert.total_bytes
+        return Decode(draft, gained, cost, flash / gained, scanned / gained)
+
+    def prefill(self, tokens: int) -> Prefill:
+        """A prompt in chunks; each costs a pass over the experts that are not in memory."""
+        cost, flash, done = Cost(), 0.0, 0
+        # nearly every expert is wanted, so what is in memory counts by its number
+        resident = min(1.0, self.budget.slots / max(1, self.budget.experts))
+        while done < tokens:
+            rows = min(self.budget.chunk, tokens - done)
+            experts, read = self.experts(rows, resident if self.budget.streamed else 1.0)
+            cost = cost + self.matrices(self.weights.trunk, rows) + experts + self.host()
+            cost = cost + self.attention(rows, done + rows / 2)
+            flash, done = flash + read, done + rows
+        return Prefill(tokens, cost + self.matrices(self.weights.head, 1), flash)
+
+    def load_s(self) -> float:
+        """Seconds to read what is resident and store it as the kernels want it."""
+        held = {"weights", "MTP", "experts"}
+        nbytes = sum(line.nbytes for line in self.budget.lines if line.name in held)
+        rate = min(
+            self.profile.reads[-1].bytes_per_s, self.profile.memory_bytes_per_s / LOAD_PASSES
+        )
+        return nbytes / rate

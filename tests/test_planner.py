@@ -1,0 +1,459 @@
+"""Plans: sizes against the specification and a real export, forecasts against arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoint_factory import write_checkpoint
+
+from mimo_edge.bundle import Bundle
+from mimo_edge.config import MimoConfig
+from mimo_edge.devices.profile import DeviceProfile, KernelRate, ReadRate, load_profile
+from mimo_edge.errors import BundleError, ConfigError, MimoEdgeError, UsageError
+from mimo_edge.export.pipeline import export_bundle
+from mimo_edge.heat import Heat
+from mimo_edge.known_models import KNOWN_MODELS, known_model
+from mimo_edge.planner import Plan, chart, plan
+from mimo_edge.planner.forecast import LOAD_PASSES, Weights, forecast, heated
+from mimo_edge.planner.hits import CURVES, distinct_experts, expected_hits
+from mimo_edge.planner.model import PlannedModel, of_config, planned_model
+from mimo_edge.planner.plan import VERDICTS
+
+GIB = 1 << 30
+PHONE, WORKSTATION = load_profile("phone-24gb"), load_profile("workstation")
+FLASH = of_config("MiMo-V2-Flash", known_model("MiMo-V2-Flash"), PHONE, "q4_0")
+
+
+def quick(model: Any = FLASH, profile: Any = PHONE, **arguments: Any) -> Plan:
+    return plan(model, profile, advise=False, **arguments)
+
+
+def tps(made: Plan) -> float:
+    assert made.forecast is not None
+    return made.forecast.plain.tps
+
+
+# --- sizes -------------------------------------------------------------------------------------
+
+
+def test_sizes_are_those_of_the_specification() -> None:
+    """Spec section 6, from parameter counts; a bundle has padding and a header on top."""
+    weights = Weights.of(FLASH.config, FLASH.tensors)
+    assert weights.expert.total_bytes == 47 * 14_155_776
+    experts = sum(t.nbytes for n, t in FLASH.tensors.items() if "_exps." in n)
+    assert experts == 170_322_296_832 == 12_032 * 14_155_776
+    assert 3 * weights.mtp_block.total_bytes == pytest.approx(1.049e9, rel=1e-3)
+    eight = Weights.of(FLASH.config, FLASH.with_recipe("q8_0").tensors)
+    scanned = eight.trunk.total_bytes + eight.head.total_bytes
+    assert scanned == pytest.approx(5.840e9, rel=1e-3)
+    # Q4 experts with 8 bits elsewhere; the head is Q6_K here, Q8_0 there
+    assert FLASH.bundle_bytes == pytest.approx(177.9e9, rel=2e-3)
+    assert FLASH.with_recipe("mxfp4").bundle_bytes == pytest.approx(168.4e9, rel=2e-3)
+
+
+def test_parameters_are_those_of_the_released_model() -> None:
+    total = sum(int(np.prod(t.shape)) for t in FLASH.tensors.values())
+    assert total == pytest.approx(308.78e9 + 0.99e9, rel=1e-3)
+    weights = Weights.of(FLASH.config, FLASH.tensors)
+    macs = sum(sum(part.macs.values()) for part in (weights.trunk, weights.head))
+    macs += 8 * sum(weights.expert.macs.values())
+    assert macs == pytest.approx(14.82e9, rel=1e-3)  # active per token
+
+
+@pytest.mark.parametrize("kind", ["flash", "v25", "v26", "7b"])
+def test_a_plan_of_a_checkpoint_is_what_its_export_holds(kind: Any, tmp_path: Path) -> None:
+    """Same tensors, formats and bytes, from the config alone."""
+    source = write_checkpoint(tmp_path / "source", kind)[0]
+    planned = planned_model(source, PHONE, "q8_0")
+    with export_bundle(source, tmp_path / "out", recipe="q8_0") as made:
+        for name, info in made.tensors.items():
+            ours = planned.tensors[name]
+            assert (ours.ggml_type, ours.shape, ours.nbytes) == (
+                info.ggml_type,
+                info.shape,
+                info.nbytes,
+            ), name
+        assert set(planned.tensors) == set(made.tensors)
+        weights = sum(p.stat().st_size for p in made.files if p.suffix == ".gguf")
+    assert weights <= planned.bundle_bytes <= weights + 160 * planned.config.vocab_size
+    # and the bundle itself is planned as it is
+    bundle = planned_model(tmp_path / "out", PHONE, None)
+    assert bundle.recipe == "q8_0"
+    assert bundle.tensors.keys() == planned.tensors.keys()
+    assert (
+        quick(tmp_path / "out", WORKSTATION).budget
+        == quick(source, WORKSTATION, recipe="q8_0").budget
+    )
+    with Bundle.open(tmp_path / "out") as opened:
+        assert bundle.bundle_bytes == sum(p.stat().st_size for p in opened.files)
+
+
+@pytest.mark.parametrize("name", [*KNOWN_MODELS, "mimo-nano"])
+def test_every_model_by_name_can_be_planned(name: str) -> None:
+    made = quick(name, WORKSTATION)
+    assert made.fits
+    assert json.loads(json.dumps(made.to_dict(), allow_nan=False))["verdict"] in VERDICTS
+
+
+def test_a_config_alone_is_enough(tmp_path: Path) -> None:
+    from importlib import resources
+
+    raw = json.loads(
+        (resources.files("mimo_edge") / "configs" / "MiMo-V2-Flash.json").read_text("utf-8")
+    )
+    whole = tmp_path / "model" / "config.json"
+    whole.parent.mkdir()
+    whole.write_text(json.dumps(raw))
+    del raw["num_nextn_predict_layers"]  # as the releases have it
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps(raw))
+    for path in (whole, whole.parent, bare):
+        found = planned_model(path, PHONE, "q4_0")
+        assert found.tensors == FLASH.tensors
+        assert bool(found.notes) == (path is bare)
+    assert "MTP" in planned_model(bare, PHONE, None).notes[0]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": 1}', "\xff"])
+def test_what_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError):
+        plan(path, PHONE)
+
+
+# --- hits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_curves_rise_from_nothing_to_everything(name: str) -> None:
+    rates = [expected_hits(n, 1000, name, None).rate for n in range(0, 1001, 10)]
+    assert rates[0] == 0
+    assert rates[-1] == 1
+    assert rates == sorted(rates)
+    if name != "uniform":
+        assert all(rate >= n / 100 for n, rate in enumerate(rates))
+
+
+def heat(counts: list[list[int]]) -> Heat:
+    rows = {layer: np.array(c, np.int64) for layer, c in enumerate(counts)}
+    return Heat(100, rows, {layer: c.astype(np.float64) for layer, c in rows.items()})
+
+
+def test_hits_of_heat_are_those_of_the_hottest_experts() -> None:
+    even = heat([[5] * 10, [5] * 10])
+    assert expected_hits(5, 20, None, even).rate == pytest.approx(0.25)
+    one = heat([[100, *[0] * 9], [100, *[0] * 9]])
+    assert expected_hits(2, 20, None, one).rate == pytest.approx(0.98 + 0.02 / 10)
+    # a layer without calibration counts as even, not as unused
+    assert 0.4 < expected_hits(1, 20, None, heat([[100, *[0] * 9], [0] * 10])).rate < 0.55
+    assert expected_hits(5, 20, "uniform", one).rate == 0.25
+    assert expected_hits(20, 20, None, one).rate == 1
+
+
+def test_neighbouring_tokens_share_experts_as_measured() -> None:
+    """Spec section 6: 21 to 24 experts for 4 tokens, 34 to 39 for 8; the bank for many."""
+    assert distinct_experts(256, 8, 1) == 8
+    assert 21 <= distinct_experts(256, 8, 4) <= 24
+    assert 34 <= distinct_experts(256, 8, 8) <= 39
+    assert distinct_experts(256, 8, 128) == pytest.approx(252, abs=1)
+    assert distinct_experts(256, 8, 4096) <= 256
+    assert distinct_experts(0, 0, 4) == 0
+
+
+# --- speed -------------------------------------------------------------------------------------
+
+
+def changed(profile: DeviceProfile = PHONE, **fields: Any) -> DeviceProfile:
+    return replace(profile, **fields)
+
+
+def test_decoding_takes_what_bytes_over_rates_say() -> None:
+    """No compute, no host work, no context: bytes from memory and from flash remain."""
+    endless = {"any": KernelRate(1e15, 1e15, 1e15)}
+    device = changed(
+        kernels=endless,
+        layer_overhead_s=1e-6,
+        reads=(ReadRate(1 << 20, 2e9),),
+        memory_bytes_per_s=4e10,
+    )
+    made = quick(profile=device, routes="uniform", depth=0, draft=0, context=4096)
+    assert made.forecast is not None
+    assert made.budget is not None
+    scanned = 47 * 8 * 14_155_776
+    missed = scanned * (1 - made.budget.slots / 12_032)
+    dense = Weights.of(FLASH.config, FLASH.tensors)
+    resident = dense.trunk.total_bytes + dense.head.total_bytes
+    expected = resident / 4e10 + missed / 2e9 + scanned / 8 / 4e10
+    assert made.forecast.plain.cost.seconds == pytest.approx(expected, rel=1e-3)
+    assert made.forecast.plain.flash_bytes_per_token == pytest.approx(missed)
+    assert made.forecast.plain.cost.binding == "flash"
+
+
+def test_a_resident_model_is_bound_by_its_bytes_in_memory() -> None:
+    made = quick(profile=WORKSTATION, recipe="q4_0", depth=0)
+    assert made.forecast is not None
+    assert made.budget is not None
+    assert not made.budget.streamed
+    assert made.forecast.plain.flash_bytes_per_token == 0
+    assert made.forecast.hits.rate == 1
+    assert made.forecast.plain.cost.binding == "memory bandwidth"
+    nbytes = made.forecast.plain.memory_bytes_per_token
+    assert made.forecast.plain.tps <= WORKSTATION.memory_bytes_per_s / nbytes
+    assert made.forecast.plain.tps >= 0.9 * WORKSTATION.memory_bytes_per_s / nbytes
+    loaded = made.resident_bytes / min(6.5e9, WORKSTATION.memory_bytes_per_s / LOAD_PASSES)
+    assert made.forecast.load_s == pytest.approx(loaded)
+
+
+@pytest.mark.parametrize(
+    ("fields", "binding"),
+    [
+        ({"reads": (ReadRate(1 << 20, 1e7),)}, "flash"),
+        ({"memory_bytes_per_s": 2e8}, "memory bandwidth"),
+        ({"kernels": {"any": KernelRate(1e9, 1e9, 1e9)}}, "compute"),
+        ({"layer_overhead_s": 0.5}, "host work"),
+    ],
+)
+def test_the_resource_that_binds_is_named(fields: dict[str, Any], binding: str) -> None:
+    made = quick(profile=changed(**fields))
+    assert made.forecast is not None
+    assert made.forecast.plain.cost.binding == binding
+    if binding == "flash":
+        assert made.forecast.prefill.cost.binding == "flash"
+
+
+def test_more_of_anything_is_never_slower() -> None:
+    base = quick()
+
+    def faster(**fields: Any) -> None:
+        other = quick(profile=changed(**fields))
+        assert tps(other) >= tps(base)
+        assert other.forecast is not None
+        assert base.forecast is not None
+        assert other.forecast.prefill.tps >= base.forecast.prefill.tps
+        assert other.forecast.load_s <= base.forecast.load_s
+
+    faster(memory_bytes_per_s=2 * PHONE.memory_bytes_per_s)
+    faster(reads=tuple(ReadRate(r.block_bytes, 2 * r.bytes_per_s) for r in PHONE.reads))
+    twice = {k: KernelRate(2 * r.row, 2 * r.rows4, 2 * r.batch) for k, r in PHONE.kernels.items()}
+    faster(kernels=twice)
+    faster(layer_overhead_s=PHONE.layer_overhead_s / 2)
+    assert tps(quick(routes="skewed")) > tps(base) > tps(quick(routes="uniform"))
+    assert tps(quick(recipe="q2_k")) > tps(base)
+    assert tps(quick(depth=0)) >= tps(quick(depth=4000))
+    hot = quick(profile=heated(PHONE))
+    assert base.forecast is not None
+    assert hot.forecast is not None
+    assert hot.forecast.decode.tps == pytest.approx(base.forecast.hot_decode.tps, rel=1e-6)
+    assert base.forecast.hot_decode.tps < base.forecast.decode.tps
+
+
+def test_more_memory_is_never_slower() -> None:
+    """But for one thing: a larger prefill chunk takes memory from the slots (budget.py), so
+    decoding may lose a little where the chunk doubles, and the prompt gains."""
+    rates, prompts, chunks = [], [], []
+    for gib in (7, 8, 10, 12, 16, 24, 48, 96, 150, 180):
+        made = quick(profile=WORKSTATION, recipe="q4_0", ram=gib * GIB, context=4096)
+        assert made.forecast is not None
+        assert made.budget is not None
+        rates.append(made.forecast.plain.tps)
+        prompts.append(made.forecast.prefill.tps)
+        chunks.append(made.budget.chunk)
+    assert all(b >= 0.98 * a for a, b in itertools.pairwise(rates))
+    assert rates[-1] > 3 * rates[0]
+    assert all(b >= 0.98 * a for a, b in itertools.pairwise(prompts))
+    assert chunks[0] < 512
+
+
+def test_drafts_gain_what_their_acceptance_says() -> None:
+    sure, never = quick(acceptance=(1, 1, 1)), quick(acceptance=(0, 0, 0))
+    assert sure.forecast is not None
+    assert never.forecast is not None
+    assert [d.tokens_per_step for d in sure.forecast.decodes] == [1, 2, 3, 4]
+    assert [d.tokens_per_step for d in never.forecast.decodes] == [1, 1, 1, 1]
+    assert never.forecast.draft == 0
+    assert sure.forecast.draft > 0
+    assert sure.forecast.decode.tps == max(d.tps for d in sure.forecast.decodes)
+    fixed = quick(draft=2)
+    assert fixed.forecast is not None
+    assert fixed.forecast.draft == 2
+    off = quick(draft=0)
+    assert off.forecast is not None
+    assert [d.draft for d in off.forecast.decodes] == [0]
+    assert "MTP" not in {line.name for line in off.lines}
+    assert off.budget is not None
+    assert fixed.budget is not None
+    assert off.budget.slots > fixed.budget.slots
+
+
+def test_a_prompt_reads_the_bank_once_per_chunk() -> None:
+    made = quick(prompt=4096, ram=10 * GIB)
+    assert made.forecast is not None
+    assert made.budget is not None
+    passes = -(-4096 // made.budget.chunk)
+    missing = 1 - made.budget.slots / made.budget.experts
+    bank = 170_322_296_832 * missing
+    assert made.forecast.prefill.flash_bytes == pytest.approx(passes * bank, rel=0.02)
+
+
+# --- what is said ------------------------------------------------------------------------------
+
+
+def test_the_large_model_on_a_router_is_no_number() -> None:
+    made = plan(FLASH, "router")
+    assert made.verdict == "does not fit"
+    assert made.forecast is None
+    assert not made.fits_ram
+    assert made.need_bytes is not None
+    assert made.need_bytes > 6 * GIB
+    assert "MiMo-V2-Flash is not practical on this device, whatever is changed" in made.why
+    assert not [change for change in made.changes if change.here]
+    assert made.to_dict()["forecast"] is None
+    assert "another machine" in made.changes[-1].action
+
+
+def test_what_does_not_fit_on_flash_is_said() -> None:
+    made = plan(FLASH, "car")
+    assert made.verdict == "does not fit"
+    assert made.fits_ram
+    assert not made.fits_flash
+    assert made.forecast is None
+    assert any("on flash" in reason for reason in made.why)
+    assert any("MiMo-7B" in change.action for change in made.changes)
+    assert any("--recipe" in change.action for change in made.changes)
+
+
+def test_changes_are_ranked_and_stand_up_to_planning() -> None:
+    made = plan(FLASH, PHONE)
+    here = [c for c in made.changes if "another machine" not in c.action]
+    order = [VERDICTS.index(change.verdict) for change in here]
+    assert order == sorted(order)
+    assert here
+    for change in here:
+        if change.action.startswith("--recipe") and "override" not in change.action:
+            again = quick(recipe=change.action.split()[1])
+            assert again.forecast is not None
+            assert again.forecast.decode.tps == pytest.approx(change.tps)
+    assert plan("MiMo-7B", PHONE).changes == ()  # usable as it is
+
+
+def test_a_change_of_memory_is_one_that_does() -> None:
+    phone = load_profile("phone")
+    made = plan(FLASH, phone)
+    assert made.verdict == "does not fit"
+    first = next(change for change in made.changes if change.action.startswith("--ram"))
+    again = quick(profile=phone, ram=first.action.split()[1])
+    assert again.forecast is not None
+    assert again.forecast.decode.tps == pytest.approx(first.tps, rel=1e-3)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"ram": 0}, "no size"),
+    ({"ram": "lots"}, "no size"),
+    ({"ram": "100GiB"}, "which has"),
+    ({"context": 0}, "context"),
+    ({"context": True}, "context"),
+    ({"prompt": 0}, "prompt"),
+    ({"depth": -1}, "depth"),
+    ({"depth": 4096, "context": 4096}, "depth"),
+    ({"acceptance": (2.0,)}, "acceptance"),
+    ({"acceptance": (float("nan"),)}, "acceptance"),
+    ({"routes": "warm"}, "routes"),
+    ({"routes": "heat"}, "no heat"),
+    ({"kv_type": "q3"}, "kv_type"),
+    ({"draft": 4}, "draft"),
+    ({"draft": -1}, "draft"),
+    ({"recipe": "q9"}, "q9"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_nonsense_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        quick(**arguments)
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no model"):
+        plan(tmp_path / "absent", PHONE)
+    with pytest.raises(BundleError, match="MiMo-V2-Flash"):
+        plan("GPT-7", PHONE)
+    with pytest.raises(MimoEdgeError):
+        plan(tmp_path, PHONE)
+    with pytest.raises(UsageError, match="toaster"):
+        plan(FLASH, "toaster")
+
+
+def test_the_public_names() -> None:
+    import mimo_edge
+
+    made = mimo_edge.plan("MiMo-7B", profile="car")
+    assert isinstance(made, mimo_edge.Plan)
+    assert made.fits
+    assert made.lines
+    assert made.forecast is not None
+
+
+# --- pictures ----------------------------------------------------------------------------------
+
+
+def test_a_picture_shows_curves_and_marks(tmp_path: Path) -> None:
+    plans = [quick(profile=load_profile(name)) for name in ("phone-24gb", "router")]
+    path = tmp_path / "p.svg"
+    chart.draw(plans, path)
+    root = ET.fromstring(path.read_text("utf-8"))
+    space = "{http://www.w3.org/2000/svg}"
+    texts = [element.text for element in root.iter(f"{space}text")]
+    assert "phone-24gb, q4_0" in texts
+    assert "router, q4_0 (does not fit)" in texts
+    assert len(list(root.iter(f"{space}circle"))) == 2  # one device, in both panels
+    curves = [e for e in root.iter(f"{space}polyline") if e.get("stroke-width") == "2"]
+    long = [e.get("points", "").split() for e in curves if len(e.get("points", "").split()) > 5]
+    assert len(long) == 3  # the router fits at no flash rate
+    for points in long:
+        heights = [float(point.split(",")[1]) for point in points]
+        assert heights[-1] < heights[0]  # up to the right
+        assert all(b <= a + 3 for a, b in itertools.pairwise(heights))
+
+
+def test_a_picture_as_pixels(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    chart.draw([quick()], tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_other_kinds_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"\.svg or \.png"):
+        chart.check_path(tmp_path / "p.gif")
+    with pytest.raises(UsageError, match="cannot write"):
+        chart.draw([quick()], tmp_path / "absent" / "p.svg")
+    import sys
+
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(MimoEdgeError, match=r"mimo-edge\[plot\]"):
+        chart.check_path(tmp_path / "p.png")
+
+
+def test_weights_of_a_tied_model_count_the_head_once() -> None:
+    config: MimoConfig = replace(known_model("MiMo-7B"), tie_word_embeddings=True)
+    tied: PlannedModel = of_config("tied", config, PHONE, "q4_0")
+    tensors = dict(tied.tensors)
+    head = tensors.pop("output.weight")
+    bare = Weights.of(config, tensors)
+    assert bare.head.macs == {"Q8_0": float(np.prod(head.shape))}
+    assert forecast(
+        config,
+        tied.tensors,
+        quick(tied).budget,  # type: ignore[arg-type]
+        PHONE,
+        expected_hits(1, 1, None, None),
+    ).plain.tps
