@@ -500,7 +500,8 @@ def build(
 def _resolved(name: str) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     """Title, merged figures and chain of a profile."""
     figures: dict[str, Any] = {}
-    title, chain, at = "", [], name
+    title, at = "", name
+    chain: list[str] = []
     while True:
         raw = _parse(at)
         title = title or raw["title"]

@@ -24,7 +24,7 @@ from mimo_edge.planner import Plan, chart, plan
 from mimo_edge.planner.forecast import LOAD_PASSES, Weights, forecast, heated
 from mimo_edge.planner.hits import CURVES, distinct_experts, expected_hits
 from mimo_edge.planner.model import PlannedModel, of_config, planned_model
-from mimo_edge.planner.plan import VERDICTS
+from mimo_edge.planner.planning import VERDICTS
 
 GIB = 1 << 30
 PHONE, WORKSTATION = load_profile("phone-24gb"), load_profile("workstation")

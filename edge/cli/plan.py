@@ -193,7 +193,7 @@ def print_plan(out: Output, plan: Plan) -> None:
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
     """Lines of name and value, also the rows of a comparison."""
-    from mimo_edge.planner.plan import duration
+    from mimo_edge.planner.planning import duration
 
     device, found = plan.profile, plan.forecast
     facts = [
@@ -260,7 +260,7 @@ def print_plans(out: Output, plans: list[Plan]) -> None:
 
 def _columns(plan: Plan) -> list[tuple[str, str]]:
     """The short form of `_facts`."""
-    from mimo_edge.planner.plan import duration
+    from mimo_edge.planner.planning import duration
 
     found, budget = plan.forecast, plan.budget
     cells = [

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mimo_edge.planner.plan import Plan, plan
+from mimo_edge.planner.planning import Plan, plan
 
 __all__ = ["Plan", "plan"]

@@ -14,7 +14,7 @@ from mimo_edge.devices.profile import load_profile
 from mimo_edge.known_models import known_model
 from mimo_edge.planner.forecast import Forecast
 from mimo_edge.planner.model import of_config
-from mimo_edge.planner.plan import VERDICTS, Change, Plan, Settings, evaluate
+from mimo_edge.planner.planning import VERDICTS, Change, Plan, Settings, evaluate
 from mimo_edge.quant.base import get_format
 from mimo_edge.quant.recipe import Recipe, recipe_names
 from mimo_edge.units import format_bytes

@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape
 
 from mimo_edge.devices.profile import DeviceProfile, ReadRate
 from mimo_edge.errors import BackendError, UsageError
-from mimo_edge.planner.plan import PRACTICAL_TPS, USABLE_TPS, Plan, evaluate
+from mimo_edge.planner.planning import PRACTICAL_TPS, USABLE_TPS, Plan, evaluate
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 460, 300, 60, 60, 80
 _STEPS = 25

@@ -11,6 +11,7 @@ from mimo_edge import budget as memory
 from mimo_edge.budget import Budget, BudgetError
 from mimo_edge.devices.profile import AUTO, DeviceProfile, load_profile
 from mimo_edge.errors import UsageError
+from mimo_edge.kv_format import DEFAULT_KV_TYPE
 from mimo_edge.planner.forecast import Forecast, forecast
 from mimo_edge.planner.hits import expected_hits
 from mimo_edge.planner.model import PlannedModel, planned_model
@@ -174,11 +175,10 @@ def plan(
         return made
     from mimo_edge.planner.advice import changes, hopeless
 
-    found = changes(made)
-    why = made.why
-    if hopeless(made, found):
-        why = (*why, f"{made.model.name} is not practical on this device, whatever is changed")
-    return replace(made, changes=found, why=why)
+    helps, why = changes(made), made.why
+    if hopeless(made, helps):
+        why = (*why, f"{found.name} is not practical on this device, whatever is changed")
+    return replace(made, changes=helps, why=why)
 
 
 def _settings(
@@ -222,7 +222,7 @@ def _settings(
     kind = kv_type
     if kind is None:
         whole = all(d % 32 == 0 for d in (config.head_dim, config.v_head_dim))
-        kind = device.kv_type if whole else memory.DEFAULT_KV_TYPE
+        kind = device.kv_type if whole else DEFAULT_KV_TYPE
     return Settings(
         limit,
         length,
