@@ -39,6 +39,8 @@ _SMALL_GRAPHS, _SMALL_TOKENS, SMALL_GRAPH_BYTES = 17, 16, 24 << 20
 _MAX_PAIRS, _PAIR_STEP, _MAX_ROWS = 1024, 16, 512
 # A tensor's description with its place in the graph, and how many an MoE or dense block has.
 _NODE_BYTES, _BLOCK_NODES = 512, 64
+# The guess of a layer's route in a pass of few tokens (runtimes/ggml/look_ahead.py).
+_GUESS_NODES = 16
 _DIRECT_UNIT = 4096
 # The largest alignment for which FlashFile grows a bounce buffer, at both ends.
 _BOUNCE_SPARE = 2 * 65536
@@ -320,7 +322,11 @@ def _pass_bytes(config: MimoConfig, context: int, tokens: int, streamed: bool) -
         total += 8 * width * tokens + 4 * chosen * tokens
         total += 4 * width * (chosen * tokens + _PAIR_STEP)
         # graphs of pairs or rows: small ones, by their number
-        total += _NODE_BYTES * 48 * min(160, _PAIR_STEP + tokens)
+        graphs = min(160, _PAIR_STEP + tokens)
+        if tokens <= _SMALL_TOKENS:
+            graphs = _PAIR_STEP + -(-tokens * chosen // _PAIR_STEP)
+            total += _NODE_BYTES * _GUESS_NODES * config.num_hidden_layers
+        total += _NODE_BYTES * 48 * graphs
     return total
 
 

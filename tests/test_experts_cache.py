@@ -9,8 +9,9 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ from mimo_edge.errors import (
     MimoEdgeError,
     UsageError,
 )
+from mimo_edge.experts import reader as reader_module
 from mimo_edge.experts.cache import ExpertCache, Ticket
+from mimo_edge.experts.guesses import GuessRecord
 from mimo_edge.experts.reader import ExpertReader
 from mimo_edge.experts.slots import SlotPool
 from mimo_edge.flash_file import FlashFile
@@ -150,18 +153,254 @@ def test_warm_fills_free_slots_by_heat_and_pins_stay(tmp_path: Path) -> None:
             cache.pin(1, np.arange(5))
 
 
-def test_prefetch_is_used_and_given_up_when_slots_are_short(tmp_path: Path) -> None:
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something lanes do, or fail."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_what_a_layer_will_want_is_read_ahead_and_given_up_when_slots_are_short(
+    tmp_path: Path,
+) -> None:
     file = ExpertFile(tmp_path / "x")
+    record = GuessRecord()
     with ExpertCache(file.table, 6) as cache:
-        assert cache.prefetch(2, np.arange(8), 3) == 3
+        cache.expect(2, np.array([3, 0, 1]), record)
+        until(lambda: cache.resident(2).tolist() == [0, 1, 3])
         with cache.acquire(1, np.array([0, 1, 2])) as ticket:
             assert_content(cache, file, 0, ticket.ids, ticket.slots)
         with cache.acquire(2, np.array([0, 1, 2])) as ticket:
             assert_content(cache, file, 1, ticket.ids, ticket.slots)
-        assert cache.stats().total().loads == 6
-        assert cache.prefetch(3, np.arange(8), 6) == 6
+            assert ticket.resident.tolist() == [True, True, False]
+        assert (record.guessed, record.right) == (3, 2)
+        assert cache.stats().total().loads == 7
+        cache.expect(3, np.arange(6), record)
         with cache.acquire(1, np.arange(5)) as ticket:
             assert_content(cache, file, 0, ticket.ids, ticket.slots)
+
+
+def test_a_wrong_guess_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its queued parts are dropped, the slot is free again when the running one ends, and who asks
+    for the expert meanwhile gets it."""
+    file = ExpertFile(tmp_path / "x")
+    go, begun, parts = threading.Event(), threading.Event(), []
+    whole = FlashFile.read
+
+    def slow(self: FlashFile, offset: int, targets: Any, bounce: Any = None) -> int:
+        parts.append(offset)
+        begun.set()
+        assert go.wait(20)
+        return whole(self, offset, targets, bounce)
+
+    with ExpertCache(file.table, 6, lanes=2) as cache:
+        monkeypatch.setattr(FlashFile, "read", slow)
+        monkeypatch.setattr(reader_module, "COALESCE_BYTES", 0)
+        cache.expect(2, np.array([5, 6]))
+        assert begun.wait(20)
+        with cache.begin(2, np.array([1])) as ticket:
+            again = cache.begin(2, np.array([5]))  # begun, stopped, wanted after all
+            go.set()
+            ticket.wait()
+            assert_content(cache, file, 1, ticket.ids, ticket.slots)
+            again.wait()
+            assert_content(cache, file, 1, again.ids, again.slots)
+            again.release()
+        until(lambda: not cache._reads)
+        # 5: one part as a guess, then all three; 6: not one; 1: three
+        assert len(parts) == 1 + 3 + 3
+        assert cache.resident(2).tolist() == [1, 5]
+        assert cache._residency.used == 2
+        with cache.acquire(2, np.array([6])) as ticket:
+            assert_content(cache, file, 1, ticket.ids, ticket.slots)
+
+
+def test_an_expert_that_warming_up_begins_while_a_pass_waits_for_room_has_one_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`trim` warms up from another thread while a pass waits for a slot that a read left over from
+    an earlier pass still has."""
+    heat = {row: np.full(8, 1.0) for row in range(3)}
+    heat[1][5] = 99.0
+    file = ExpertFile(tmp_path / "x", heat=heat)
+    go, late, whole = threading.Event(), threading.Event(), FlashFile.read
+    warm = {stack.offset + 5 * stack.nbytes for stack in file.table.layers[1].stacks}
+
+    def slow(self: FlashFile, offset: int, targets: Any, bounce: Any = None) -> int:
+        assert (late if offset in warm else go).wait(20)
+        return whole(self, offset, targets, bounce)
+
+    found: list[Ticket] = []
+    with ExpertCache(file.table, 5, lanes=8) as cache:
+        held = cache.acquire(1, np.array([1, 2]))
+        monkeypatch.setattr(FlashFile, "read", slow)
+        left_over = cache.begin(1, np.array([0, 3]))
+        until(lambda: all(read._started for read in cache._reads.values()))
+        left_over.release()
+        waiting = threading.Thread(target=lambda: found.append(cache.begin(2, np.array([5, 6]))))
+        asleep, sleep = threading.Event(), ExpertCache._sleep
+
+        def slept(self: ExpertCache, cancel: Any) -> None:
+            asleep.set()
+            sleep(self, cancel)
+
+        monkeypatch.setattr(ExpertCache, "_sleep", slept)
+        waiting.start()
+        assert asleep.wait(20)
+        assert cache.warm_up() == 1
+        assert cache._residency.slot_of[1, 5] >= 0
+        go.set()
+        waiting.join(20)
+        owners = [cache._residency.owner(slot) for slot in range(5)]
+        assert owners.count((1, 5)) == 1
+        late.set()
+        with found[0] as ticket:
+            ticket.wait()
+            assert_content(cache, file, 1, ticket.ids, ticket.slots)
+        held.release()
+
+
+class BadExpert:
+    """Reads of expert 3 of layer 2 hang until `go`, and fail when `fails`."""
+
+    def __init__(self, file: ExpertFile, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.begun, self.fails, self.tries = threading.Event(), threading.Event(), True, 0
+        mine = {stack.offset + 3 * stack.nbytes for stack in file.table.layers[1].stacks}
+        whole, bad = FlashFile.read, self
+
+        def read(self: FlashFile, offset: int, targets: Any, bounce: Any = None) -> int:
+            if offset in mine:
+                bad.tries += 1
+                bad.begun.set()
+                assert bad.go.wait(20)
+                if bad.fails:
+                    raise BundleError("a bad block")
+            return whole(self, offset, targets, bounce)
+
+        monkeypatch.setattr(reader_module, "COALESCE_BYTES", 0)
+        monkeypatch.setattr(FlashFile, "read", read)
+
+
+def test_a_guessed_read_that_hangs_and_fails_is_no_news_of_a_pass_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = ExpertFile(tmp_path / "x")
+    bad = BadExpert(file, monkeypatch)
+    with ExpertCache(file.table, 6) as cache:
+        cache.expect(2, np.array([3]))
+        assert bad.begun.wait(20)
+        for ids in ([1, 2], [4, 5], [0, 6]):  # while it hangs
+            with cache.acquire(2, np.array(ids)) as ticket:
+                assert_content(cache, file, 1, ticket.ids, ticket.slots)
+        bad.go.set()
+        until(lambda: not cache._reads)
+        assert cache._residency.slot_of[1, 3] < 0
+        cache.expect(2, np.array([3]))  # nothing was left out of it: it was tried once more
+        until(lambda: not cache._reads)
+        assert "layer 2, expert 3" in caplog.text
+        tries = bad.tries
+        cache.expect(2, np.array([3]))  # not again on a guess
+        assert not cache._reads
+        assert bad.tries == tries
+        with pytest.raises(BundleError, match=r"layer 2, expert 3.*bad block"):
+            cache.acquire(2, np.array([2, 3]))
+        bad.fails = False
+        with cache.acquire(2, np.array([2, 3])) as ticket:
+            assert_content(cache, file, 1, ticket.ids, ticket.slots)
+        cache.acquire(1, np.arange(6)).release()
+        cache.expect(2, np.array([3]))  # it was good: worth a guess again
+        until(lambda: cache.resident(2).tolist() == [3])
+
+
+def test_a_guessed_read_that_fails_is_done_again_for_who_wants_the_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ExpertFile(tmp_path / "x")
+    bad = BadExpert(file, monkeypatch)
+    with ExpertCache(file.table, 6, lanes=2) as cache:
+        cache.expect(2, np.array([3]))
+        assert bad.begun.wait(20)
+        with cache.begin(2, np.array([3, 4])) as ticket:
+            whole = reader_module._report
+
+            def report(shared: Any, read: Any) -> None:
+                bad.fails = bad.fails and read.error is None
+                whole(shared, read)
+
+            monkeypatch.setattr(reader_module, "_report", report)
+            bad.go.set()
+            ticket.wait()
+            assert_content(cache, file, 1, ticket.ids, ticket.slots)
+
+
+def test_closing_does_not_wait_for_a_guessed_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ExpertFile(tmp_path / "x")
+    bad = BadExpert(file, monkeypatch)
+    before = threading.active_count()
+    monkeypatch.setattr(reader_module, "_CLOSE_WAIT_S", 0.01)
+    with ExpertCache(file.table, 6) as cache:
+        cache.expect(2, np.array([3, 4]))
+        assert bad.begun.wait(20)
+    with pytest.raises(UsageError, match="closed"):
+        cache.expect(2, np.array([3]))
+    assert threading.active_count() > before  # it hangs still
+    bad.go.set()
+    until(lambda: threading.active_count() == before)
+
+
+def test_memory_is_given_back_between_layers_that_are_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits to shrink the cache is not kept waiting by ever new reads ahead."""
+    file = ExpertFile(tmp_path / "x")
+    bad = BadExpert(file, monkeypatch)
+    given: list[int] = []
+    with ExpertCache(file.table, 6) as cache:
+        ticket = cache.acquire(1, np.array([0, 1]))
+        cache.expect(2, np.array([3]))
+        assert bad.begun.wait(20)
+        shrinking = threading.Thread(target=lambda: given.append(cache.release(3, timeout_s=20)))
+        shrinking.start()
+        until(lambda: cache._shrinking > 0)
+        cache.expect(2, np.array([5, 6]))
+        assert set(cache._reads) == {(1, 3)}
+        ticket.release()
+        bad.go.set()
+        shrinking.join(20)
+        assert given == [3]
+        with cache.acquire(2, np.array([5, 6])) as ticket:
+            assert_content(cache, file, 1, ticket.ids, ticket.slots)
+
+
+def test_the_next_layer_is_read_behind_a_long_pass(tmp_path: Path) -> None:
+    heat = {row: np.arange(8, dtype=np.float64) for row in range(3)}
+    file = ExpertFile(tmp_path / "x", heat=heat)
+    with ExpertCache(file.table, 8) as cache:
+        seen: list[int] = []
+        for ids, slots in cache.stream(1, np.arange(8), 2, then=2):
+            assert_content(cache, file, 0, ids, slots)
+            seen += ids.tolist()
+        assert sorted(seen) == list(range(8))
+        until(lambda: cache.resident(2).tolist() == [4, 5, 6, 7])
+        first = next(iter(cache.stream(2, np.arange(8), 4)))
+        assert first.ids.tolist() == [4, 5, 6, 7]
+
+
+def test_guesses_that_do_not_come_true_are_made_rarely() -> None:
+    record = GuessRecord()
+    assert record.worth()
+    for _ in range(200):
+        record.note(right=False)
+    assert 0 < sum(record.worth() for _ in range(320)) <= 320 // 16
+    for _ in range(200):
+        record.note(right=True)
+    assert all(record.worth() for _ in range(100))
+    assert (record.guessed, record.right) == (400, 200)
 
 
 def test_too_much_at_once_is_refused_and_nothing_is_held(tmp_path: Path) -> None:
@@ -207,6 +446,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = ExpertCache(self.file.table, 8, lanes=2)
         self.open: list[Ticket] = []
         self.pinned: set[tuple[int, int]] = set()
+        self.record = GuessRecord()
         self.asked = 0
 
     def held(self) -> set[tuple[int, int]]:
@@ -257,9 +497,10 @@ class CacheMachine(RuleBasedStateMachine):
         finally:
             groups.close()
 
-    @rule(row=st.integers(0, 2), most=st.integers(1, 4))
-    def prefetch(self, row: int, most: int) -> None:
-        self.cache.prefetch(row + 1, np.arange(8), most)
+    @rule(row=st.integers(0, 2), ids=st.lists(st.integers(0, 7), min_size=1, max_size=5))
+    def expect(self, row: int, ids: list[int]) -> None:
+        self.cache.expect(row + 1, np.array(ids), self.record)
+        assert self.record.right <= self.record.guessed
 
     @rule()
     def warm_up(self) -> None:

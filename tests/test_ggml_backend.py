@@ -52,7 +52,9 @@ from mimo_edge.runtimes.ggml.slots import (
     ExpertSlots,
     Ids,
 )
+from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS
 from mimo_edge.runtimes.reference import ReferenceBackend
+from mimo_edge.runtimes.weights import DictWeights
 from mimo_edge.sampling import Sampler, SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -648,10 +650,17 @@ class LoopingExperts:
         self._source = source
         self._rng = np.random.default_rng(3)
         self.asked: list[tuple[int, list[int], list[int]]] = []
+        self.expected: list[tuple[int, list[int] | None]] = []
         self.fail = False
 
     def close(self) -> None:
         self.slots.close()
+
+    def guesses(self) -> bool:
+        return True
+
+    def expect(self, layer: int, experts: Ids | None) -> None:
+        self.expected.append((layer, None if experts is None else experts.tolist()))
 
     def groups(self, layer: int, experts: Ids, counts: Ids) -> Generator[ExpertGroup, None, None]:
         self.asked.append((layer, experts.tolist(), counts.tolist()))
@@ -766,6 +775,52 @@ def test_a_long_pass_computes_large_experts_one_by_one(
         oracle = ReferenceBackend(packed(config).unpacked())
         want = oracle.forward(ids, oracle.new_cache(60), logits_rows=59)
         assert error(found[0].logits, want.logits) < F32_TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [1, 3, FEW_TOKENS])
+def test_guessed_routes_are_the_routes_where_layers_add_nothing(rows: int) -> None:
+    """The router of the next layer on the stream as it is. With nothing added on the way there,
+    the guess is the truth, in order of choice."""
+    config = CONFIGS["v2"]
+    tensors = dict(tiny.random_weights(config, 0)._tensors)
+    for name, value in tensors.items():
+        if name.endswith(("attn_output.weight", "ffn_down.weight", "ffn_down_exps.weight")):
+            tensors[name] = np.zeros_like(value)
+    source = PackedTensors.pack(DictWeights(config, tensors), lambda name: "F32")
+    made: list[LoopingExperts] = []
+
+    def experts(device: Device) -> LoopingExperts:
+        made.append(LoopingExperts(device, source, [1, 2, 3], 3))
+        return made[0]
+
+    backend = GgmlBackend(source, threads=1, kv_type="f32", experts=experts)
+    cache = backend.new_cache(60, rows)
+    backend.forward(ids_of(config, rows), cache, logits_rows=rows)
+    assert [layer for layer, _ in made[0].expected] == [1, 2, 3]
+    guesses = [sorted(ids or ()) for _, ids in made[0].expected]
+    assert guesses == [asked for _, asked, _ in made[0].asked]
+    if rows == 1:
+        oracle = ReferenceBackend(source.unpacked(), routes=lambda layer, ids: order.append(ids[0]))
+        order: list[Any] = []
+        oracle.forward(ids_of(config, 1), oracle.new_cache(60))
+        assert [ids for _, ids in made[0].expected] == [list(ids) for ids in order]
+    backend.close()
+
+
+def test_a_long_pass_says_when_it_wants_nearly_all_experts_next() -> None:
+    config = CONFIGS["v2"]
+    source = packed(config)
+    made: list[LoopingExperts] = []
+
+    def experts(device: Device) -> LoopingExperts:
+        made.append(LoopingExperts(device, source, [1, 2, 3], 3))
+        return made[0]
+
+    backend = GgmlBackend(source, threads=1, experts=experts)
+    backend.forward(ids_of(config, 50), backend.new_cache(60))
+    # the first has nobody before it, and the last computes one row only
+    assert made[0].expected == [(2, None)]
+    backend.close()
 
 
 def test_a_failing_expert_read_ends_the_pass_and_it_can_be_repeated() -> None:

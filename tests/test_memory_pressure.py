@@ -262,7 +262,8 @@ def test_trimmed_memory_is_gone_and_taken_again(
         first = session.generate(PROMPT, max_tokens=30).token_ids
         stats = runtime.stats()["experts"]
         slots, slot = stats["slots"], cache_of(runtime).pool.slot_bytes
-        assert stats["slots_used"] == slots == stats["slots_planned"]
+        assert slots == stats["slots_planned"]
+        assert slots - 2 <= stats["slots_used"] <= slots  # a wrong guess leaves its slot empty
         before = resident_bytes()
         freed = runtime.trim(0.75)
         after = resident_bytes()
@@ -280,7 +281,7 @@ def test_trimmed_memory_is_gone_and_taken_again(
         assert runtime.trim(0) == 0
         assert runtime.session().generate(PROMPT, max_tokens=30).token_ids == first
         stats = runtime.stats()["experts"]
-        assert stats["slots_used"] == stats["slots"] == slots
+        assert slots - 2 <= stats["slots_used"] <= stats["slots"] == slots
 
 
 def test_trim_keeps_what_a_token_needs(bundle: Path, few_slots: list[int]) -> None:

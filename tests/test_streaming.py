@@ -29,6 +29,7 @@ from mimo_edge.budget import Budget, plan
 from mimo_edge.bundle import Bundle
 from mimo_edge.cli.main import app
 from mimo_edge.errors import BundleError, DeviceError, IntegrityError, UsageError
+from mimo_edge.experts.cache import ExpertCache
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.sampling import Sampler, SamplingParams
@@ -88,6 +89,30 @@ def test_chunks_larger_than_the_slots_are_walked_in_groups(
         with runtime:
             outputs.append(runtime.logits(PROMPT))
     np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5, rtol=0)
+
+
+def test_a_long_pass_reads_into_the_layer_that_runs_next(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int | None]] = []
+    whole = ExpertCache.stream
+
+    def stream(self: ExpertCache, layer: int, *args: Any, **options: Any) -> Any:
+        told.append((layer, options["then"]))
+        return whole(self, layer, *args, **options)
+
+    monkeypatch.setattr(ExpertCache, "stream", stream)
+    runtime, experts = open_streamed(made["f32"], 6, chunk=64)
+    with runtime:
+        backend = runtime._model.backend
+        assert isinstance(backend, GgmlBackend)
+        assert experts is not None
+        layers = sorted(experts.slots.layouts)
+        cache = backend.new_cache(100)
+        ids = np.array(PROMPT, np.int32)
+        for _ in range(2):
+            backend.forward(ids, cache, logits_rows=len(ids))
+        assert told == [*zip(layers, [*layers[1:], None], strict=True)] * 2
 
 
 # --- Errors ---------------------------------------------------------------------------------
@@ -330,7 +355,9 @@ def test_the_kernel_never_counts_more_than_was_allowed(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     experts = found["stats"]["experts"]
-    assert experts["slots_used"] == experts["slots"] < found["stats"]["budget"]["experts"]
+    # a wrong guess of what a layer will want leaves its slot empty
+    assert experts["slots"] - 2 <= experts["slots_used"] <= experts["slots"]
+    assert experts["slots"] < found["stats"]["budget"]["experts"]
     assert experts["flash_bytes"] > 0
     assert peak(cgroup) < ram
     chunk = found["stats"]["budget"]["chunk"]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mimo_edge.cancel import CancelSignal
 from mimo_edge.errors import Cancelled, DeviceError, MimoEdgeError, UsageError
+from mimo_edge.experts.guesses import GuessRecord
 from mimo_edge.experts.policy import FrequencyPolicy, Ids, Mask, Policy
 from mimo_edge.experts.reader import DEFAULT_LANES, ExpertRead, ExpertReader
 from mimo_edge.experts.residency import Residency, Slots
@@ -34,6 +35,9 @@ _log = logging.getLogger(__name__)
 _CANCEL_POLL_S = 0.02
 # Reads of `warm_up` in the queue at a time: enough for every lane, dropped quickly.
 _WARM_READS = 4
+# Experts on their way below which those a layer is expected to want are begun: flash is busy, and
+# an expert's slot is taken from another one as late as possible.
+_READS_BEFORE_EXPECTED = 2
 
 
 class ExpertGroup(NamedTuple):
@@ -140,6 +144,10 @@ class ExpertCache:
         self._reads: dict[tuple[int, int], ExpertRead] = {}
         self._waiting: dict[tuple[int, int], list[Ticket]] = {}
         self._ahead: dict[int, set[int]] = {}  # experts read ahead and held for their layer
+        self._expected: deque[tuple[int, int]] = deque()  # to be read ahead, likeliest first
+        self._guess: GuessRecord | None = None  # who wants to know which of those came true
+        self._spoiled: set[tuple[int, int]] = set()  # failed when they were read ahead
+        self._shrinking = 0  # calls of `release` that wait for the end of all reads
         self._warming: deque[tuple[int, int]] = deque()  # to be read into free slots, best first
         self._warm_reads: set[tuple[int, int]] = set()
         self._tickets = 0
@@ -230,7 +238,9 @@ class ExpertCache:
                 )
             if not self.holds_everything:
                 self._residency.policy.touch(row, unique, counts, _tokens(ids))
-            return self._ticket(row, unique, inverse.reshape(ids.shape), cancel)
+            ticket = self._ticket(row, unique, inverse.reshape(ids.shape), cancel)
+            self._let_go_ahead(row)
+            return ticket
 
     def acquire(
         self,
@@ -254,6 +264,7 @@ class ExpertCache:
         ids: NDArray[np.integer[Any]],
         group: int,
         *,
+        then: int | None = None,
         cancel: CancelSignal | None = None,
     ) -> Generator[ExpertGroup, None, None]:
         """All experts `ids` of a layer, at most `group` at a time, each once.
@@ -261,7 +272,9 @@ class ExpertCache:
         A group's slots are good until the next one is asked for. Resident experts come first,
         while the first reads run; of the others at most two groups are in slots or on their way,
         taken from the experts worth least, so a prefill leaves the favourites where they are.
-        Close the generator when leaving early. Raises as `Ticket.wait`.
+        When all of them are on their way, two groups of the layer `then`, which runs next and
+        wants nearly everything, are read ahead. Close the generator when leaving early. Raises as
+        `Ticket.wait`.
         """
         if group < 1:
             raise UsageError(f"groups of {group} experts")
@@ -280,6 +293,7 @@ class ExpertCache:
                 for part in (unique[ready], unique[found & ~ready]):
                     for start in range(0, len(part), group):
                         here.append(self._plain_ticket(row, part[start : start + group], cancel))
+                self._let_go_ahead(row)
             missing = unique[~found]
             while here or coming or len(missing):
                 with self._change:
@@ -290,6 +304,9 @@ class ExpertCache:
                             break
                         coming.append(self._plain_ticket(row, missing[: max(step, 1)], cancel))
                         missing = missing[max(step, 1) :]
+                    if then is not None and not len(missing):
+                        self._expect_most(self._row(then), 2 * group)
+                        then = None
                 current = here.popleft() if here else coming.popleft()
                 current.wait()
                 yield ExpertGroup(current.ids, current.slots)
@@ -300,23 +317,45 @@ class ExpertCache:
                 if ticket is not None:
                     ticket.release()
 
-    def prefetch(self, layer: int, ids: NDArray[np.integer[Any]], most: int) -> int:
-        """Start reading up to `most` of the experts `ids` of a layer that runs soon, after all
-        other reads; they stay until the layer runs. Returns how many were queued.
+    def expect(
+        self, layer: int, ids: NDArray[np.integer[Any]], guess: GuessRecord | None = None
+    ) -> None:
+        """A layer that runs soon will probably want `ids`, likeliest first: whenever hardly
+        anything else is being read, the next of them is. They stay until the layer runs; then what
+        it does not want is not read any further, and `guess` is told which came true.
 
-        A guess: an error shows only when the expert is really asked for. Off unless called.
+        What was expected before and not begun is forgotten. An error shows only when the expert is
+        really asked for.
         """
         with self._change:
             row = self._row(layer)
-            wanted = np.unique(ids).astype(np.int64)
-            wanted = wanted[self._residency.slot_of[row, wanted] < 0]
-            wanted = wanted[: min(most, self._residency.available())]
-            if len(wanted):
-                self._residency.claim(row, wanted)
-                self._residency.hold(row, wanted)
-                self._ahead.setdefault(row, set()).update(wanted.tolist())
-                self._queue(row, wanted, ahead=True)
-            return len(wanted)
+            self._check_ids(ids)
+            self._expected = deque((row, e) for e in dict.fromkeys(ids.reshape(-1).tolist()))
+            self._guess = guess
+            self._read_expected()
+
+    def _expect_most(self, row: int, count: int) -> None:
+        """Expect the `count` most valuable experts of a layer that are not there."""
+        value = self._residency.policy.value()[row]
+        value[self._residency.slot_of[row] >= 0] = -np.inf
+        order = np.argsort(-value, kind="stable")[:count].tolist()
+        self._expected = deque((row, e) for e in order if self._residency.slot_of[row, e] < 0)
+        self._guess = None
+        self._read_expected()
+
+    def _read_expected(self) -> None:
+        """Begin to read what is expected while flash has little to do. The lock is held."""
+        r = self._residency
+        if self._shrinking:
+            return
+        while self._expected and len(self._reads) < _READS_BEFORE_EXPECTED and r.available():
+            row, expert = self._expected.popleft()
+            if r.slot_of[row, expert] < 0 and (row, expert) not in self._spoiled:
+                one = np.array([expert])
+                r.claim(row, one)
+                r.hold(row, one)
+                self._ahead.setdefault(row, set()).add(expert)
+                self._queue(row, one, ahead=True)
 
     def warm_up(self) -> int:
         """Begin to fill free slots, pinned experts first, then the most valuable ones. Returns how
@@ -395,12 +434,15 @@ class ExpertCache:
             r = self._residency
 
             def idle() -> bool:
-                if not self._tickets:
-                    self._drop_ahead()
+                self._drop_ahead()
                 return self._closed or not (self._tickets or self._reads)
 
-            if not self._change.wait_for(idle, timeout_s):
-                return 0
+            self._shrinking += 1  # or else reads ahead would reach from every layer into the next
+            try:
+                if not self._change.wait_for(idle, timeout_s):
+                    return 0
+            finally:
+                self._shrinking -= 1
             self._check_open()
             least = self.table.chosen + int(np.count_nonzero(r.pinned))
             count = min(count, r.limit - least)
@@ -478,13 +520,15 @@ class ExpertCache:
                 if len(wanted):
                     self._make_room(len(wanted), cancel)
                 gone = r.slot_of[row, present] < 0
-                if not gone.any():
+                came = r.slot_of[row, wanted] >= 0
+                if not gone.any() and not came.any():
                     slots[missing] = r.claim(row, wanted)
                     break
             except BaseException:
                 r.unhold(row, present[r.slot_of[row, present] >= 0])
                 raise
-            # While this waited for room, a read left over from an earlier pass failed.
+            # While this waited for room, a read left over from an earlier pass failed, or one to
+            # warm up was begun.
             r.unhold(row, present[~gone])
         r.hold(row, wanted)
         resident = r.settled[row, ids]
@@ -501,7 +545,6 @@ class ExpertCache:
                 self._reader.hurry(self._reads[row, expert])
             if missing.any():
                 self._queue(row, ids[missing], ahead=False)
-        self._let_go_ahead(row)
         return ticket
 
     def _queue(self, row: int, ids: Ids, *, ahead: bool) -> None:
@@ -522,6 +565,7 @@ class ExpertCache:
             tickets = self._waiting.pop(key, [])
             joined = [ticket for ticket in tickets if read.expert in ticket._joined]
             if error is None:
+                self._spoiled.discard(key)
                 self._loads[read.row] += 1
                 self._residency.settle(read.row, np.array([read.expert]))
             elif joined and not self._closed:
@@ -542,8 +586,9 @@ class ExpertCache:
                 ahead = read.expert in self._ahead.get(read.row, ())
                 if ahead:
                     self._ahead[read.row].discard(read.expert)
-                if (ahead or warm) and not tickets:
+                if (ahead or warm) and not tickets and not isinstance(error, Cancelled):
                     _log.warning("reading ahead failed: %s", error)
+                    self._spoiled.add(key)  # not again on a guess
             for ticket in tickets:
                 position = ticket._pending.pop(read.expert)
                 if error is None:
@@ -553,6 +598,7 @@ class ExpertCache:
                     ticket._error = ticket._error or error
             if not self._closed:
                 self._read_warm()
+                self._read_expected()
             self._change.notify_all()
 
     def _wait(self, ticket: Ticket, *, everything: bool) -> list[int]:
@@ -591,7 +637,7 @@ class ExpertCache:
             self._change.notify_all()
 
     def _abandon(self, row: int, expert: int) -> None:
-        """Drop a read nobody holds, if it has not begun."""
+        """Drop a read nobody holds, or what has not begun of it."""
         read = self._reads.get((row, expert))
         if read is None or self._residency.held_by_anyone(row, expert):
             return
@@ -599,21 +645,29 @@ class ExpertCache:
             del self._reads[row, expert]
             self._warm_reads.discard((row, expert))
             self._residency.drop(row, expert)
+        else:
+            self._reader.stop(read)
 
     def _let_go_ahead(self, row: int) -> None:
-        """The layer runs: what was read ahead for it needs no more protection."""
+        """The layer runs and holds what it wants: what was read ahead for it needs no more
+        protection, and what it does not want need not come."""
+        if self._expected and self._expected[0][0] == row:
+            self._expected.clear()
         for expert in self._ahead.pop(row, ()):
             self._residency.unhold(row, np.array([expert]))
+            if self._guess is not None:
+                self._guess.note(self._residency.held_by_anyone(row, expert))
+            self._abandon(row, expert)
 
     def _drop_ahead(self) -> None:
         """Slots are short: stop protecting, and reading, what was read ahead or to warm up."""
         self._warming.clear()
+        self._expected.clear()
         for key in list(self._warm_reads):
             self._abandon(*key)
         for row in list(self._ahead):
-            experts = self._ahead[row]
-            self._let_go_ahead(row)
-            for expert in experts:
+            for expert in self._ahead.pop(row):
+                self._residency.unhold(row, np.array([expert]))
                 self._abandon(row, expert)
 
     def close(self) -> None:

@@ -27,7 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mimo_edge.errors import BackendError, BundleError, IntegrityError, MimoEdgeError, UsageError
+from mimo_edge.errors import (
+    BackendError,
+    BundleError,
+    Cancelled,
+    IntegrityError,
+    MimoEdgeError,
+    UsageError,
+)
 from mimo_edge.experts.policy import Mask
 from mimo_edge.experts.slots import SlotPool
 from mimo_edge.experts.table import KINDS, ExpertTable
@@ -110,6 +117,12 @@ class _Shared:
     lanes_left: int = 0  # that have not ended yet
     resources: ExitStack | None = None  # what the last lane closes, when nobody waits for it
     renewed: int = 0  # how often a file was opened anew because it had changed
+    most_ahead: int = 1  # lanes that may read ahead at a time: others wait for urgent reads
+    reading_ahead: int = 0
+
+    def ready(self) -> bool:
+        """Whether there is something to read for one more lane."""
+        return bool(self.urgent or (self.ahead and self.reading_ahead < self.most_ahead))
 
 
 class ExpertReader:
@@ -149,7 +162,7 @@ class ExpertReader:
                         opened.append(FlashFile(stack.file, direct=direct))
                         self._stack.callback(opened[-1].close)
             self._file_of = files
-            self._shared = _Shared(table, pool, opened, paranoid)
+            self._shared = _Shared(table, pool, opened, paranoid, most_ahead=max(1, lanes // 2))
             bounce = self._bounce_bytes()
             self.buffer_bytes = bounce * lanes
             checked = np.zeros((len(table.layers), table.experts), np.bool_)
@@ -229,6 +242,7 @@ class ExpertReader:
             for part in mine:
                 s.ahead.remove(part)
                 s.urgent.append(part)
+            s.wake.notify(len(mine))
 
     def drop(self, read: ExpertRead) -> bool:
         """Take a read out of the queue; False when it has begun. `done` is not called."""
@@ -249,6 +263,26 @@ class ExpertReader:
     def forked(self) -> bool:
         """Whether this is a child of the process that made the reader."""
         return os.getpid() != self._pid
+
+    def stop(self, read: ExpertRead) -> None:
+        """Read no more of an expert than what lanes are in; `done` is told Cancelled when a part of
+        it is left out, and what it is told otherwise when none is."""
+        s = self._shared
+        with s.wake:
+            if s.flights.get((read.row, read.expert)) is not read:
+                return
+            mine = [part for queue in (s.urgent, s.ahead) for part in queue if part.read is read]
+            if not mine:
+                return
+            for part in mine:
+                (s.urgent if part in s.urgent else s.ahead).remove(part)
+                s.waiting.pop((part.file, part.offset), None)
+                part.target.release()
+            read.error = read.error or Cancelled("nobody waits for this expert any more")
+            read._parts_left -= len(mine)
+            running = read._parts_left > 0
+        if not running:
+            _report(s, read)
 
     def check_process(self) -> None:
         """Threads do not survive a fork: refuse to work in a child."""
@@ -333,12 +367,19 @@ class _Lane:
         shared = self._shared
         while True:
             with shared.wake:
-                while not (shared.urgent or shared.ahead or shared.closing):
+                while not (shared.ready() or shared.closing):
                     shared.wake.wait()
                 if shared.closing:
                     return
+                ahead = not shared.urgent
+                shared.reading_ahead += ahead
                 parts = self._take()
             self._read(parts)
+            if ahead:
+                with shared.wake:
+                    shared.reading_ahead -= 1
+                    if shared.ready():
+                        shared.wake.notify()
 
     def _take(self) -> list[_Part]:
         """The oldest part, and its followers in the file while they are small."""
@@ -432,16 +473,11 @@ class _Lane:
         return True
 
     def _finish(self, read: ExpertRead) -> None:
-        shared = self._shared
-        if shared.closing:
+        if self._shared.closing:
             return  # nobody waits for it, and its slot is gone
         if read.error is None:
             read.error = self._check(read)
-        with shared.wake:
-            shared.flights.pop((read.row, read.expert), None)
-            shared.stats.experts += read.error is None
-        read._done(read, read.error)
-        read._finished.set()
+        _report(self._shared, read)
 
     def _check(self, read: ExpertRead) -> MimoEdgeError | None:
         """Compare with the checksum, the first time or always."""
@@ -469,6 +505,15 @@ class _Lane:
             f"CRC-32 {crc:08x}, not {layer.crc32[read.expert]:08x} ({places})",
             "copy the file again",
         )
+
+
+def _report(shared: _Shared, read: ExpertRead) -> None:
+    """The read is over: nothing touches its slot any more."""
+    with shared.wake:
+        shared.flights.pop((read.row, read.expert), None)
+        shared.stats.experts += read.error is None
+    read._done(read, read.error)
+    read._finished.set()
 
 
 def _located(

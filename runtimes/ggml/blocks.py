@@ -160,16 +160,21 @@ def dense(g: Graph, w: SwiGlu, x: Tensor) -> Tensor:
     return g.mul_mat(w.down, g.swiglu(g.mul_mat(w.gate, x), g.mul_mat(w.up, x)))
 
 
+def scores(g: Graph, w: BlockWeights, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x {M, T} -> what weighs experts and what chooses them, both {E, T}."""
+    assert w.router is not None
+    assert w.router_bias is not None
+    weighing = g.sigmoid(g.mul_mat(w.router, x))
+    return weighing, g.clamp(g.add(weighing, w.router_bias), -_SCORE_LIMIT, _SCORE_LIMIT)
+
+
 def route(g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor) -> tuple[Tensor, Tensor]:
     """x {M, T} -> expert ids i32 {K, T} and weights {K, T}: the bias chooses, the plain sigmoid
     weighs."""
-    assert w.router is not None
-    assert w.router_bias is not None
     total, chosen = x.ne[1], c.num_experts_per_tok
-    scores = g.sigmoid(g.mul_mat(w.router, x))  # {E, T}
-    choice = g.clamp(g.add(scores, w.router_bias), -_SCORE_LIMIT, _SCORE_LIMIT)
+    weighing, choice = scores(g, w, x)
     ids = g.top_k(choice, chosen)
-    weights = g.get_rows(g.reshape(scores, 1, c.n_routed_experts, total), ids)  # {1, K, T}
+    weights = g.get_rows(g.reshape(weighing, 1, c.n_routed_experts, total), ids)  # {1, K, T}
     weights = g.reshape(weights, chosen, total)
     if c.norm_topk_prob:
         weights = g.div(weights, g.scale(g.sum_rows(weights), 1.0, 1e-20))

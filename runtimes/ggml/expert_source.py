@@ -13,6 +13,7 @@ import numpy as np
 
 from mimo_edge.errors import BackendError, DeviceError
 from mimo_edge.experts.cache import ExpertCache
+from mimo_edge.experts.guesses import GuessRecord
 from mimo_edge.experts.policy import MOST_ROWS_OF_A_STEP
 from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.experts.slots import SlotPool
@@ -24,8 +25,9 @@ from mimo_edge.runtimes.ggml.graph import Context, Tensor
 from mimo_edge.runtimes.ggml.resident import SwiGlu
 from mimo_edge.runtimes.ggml.slots import ExpertGroup, Ids
 
-# A long pass uses this share of the slots per group: one group computes, one is read.
-_GROUPS = 4
+# Experts of a long pass that come, and are computed, together: of small pools a quarter, so that
+# one group computes while others are read.
+_GROUP, _GROUPS = 8, 4
 
 
 class PoolTensors:
@@ -91,6 +93,8 @@ class CachedExperts:
         self.cache = ExpertCache(table, slots, lanes=lanes)
         self._table = table
         self._device = device
+        self._record = GuessRecord()
+        self._next: int | None = None  # the layer after this one, when it wants nearly everything
         try:
             self.slots = PoolTensors(device, table, self.cache.pool)
         except BaseException:
@@ -115,17 +119,31 @@ class CachedExperts:
             yield from self._in_turn(layer, ids)
             return
         with ticket:
+            if not ticket.resident.any():
+                yield ExpertGroup(ticket.ids[:0], ticket.ids[:0])  # all are on their way
             for positions in ticket.groups():
                 yield ExpertGroup(ticket.ids[positions], ticket.slots[positions].astype(np.int64))
 
     def _in_turn(self, layer: int, ids: Ids) -> Generator[ExpertGroup, None, None]:
-        group = max(1, self.cache.slots // _GROUPS)
-        stream = self.cache.stream(layer, ids, group, cancel=self._device.cancel)
+        group = max(1, min(_GROUP, self.cache.slots // _GROUPS))
+        following, self._next = self._next, None
+        stream = self.cache.stream(layer, ids, group, then=following, cancel=self._device.cancel)
         try:
             for found in stream:
                 yield ExpertGroup(found.ids, found.slots.astype(np.int64))
         finally:
             stream.close()
+
+    def guesses(self) -> bool:
+        """See `ExpertSource.guesses`: not while too few come true, or everything is there."""
+        return not self.cache.holds_everything and self._record.worth()
+
+    def expect(self, layer: int, experts: Ids | None) -> None:
+        """See `ExpertSource.expect`."""
+        if experts is None:
+            self._next = layer
+        else:
+            self.cache.expect(layer, experts, self._record)
 
     def warm_up(self) -> int:
         """Begin to read, behind everything else, the experts used most into free slots, when it is

@@ -7,7 +7,9 @@ graph with the routing inside, so a resident model costs one call into ggml per 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_
 from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions, RingIndex, kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor, finish_together
+from mimo_edge.runtimes.ggml.look_ahead import RouterGuess
 from mimo_edge.runtimes.ggml.resident import BlockWeights, ModelWeights
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS, Carry, SlotExperts
@@ -58,8 +61,14 @@ class MtpShape:
 
 
 def _nodes(config: MimoConfig, blocks_count: int) -> int:
-    """Tensors a graph of that many blocks and a head may need."""
-    return (_BLOCK_TENSORS + 3 * config.num_experts_per_tok) * (blocks_count + 1)
+    """Tensors a graph of that many blocks may need; a head counts as one."""
+    return (_BLOCK_TENSORS + 3 * config.num_experts_per_tok) * blocks_count
+
+
+def _until_cut(cuts: Sequence[bool]) -> int:
+    """Blocks of a graph that begins with the first of these layers: up to one that is cut, or all
+    and a head."""
+    return cuts.index(True) + 1 if True in cuts else len(cuts) + 1
 
 
 def _fill_causal(
@@ -76,12 +85,13 @@ def _fill_causal(
 
 @dataclass(frozen=True)
 class _Segment:
-    """A graph of the trunk; `ids` {K, rows} are the experts `layer` chose at its end. `routes`:
-    (layer, ids) of resident layers inside, kept when somebody wants to know."""
+    """A graph of the trunk; `ids` {K, rows} are the experts `layer` chose at its end for `rows`
+    rows. `routes`: (layer, ids) of resident layers inside, kept when somebody wants to know."""
 
     graph: Graph
     layer: int | None = None
     ids: Tensor | None = None
+    rows: int = 0
     routes: tuple[tuple[int, Tensor], ...] = ()
 
 
@@ -118,10 +128,16 @@ class TrunkPass:
         self._resident_routes: list[tuple[int, Tensor]] = []
         self._carry: Carry | None = None
         self._slot_experts: SlotExperts | None = None
+        self._guesses: dict[int, RouterGuess] = {}  # by layer
         self._epoch = -1
         self.logits_tensor: Tensor | None = None
         self.hidden_tensor: Tensor | None = None
-        self._graph = Graph(device, _nodes(self.config, len(model.layers)))
+        wanted = max(shape.logits_rows, shape.hidden_rows)
+        # The last layer computes only the rows that are asked for.
+        self._queries = [shape.tokens] * (len(model.layers) - 1) + [wanted]
+        pairs = zip(model.layers, self._queries, strict=True)
+        self._cut_at = [self._cuts(w, queries) for w, queries in pairs]
+        self._graph = Graph(device, _nodes(self.config, _until_cut(self._cut_at)))
         try:
             self._describe_inputs(cache)
             self._build(model, cache)
@@ -150,11 +166,9 @@ class TrunkPass:
     def _build(self, model: ModelWeights, cache: GgmlCache) -> None:
         c, shape = self.config, self.shape
         shared = blocks.BlockInputs(c, self.positions, shape.tokens)
-        wanted = max(shape.logits_rows, shape.hidden_rows)
         h: Tensor | None = self.embedding
         for index, w in enumerate(model.layers):
-            # The last layer computes only the rows that are asked for.
-            queries = wanted if index == len(model.layers) - 1 else shape.tokens
+            queries = self._queries[index]
             assert h is not None
             access = self._access(cache, w.spec)
             half = blocks.attention_half(self._graph, w, shared, access, h, queries)
@@ -162,8 +176,8 @@ class TrunkPass:
                 h = None
                 break
             h, x = half
-            if self._cuts(w, queries):
-                h = self._cut(w, h, x)
+            if self._cut_at[index]:
+                h = self._cut(w, h, x, _until_cut(self._cut_at[index + 1 :]))
             else:
                 ids: list[Tensor] | None = [] if self._routes is not None else None
                 h = self._graph.add(h, blocks.feed_forward(self._graph, w, c, x, ids))
@@ -183,6 +197,8 @@ class TrunkPass:
         graphs = [segment.graph for segment in self._segments]
         if self._slot_experts is not None:
             graphs += self._slot_experts.largest()
+            self._guess(model)
+            graphs += [guess.graph for guess in self._guesses.values()]
         finish_together(graphs)
         self._epoch = self._device.epoch
 
@@ -194,17 +210,32 @@ class TrunkPass:
             return True
         return rows > FEW_TOKENS and w.spec.index in self._source.slots.layouts
 
-    def _cut(self, w: BlockWeights, h: Tensor, x: Tensor) -> Tensor:
-        """End the graph at the router of a layer; the next starts with its sum."""
+    def _cut(self, w: BlockWeights, h: Tensor, x: Tensor, following: int) -> Tensor:
+        """End the graph at the router of a layer; the next starts with its sum, for `following`
+        blocks."""
         assert self._carry is not None
         g = self._graph
         ids, weights = blocks.route(g, w, self.config, x)
         ids = g.output(g.contiguous(ids))
         self._carry.save(g, h, x, weights)
-        self._segments.append(_Segment(g, w.spec.index, ids, self._take_routes()))
-        rest = self.config.num_hidden_layers - w.spec.index
-        self._graph = Graph(self._device, _nodes(self.config, rest))
+        self._segments.append(_Segment(g, w.spec.index, ids, h.ne[1], self._take_routes()))
+        self._graph = Graph(self._device, _nodes(self.config, following))
         return self._carry.restore(self._graph, h.ne[1])
+
+    def _guess(self, model: ModelWeights) -> None:
+        """Guess the routes of cut layers, in a pass of few tokens: of the first from the embedding,
+        of the others from the stream that the cut layer before left."""
+        assert self._carry is not None
+        if self.shape.large:
+            return
+        stream = self.embedding
+        for segment in self._segments:
+            # A last layer that computes fewer rows takes the last ones: they are not guessed.
+            if segment.layer is not None and segment.rows == self.shape.tokens:
+                w = model.layers[segment.layer]
+                made = RouterGuess(self._device, self.config, w, stream, segment.rows)
+                self._guesses[segment.layer] = made
+                stream = self._carry.h
 
     def _take_routes(self) -> tuple[tuple[int, Tensor], ...]:
         taken, self._resident_routes = tuple(self._resident_routes), []
@@ -218,11 +249,16 @@ class TrunkPass:
     @property
     def nbytes(self) -> int:
         """Bytes of inputs and descriptions; intermediate results lie in the shared scratch."""
-        total = self._inputs.nbytes + sum(s.graph.context_bytes for s in self._segments)
+        graphs = [segment.graph for segment in self._segments]
+        graphs += [guess.graph for guess in self._guesses.values()]
+        total = self._inputs.nbytes + sum(graph.context_bytes for graph in graphs)
         return total + (0 if self._slot_experts is None else self._slot_experts.nbytes)
 
     def compute(self) -> None:
         """Run with the inputs filled before."""
+        cut = [segment for segment in self._segments if segment.layer is not None]
+        if cut:
+            self._expect_guessed(cut[0])
         for segment in self._segments:
             segment.graph.compute()
             if self._routes is not None:
@@ -235,13 +271,35 @@ class TrunkPass:
                 ids = _rows(segment.ids).copy()
                 if self._routes is not None:
                     self._routes(segment.layer, ids)
-                self._slot_experts.run(segment.layer, ids)
+                cut = cut[1:]
+                meanwhile = partial(self._expect_guessed, cut[0]) if cut else None
+                if cut:
+                    self._expect_nearly_all(cut[0])
+                self._slot_experts.run(segment.layer, ids, meanwhile)
+
+    def _expect_guessed(self, segment: _Segment) -> None:
+        """Guess what the next cut layer will want, and let the source know."""
+        assert segment.layer is not None
+        guess = self._guesses.get(segment.layer)
+        if guess is not None and self._source is not None and self._source.guesses():
+            self._source.expect(segment.layer, guess.run())
+
+    def _expect_nearly_all(self, segment: _Segment) -> None:
+        """Let the source know when the cut layer after the one that runs now will want nearly all
+        experts. Uniform routes leave 2 % of them out then, real ones the least useful ones."""
+        assert segment.layer is not None
+        c = self.config
+        many = segment.rows * c.num_experts_per_tok >= 4 * c.n_routed_experts
+        if self._source is not None and self.shape.large and many:
+            self._source.expect(segment.layer, None)
 
     def close(self) -> None:
         """Free graphs and inputs."""
         self._graph.close()
         for segment in self._segments:
             segment.graph.close()
+        for guess in self._guesses.values():
+            guess.close()
         if self._slot_experts is not None:
             self._slot_experts.close()
         self._inputs.close()
@@ -291,7 +349,7 @@ class MtpPass:
         self.shape = shape
         self._device = device
         self._inputs = Inputs(device)
-        self._graph = Graph(device, _nodes(self.config, 1))
+        self._graph = Graph(device, _nodes(self.config, 2))
         try:
             self._build(model, cache, shape)
         except BaseException:

@@ -41,5 +41,12 @@ class ResidentExperts:
         del layer, counts
         yield ExpertGroup(experts, experts)
 
+    def guesses(self) -> bool:
+        """Never: everything is there."""
+        return False
+
+    def expect(self, layer: int, experts: Ids | None) -> None:
+        """Nothing to do."""
+
     def close(self) -> None:
         """Nothing is held."""

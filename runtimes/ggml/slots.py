@@ -92,8 +92,19 @@ class ExpertSource(Protocol):
         """Yield groups that cover `experts` (ascending, each once; `counts` rows chose them).
 
         A group's slots hold their experts from the moment it is yielded until the next is asked
-        for. A read error is raised here and ends the pass. Closed when a pass ends early.
+        for; the first may be empty, when all experts are still on their way. A read error is
+        raised here and ends the pass. Closed when a pass ends early.
         """
+        ...
+
+    def guesses(self) -> bool:
+        """Whether guesses of what a layer will choose are of use now."""
+        ...
+
+    def expect(self, layer: int, experts: Ids | None) -> None:
+        """A hint: the experts `layer`, the next to run, will probably choose, likeliest first; told
+        while the streamed layer before it runs. Or None for nearly all of them; told just before
+        the groups of the streamed layer before it are asked for."""
         ...
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ depend on its neighbours; a long pass expert by expert (expert_matrix.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
@@ -114,9 +115,12 @@ class SlotExperts:
             graphs.append(self._graph(stacks, _padded(min(MAX_PAIRS, pairs))).graph)
         return list(dict.fromkeys(graphs))  # layers of one format share theirs
 
-    def run(self, layer: int, ids: NDArray[np.int32]) -> None:
-        """Compute every pair of ids i32 [rows, K] in `layer`. Raises BackendError when the source
-        gives slots that do not exist or leaves an expert out, and whatever the source raises."""
+    def run(
+        self, layer: int, ids: NDArray[np.int32], meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        """Compute every pair of ids i32 [rows, K] in `layer`; `meanwhile` is called once the source
+        knows what it is to read. Raises BackendError when the source gives slots that do not
+        exist or leaves an expert out, and whatever the source raises."""
         chosen = ids.reshape(-1)
         total = self._config.n_routed_experts
         if chosen.min() < 0 or chosen.max() >= total:
@@ -131,6 +135,11 @@ class SlotExperts:
         # Closed whatever happens: a pass that fails in between must not keep slots reserved.
         with closing(self._source.groups(layer, experts.astype(np.int64), counts)) as groups:
             for group in groups:
+                if meanwhile is not None:
+                    meanwhile()
+                    meanwhile = None
+                if not len(group.slots):
+                    continue
                 if group.slots.min() < 0 or group.slots.max() >= self._source.slots.count:
                     raise BackendError(f"slots {group.slots} of {self._source.slots.count}")
                 slot_of[group.experts] = group.slots
