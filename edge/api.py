@@ -133,6 +133,7 @@ class Runtime:
         threads: int | None = None,
         draft: DraftSetting = "auto",
         kv_type: str | None = None,
+        pin: int = 0,
         trace: str | Path | None = None,
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
@@ -142,10 +143,11 @@ class Runtime:
         flash when they do not fit, the reference backend refuses. `context` is the most tokens of
         a conversation (default 4,096 or what the model has), `draft` 0 to 3 or "auto"; with 0 the
         ggml backend leaves MTP blocks on flash. `kv_type` is the format of the KV cache of global
-        layers on the ggml backend: "f16" (default), "q8_0" (about half), "f32". `trace` is a file
-        for the experts every layer chooses for every token (`mimo-edge trace` reads it).
-        "mimo-nano" is the built-in model. Raises a MimoEdgeError: BundleError, CheckpointError,
-        DeviceError when the model does not fit `ram`, BackendError, UsageError.
+        layers on the ggml backend: "f16" (default), "q8_0" (about half), "f32". `pin` hottest
+        experts of every layer, by the bundle's heat, are never given up when experts come from
+        flash. `trace` is a file for the experts every layer chooses for every token (`mimo-edge
+        trace` reads it). "mimo-nano" is the built-in model. Raises a MimoEdgeError: BundleError,
+        CheckpointError, DeviceError when the model does not fit `ram`, BackendError, UsageError.
         """
         if profile is not None:
             raise UsageError(
@@ -163,6 +165,7 @@ class Runtime:
             context or DEFAULT_CONTEXT,
             threads,
             kv_type=kv_type,
+            pin=pin,
             trace=None if trace is None else Path(trace),
             mtp=draft != 0,
         )

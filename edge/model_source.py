@@ -69,6 +69,7 @@ def open_model(
     threads: int | None,
     *,
     kv_type: str | None = None,
+    pin: int = 0,
     trace: Path | None = None,
     mtp: bool = True,
 ) -> Model:
@@ -76,14 +77,17 @@ def open_model(
 
     Backend "auto" is ggml for bundles and GGUF files, the reference for checkpoints. With less
     `ram` than it would need the ggml backend reads routed experts from flash. `kv_type` is the
-    format of its KV cache (None: its own choice). `trace` is the file routes are recorded in while
-    the model runs; whoever uses the model closes it. Raises UsageError, BundleError,
-    CheckpointError, BackendError, or DeviceError when the model does not fit `ram`.
+    format of its KV cache (None: its own choice), `pin` how many hottest experts of every layer
+    stay in memory; without `mtp` its MTP blocks are not loaded. `trace` is the file routes are
+    recorded in while the model runs; whoever uses the model closes it. Raises UsageError,
+    BundleError, CheckpointError, BackendError, or DeviceError when the model does not fit `ram`.
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
     if threads is not None:
         _check_threads(threads)
+    if isinstance(pin, bool) or not isinstance(pin, int) or pin < 0:
+        raise UsageError(f"pin = {pin!r}", "give a number of experts per layer")
     source = _open_source(path)
     if backend == "auto":
         # What devices run wherever it can; a checkpoint's FP8 blocks only the reference reads.
@@ -102,7 +106,9 @@ def open_model(
         experts, budget = None, None
         if backend == "ggml":
             kind = DEFAULT_KV_TYPE if kv_type is None else kv_type
-            opened, experts, budget = _open_ggml(source, ram, context, threads, kind, routes, mtp)
+            opened, experts, budget = _open_ggml(
+                source, ram, context, threads, kind, pin, routes, mtp
+            )
         else:
             if kv_type not in (None, "f32"):
                 raise UsageError(
@@ -149,6 +155,7 @@ def _open_ggml(
     context: int,
     threads: int | None,
     kv_type: str,
+    pin: int,
     routes: RouteSink | None,
     mtp: bool,
 ) -> tuple[Backend, CachedExperts | None, memory.Budget]:
@@ -178,7 +185,8 @@ def _open_ggml(
     made: list[CachedExperts] = []
 
     def experts(device: Device) -> CachedExperts:
-        made.append(CachedExperts(device, ExpertTable.from_bundle(bundle), budget.slots))
+        table = ExpertTable.from_bundle(bundle)
+        made.append(CachedExperts(device, table, budget.slots, pin=pin))
         return made[0]
 
     backend = GgmlBackend(

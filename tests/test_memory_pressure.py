@@ -24,7 +24,7 @@ from make_random_model import write_model
 from mimo_edge.api import Runtime
 from mimo_edge.budget import Budget, plan, resident_bytes
 from mimo_edge.bundle import Bundle
-from mimo_edge.errors import BundleError, UsageError
+from mimo_edge.errors import BundleError, DeviceError, UsageError
 from mimo_edge.experts.cache import ExpertCache
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.flash_file import FlashFile
@@ -209,6 +209,46 @@ def test_closing_in_the_middle_of_the_warm_up(
     threading.Timer(0.05, gate.go.set).start()
     cache.close()
     assert len(gate.seen) <= 4
+
+
+# --- pins ---------------------------------------------------------------------------------------
+
+
+def test_pinned_experts_are_the_hottest_and_stay(bundle: Path, few_slots: list[int]) -> None:
+    with Bundle.open(bundle) as files:
+        heat = files.heat
+    assert heat is not None
+    few_slots[0] = 10
+    options: dict[str, Any] = {"backend": "ggml", "ram": "1GiB", "context": 256, "threads": 1}
+    with Runtime.open(bundle, pin=1, **options) as runtime:
+        cache = cache_of(runtime)
+        wait_until_warm(cache)
+        want = {entry.layer: int(heat.order(entry.layer)[0]) for entry in cache.table.layers}
+        for _ in range(3):
+            for layer, expert in want.items():
+                assert expert in cache.resident(layer)
+            runtime.session().generate(PROMPT, max_tokens=10)
+        assert runtime.stats()["experts"]["evictions"] > 0
+        assert runtime.trim(1) > 0
+        for layer, expert in want.items():
+            assert expert in cache.resident(layer)
+        rows = len(want)
+        assert cache.slots == rows + runtime.config.num_experts_per_tok
+
+
+def test_wrong_pins(bundle: Path, few_slots: list[int], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"backend": "ggml", "ram": "1GiB", "context": 256, "threads": 1}
+    wrong: tuple[Any, ...] = (-1, 1.5, True, "2", 1000)
+    for pin in wrong:
+        with pytest.raises(UsageError, match="pin"):
+            Runtime.open(bundle, pin=pin, **options)
+    with pytest.raises(DeviceError, match="pin fewer experts"):
+        Runtime.open(bundle, pin=3, **options)
+    path = tmp_path / "m.gguf"
+    write_model(path, tiny.tiny_config(), experts="F32", dense="F32", head="F32")
+    with pytest.raises(UsageError, match="no heat says"):
+        Runtime.open(path, pin=1, **options)
+    assert threading.active_count() == 1
 
 
 # --- trim ---------------------------------------------------------------------------------------

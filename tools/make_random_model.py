@@ -44,16 +44,28 @@ PIECE_BYTES = 32 << 20
 
 
 def scaled_config(
-    name: str, layers: int, experts: int | None, vocab: int | None, mtp: int
+    name: str,
+    layers: int,
+    experts: int | None,
+    vocab: int | None,
+    mtp: int,
+    pattern: str | None = None,
 ) -> MimoConfig:
-    """The released model `name` cut to its first `layers` layers, `experts` per layer."""
+    """The released model `name` cut to its first `layers` layers, `experts` per layer. `pattern`
+    says which of them slide ("1") or are global ("0"), repeated to their number; by default as in
+    the released model."""
     config = known_model(name)
     if not 1 <= layers <= config.num_hidden_layers:
         raise UsageError(f"--layers {layers}", f"{name} has 1 to {config.num_hidden_layers}")
+    hybrid = config.hybrid_layer_pattern[:layers]
+    if pattern is not None:
+        if not pattern or set(pattern) - {"0", "1"}:
+            raise UsageError(f"--pattern {pattern!r}", "write 0 for global, 1 for sliding layers")
+        hybrid = tuple(int(pattern[i % len(pattern)]) for i in range(layers))
     changed = replace(
         config,
         num_hidden_layers=layers,
-        hybrid_layer_pattern=config.hybrid_layer_pattern[:layers],
+        hybrid_layer_pattern=hybrid,
         moe_layer_freq=config.moe_layer_freq[:layers],
         num_mtp_layers=mtp,
         eos_token_ids=() if vocab is not None else config.eos_token_ids,
@@ -279,6 +291,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, help="routed experts per layer")
     parser.add_argument("--vocab", type=int)
     parser.add_argument("--mtp", type=int, help="MTP blocks: 3, of a dense model 0")
+    parser.add_argument("--pattern", help="of layers, as 111110: 1 slides, 0 is global; repeated")
     parser.add_argument("--tiny", action="store_true", help="small widths, 4 layers")
     parser.add_argument("--expert-format", default="Q4_0")
     parser.add_argument("--dense-format", default="Q4_0")
@@ -294,7 +307,7 @@ def main() -> None:
         config = (
             tiny_config(args.model, mtp)
             if args.tiny
-            else scaled_config(args.model, args.layers, args.experts, args.vocab, mtp)
+            else scaled_config(args.model, args.layers, args.experts, args.vocab, mtp, args.pattern)
         )
         size = write_model(
             args.out,

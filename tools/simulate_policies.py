@@ -7,7 +7,8 @@
 `--nano` exports mimo-nano with calibration, records it while it answers held-out commands, and adds
 what heat saves at the start and what speculative prefetch would do. Slots are given as shares of
 all experts. The first third of a trace warms up and is not counted, except at the start.
-LRU, LFU and ours know the past, Belady the future: no policy can hit more.
+LRU, LFU and ours know the past, Belady the future: no policy can hit more. A few minutes, most of
+them for mimo-nano's answers (`--commands`), and a few MiB of disk.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tables import DOCUMENT, markdown, write_section
 
-from mimo_edge.api import Runtime
+from mimo_edge.api import Runtime, Session
+from mimo_edge.bundle import Bundle
 from mimo_edge.errors import MimoEdgeError, UsageError
 from mimo_edge.experts.simulate import (
     POLICIES,
@@ -40,8 +43,6 @@ from mimo_edge.heat import Heat
 from mimo_edge.nano import commands as nano
 from mimo_edge.suites import spread
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- policies: begin -->", "<!-- policies: end -->"
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 COMMANDS = 60
 START_TOKENS = 50
@@ -63,19 +64,29 @@ def synthetic(layers: int, experts: int, chosen: int, tokens: int) -> dict[str, 
     }
 
 
-def record_nano(folder: Path, commands: int) -> tuple[Trace, Heat]:
-    """Export mimo-nano with heat and record it while it answers held-out commands, not drafting."""
-    bundle, file = folder / "nano", folder / "nano.routes"
+def export_nano(folder: Path) -> Path:
+    """mimo-nano as an int4 bundle with heat."""
     calibration = folder / "calibration.txt"
     calibration.write_text(nano.calibration_text(), "utf-8")
-    with export_bundle("mimo-nano", bundle, calibration=calibration) as made:
+    export_bundle("mimo-nano", folder / "nano", calibration=calibration).close()
+    return folder / "nano"
+
+
+def nano_session(runtime: Runtime, record: Mapping[str, Any]) -> Session:
+    """A session with the tools of a held-out command."""
+    tools = [nano.TOOLS[name] for name in record["tools"]]
+    return runtime.session(tools=tools, enable_thinking=False)
+
+
+def record_nano(folder: Path, commands: int) -> tuple[Trace, Heat]:
+    """Record mimo-nano while it answers held-out commands, not drafting; its trace and heat."""
+    bundle, file = export_nano(folder), folder / "nano.routes"
+    with Bundle.open(bundle) as made:
         heat = made.heat
     assert heat is not None
     with Runtime.open(bundle, backend="ggml", draft=0, trace=file) as runtime:
         for record in spread(nano.held_out(), commands):
-            tools = [nano.TOOLS[name] for name in record["tools"]]
-            session = runtime.session(tools=tools, enable_thinking=False)
-            session.generate(record["text"], max_tokens=128)
+            nano_session(runtime, record).generate(record["text"], max_tokens=128)
     return read_trace(file), heat
 
 
@@ -157,22 +168,6 @@ def _rate(found: list[Replay]) -> str:
     return f"{100 * hits / requests:.1f}"
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is its head."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
-
-
-def write_document(text: str) -> None:
-    """Put `text` between the markers of the document."""
-    document = DOCUMENT.read_text("utf-8")
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise UsageError(f"{DOCUMENT} does not hold {BEGIN} and {END} once each")
-    before, _, rest = document.partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}{END}{after}", "utf-8")
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -226,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
             f"while this layer runs):\n\n{prefetch_table(traces)}"
         )
         if args.write:
-            write_document(text)
+            write_section("policies", text)
         print(text)
     except MimoEdgeError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -63,6 +63,9 @@ def run(
     kv_type: Annotated[
         str | None, typer.Option(help="KV cache of the ggml backend: f16 (default), q8_0 or f32.")
     ] = None,
+    pin: Annotated[
+        int, typer.Option(help="Hottest experts of every layer that always stay in memory.")
+    ] = 0,
     trace: Annotated[
         Path | None, typer.Option(help="Record which experts every token uses, in this file.")
     ] = None,
@@ -93,6 +96,7 @@ def run(
         threads=threads,
         draft=parse_draft(draft),
         kv_type=kv_type,
+        pin=pin,
         trace=trace,
     ) as runtime:
         from mimo_edge.nano.commands import DEMO_TOOLS, is_nano_template

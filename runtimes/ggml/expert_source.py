@@ -11,7 +11,7 @@ from collections.abc import Generator
 
 import numpy as np
 
-from mimo_edge.errors import BackendError, DeviceError
+from mimo_edge.errors import BackendError, DeviceError, UsageError
 from mimo_edge.experts.cache import ExpertCache
 from mimo_edge.experts.guesses import GuessRecord
 from mimo_edge.experts.policy import MOST_ROWS_OF_A_STEP
@@ -83,23 +83,47 @@ class PoolTensors:
 
 class CachedExperts:
     """At most `slots` routed experts in memory, the others on flash. Close it after the backend
-    that uses it (the backend does)."""
+    that uses it (the backend does).
+
+    `pin` hottest experts of every layer, by the bundle's heat, are never given up once they are
+    there.
+    """
 
     def __init__(
-        self, device: Device, table: ExpertTable, slots: int, *, lanes: int = DEFAULT_LANES
+        self,
+        device: Device,
+        table: ExpertTable,
+        slots: int,
+        *,
+        lanes: int = DEFAULT_LANES,
+        pin: int = 0,
     ) -> None:
-        """Raises DeviceError when one token's experts do not fit or memory is short, BundleError
-        when a file cannot be opened."""
+        """Raises DeviceError when one token's experts do not fit, with the pinned ones, or memory
+        is short, BundleError when a file cannot be opened, UsageError."""
+        if not 0 <= pin <= table.experts:
+            raise UsageError(f"pin = {pin}", f"a layer has {table.experts} experts")
         self.cache = ExpertCache(table, slots, lanes=lanes)
         self._table = table
         self._device = device
         self._record = GuessRecord()
         self._next: int | None = None  # the layer after this one, when it wants nearly everything
         try:
+            if pin:
+                self._pin_hottest(pin)
             self.slots = PoolTensors(device, table, self.cache.pool)
         except BaseException:
             self.cache.close()
             raise
+
+    def _pin_hottest(self, count: int) -> None:
+        if self._table.heat is None:
+            raise UsageError(
+                "no heat says which experts to pin", "export the model with --calibrate"
+            )
+        for row, entry in enumerate(self._table.layers):
+            if row in self._table.heat:
+                order = np.argsort(-self._table.heat[row], kind="stable")
+                self.cache.pin(entry.layer, order[:count])
 
     def groups(self, layer: int, experts: Ids, counts: Ids) -> Generator[ExpertGroup, None, None]:
         """See `ExpertSource.groups`. A read that fails raises BundleError (IntegrityError when a
