@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 from typing import Literal, Protocol
 
 import numpy as np
@@ -77,15 +77,17 @@ class Drafter:
         """Positions observed."""
         return self._length
 
-    @property
-    def wanted_rows(self) -> int | None:
-        """H rows a forward pass must return at most, the last ones; None is all of them."""
-        return self._keep if self.limit else 0
+    def wanted_rows(self, rows: int, following: int = 0) -> int:
+        """How many H rows, the last ones, to ask of a pass of `rows` tokens when `following` more
+        are sure to come: rows that a window will have passed by then are never looked at."""
+        if not self.limit:
+            return 0
+        return rows if self._keep is None else max(0, min(rows, self._keep - following))
 
     def observe(self, hidden: F32, rows: int) -> None:
         """Note that the target processed `rows` tokens, `hidden` [m <= rows, M] their last H."""
-        if len(hidden) < rows and len(hidden) < (self._keep or rows):
-            raise ValueError(f"{len(hidden)} H rows of {rows}, {self._keep} are kept")
+        if self._keep is None and len(hidden) < rows:
+            raise ValueError(f"{len(hidden)} H rows of {rows}: a block that sees all needs all")
         if len(hidden) < rows:
             self._hidden.clear()  # what came before is no longer adjacent
         self._hidden.extend(hidden)
@@ -237,81 +239,108 @@ class FixedPolicy:
 class CostTable:
     """Seconds of one step per draft length, measured; shared by the sequences of an engine.
 
-    The median of the last few steps: contexts grow, and single steps are disturbed.
+    Of the newest steps of a length the middle half counts: contexts grow, single steps are
+    disturbed, and what experts cost that come from flash differs from step to step.
     """
+
+    NEWEST = 24
 
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}
+        self._seconds: dict[int, float] = {}
+        self._fast: dict[int, float] = {}
 
     def add(self, drafted: int, seconds: float) -> None:
-        self._samples.setdefault(drafted, deque(maxlen=9)).append(seconds)
+        newest = self._samples.setdefault(drafted, deque(maxlen=self.NEWEST))
+        newest.append(seconds)
+        samples = sorted(newest)
+        aside = (len(samples) + 1) // 4 if len(samples) > 2 else 0
+        self._seconds[drafted] = fmean(samples[aside : len(samples) - aside])
+        self._fast[drafted] = samples[len(samples) // 4]
+
+    def count(self, drafted: int) -> int:
+        """How many steps of that length are remembered."""
+        return len(self._samples.get(drafted, ()))
 
     def seconds(self, drafted: int) -> float | None:
-        """Measured cost, or one interpolated between measured neighbours."""
-        # Other sequences record from their own threads: iterate over a copy.
-        samples = dict(self._samples)
-        if drafted in samples:
-            return median(samples[drafted])
-        below = max((k for k in samples if k < drafted), default=None)
-        above = min((k for k in samples if k > drafted), default=None)
-        if below is None or above is None:
-            return None
-        low, high = median(samples[below]), median(samples[above])
-        return low + (high - low) * (drafted - below) / (above - below)
+        """Mean of the middle half; None before the first step."""
+        return self._seconds.get(drafted)
+
+    def fast(self, drafted: int) -> float | None:
+        """What all but a quarter of the steps take at least; None before the first step."""
+        return self._fast.get(drafted)
 
 
 @dataclass
 class _Depth:
     """Acceptance at one depth, given that all shallower drafts were accepted."""
 
-    hits: float = 0.0
-    tries: float = 0.0
+    hits: float = 1.5  # starts at 0.75, as published, which a few tries outweigh
+    tries: float = 2.0
 
     def record(self, hit: bool) -> None:
         # Old outcomes fade: text changes its nature within an answer.
-        self.hits = self.hits * 0.97 + hit
-        self.tries = self.tries * 0.97 + 1
+        self.hits = self.hits * 0.988 + hit
+        self.tries = self.tries * 0.988 + 1
+
+    def fade(self) -> None:
+        """A step did not try this depth: the rate stays, the weight of what is known shrinks."""
+        if self.tries > 12:
+            self.hits *= 0.997
+            self.tries *= 0.997
 
     @property
     def rate(self) -> float:
-        return (self.hits + 1.5) / (self.tries + 2.0)  # starts at 0.75, as published
+        return self.hits / self.tries
 
 
 class AdaptivePolicy:
     """Draft as many tokens as maximise expected tokens per second, possibly none.
 
     Expected tokens of a step with K drafts: 1 + a_1 + a_1 a_2 + ..., a_k the running
-    acceptance of depth k. Divided by the measured cost of a step of that width. The best
-    choice is checked by short probes of another width, rarer each time it stands, so that
-    drafting that does not pay costs next to nothing.
+    acceptance of depth k. Divided by the measured cost of a step of that width. Every width is
+    measured at the start and looked at again now and then, when what that may lose is a small share
+    of the time spent since: a width that is far off is tried rarely, a close one often.
+
+    One policy serves all answers of an engine: what it learnt need not be learnt again.
     """
 
-    FIRST_INTERVAL, LAST_INTERVAL = 48, 3072
-    ADVANTAGE = 1.03  # a change must promise this much, or two equal widths would alternate
+    MEASURE = 3  # steps of a width before it is judged
+    ADVANTAGE = 1.01  # a change must promise this much, or two equal widths would alternate
+    REST = 12  # steps between two probes at least
+    PROBE, FROM_REST = 2, 4  # steps of a probe, and of one while nothing is drafted
+    PROBE_SHARE = 0.0075  # of the time, at most, that probes may lose; more of the first steps
+    EARLY = 128
 
     def __init__(self, limit: int, costs: CostTable) -> None:
         self._limit = limit
         self._costs = costs
         self._depths = [_Depth() for _ in range(limit)]
         self._current = limit
-        self._interval = self.FIRST_INTERVAL
-        self._since_probe = 0
-        self._rotation = 0
-        # The first drafting step fills the MTP caches, so its time is not counted.
-        self._plan: deque[int] = deque([limit, limit, limit, 0, 0] if limit else [])
+        self._asked = [0] * (limit + 1)  # how often a width was asked for to measure it
+        self._steps = 0
+        self._rested = 0  # steps since the last probe
+        self._unused = [0.0] * (limit + 1)  # seconds of steps since one had that width
+        self._restart = 0.0  # seconds per draft that the first one costs on top: MTP caches fill
+        self._plan: deque[int] = deque()
 
     def choose(self) -> int:
         if not self._limit:
             return 0
         if self._plan:
             return self._plan.popleft()
+        for count in range(self._limit, -1, -1):
+            # When something keeps a width from being drafted, that is not asked for ever.
+            if self._costs.count(count) < self.MEASURE and self._asked[count] < 4 * self.MEASURE:
+                self._asked[count] += 1
+                return count
         self._settle()
-        self._since_probe += 1
-        if self._since_probe > self._interval:
-            self._since_probe = 0
-            self._interval = min(2 * self._interval, self.LAST_INTERVAL)
+        self._rested += 1
+        if self._rested > self.REST:
             self._plan.extend(self._probe())
-            return self._plan.popleft()
+            if self._plan:
+                self._rested = 0
+                return self._plan.popleft()
         return self._current
 
     def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
@@ -319,8 +348,16 @@ class AdaptivePolicy:
             depth.record(hit)
             if not hit:
                 break
+        for depth in self._depths[drafted:]:
+            depth.fade()
         if steady:
             self._costs.add(drafted, seconds)
+        elif (usual := self._costs.seconds(drafted)) is not None:
+            self._restart = max(0.0, seconds - usual) / max(1, drafted)
+        self._steps += 1
+        self._unused = [unused + seconds for unused in self._unused]
+        if drafted <= self._limit:
+            self._unused[drafted] = 0.0
 
     def expected_tokens(self, count: int) -> float:
         """Tokens a step with `count` drafts is expected to gain."""
@@ -343,28 +380,32 @@ class AdaptivePolicy:
         )
         return f"draft {self._current}: {facts}"
 
-    def _settle(self) -> None:
-        def speed(count: int) -> float:
-            seconds = self._costs.seconds(count)
-            return self.expected_tokens(count) / max(seconds, 1e-9) if seconds is not None else 0.0
+    def _speed(self, count: int) -> float:
+        """Expected tokens per second; 0 for a width that could not be measured."""
+        seconds = self._costs.seconds(count)
+        return 0.0 if seconds is None else self.expected_tokens(count) / max(seconds, 1e-9)
 
-        best = max(range(self._limit + 1), key=lambda count: (speed(count), -count))
-        if best != self._current and speed(best) > self.ADVANTAGE * speed(self._current):
+    def _settle(self) -> None:
+        best = max(range(self._limit + 1), key=lambda count: (self._speed(count), -count))
+        if self._speed(best) > self.ADVANTAGE * self._speed(self._current):
             self._current = best
-            self._interval = self.FIRST_INTERVAL
 
     def _probe(self) -> list[int]:
-        """Steps that look at another width: all depths when drafting is off, else in turn."""
-        if self._current == 0:
-            return [self._limit] * 3
+        """Steps of the width that was not used for longest and may be now; none are due often."""
+        speed = self._speed(self._current)
+        steps = self.PROBE if self._current else self.FROM_REST
+        share = self.PROBE_SHARE * (4 if self._steps < self.EARLY else 1)
         others = [k for k in range(self._limit + 1) if k != self._current]
-        self._rotation += 1
-        return [others[self._rotation % len(others)]] * 2
-
-
-def make_policy(draft: DraftSetting, config: MimoConfig, costs: CostTable) -> DraftPolicy:
-    """The policy of a draft setting. Raises UsageError as `check_draft`."""
-    check_draft(draft, config)
-    if draft == "auto":
-        return AdaptivePolicy(max_draft(config), costs)
-    return FixedPolicy(draft)
+        for width in sorted(others, key=lambda k: -self._unused[k]):
+            # Few steps may have been disturbed ones: what they cost is not to keep a width away.
+            few = self._costs.count(width) < 2 * self.MEASURE
+            seconds = self._costs.fast(width) if few else self._costs.seconds(width)
+            if seconds is None or not speed:
+                continue
+            loss = steps * max(0.0, seconds - self.expected_tokens(width) / speed)
+            if not self._current:
+                loss += self._restart * width
+            if loss <= share / self._limit * self._unused[width]:
+                # The time of the first drafting step after others does not count.
+                return [width] * (steps + (not self._current))
+        return []

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from mimo_edge.speculative import (
     FixedPolicy,
     accept,
     check_draft,
-    make_policy,
     max_draft,
 )
 
@@ -154,43 +152,6 @@ def test_a_block_that_sees_everything_keeps_few_hidden_rows() -> None:
     assert len(sequence.drafter._hidden) < 100
 
 
-def test_sampled_drafts_keep_the_distribution() -> None:
-    """Two-token continuations of one prompt, drafted against the exact probabilities."""
-    config = replace(tiny.tiny_config(), vocab_size=5, eos_token_ids=())
-    backend = FakeBackend(config, skill=(1.0, 1.0, 1.0), sharpness=1.0)
-    params = SamplingParams(temperature=1.0, top_k=4)
-    prompt = [1, 2, 3]
-
-    def p(tokens: list[int]) -> Any:
-        return Sampler(params).distribution(backend.next_logits(tokens))
-
-    engine = Engine(backend, context=32, draft=3)
-    counts = np.zeros((5, 5, 5))
-    trials = 4000
-    sequence = engine.sequence()
-    accepted = 0
-    for seed in range(trials):
-        sampler = Sampler(replace(params, seed=seed))
-        generation = engine.generate(sequence, prompt, sampler, max_tokens=3)
-        a, b, c = (token for step in generation for token in step)
-        counts[a, b, c] += 1
-        accepted += sum(generation.stats.accepted_by_depth)
-    expected = np.zeros_like(counts)
-    first = p(prompt)
-    for a in range(5):
-        second = p([*prompt, a]) * first[a]
-        for b in range(5):
-            expected[a, b] = p([*prompt, a, b]) * second[b] * trials
-    assert accepted > 500  # drafts were in play
-    assert counts[expected == 0].sum() == 0
-    likely = expected >= 5
-    rest_seen, rest_expected = counts[~likely].sum(), expected[~likely].sum()
-    chi2 = ((counts[likely] - expected[likely]) ** 2 / expected[likely]).sum()
-    chi2 += (rest_seen - rest_expected) ** 2 / rest_expected
-    dof = int(likely.sum())
-    assert chi2 < dof + 4 * np.sqrt(2 * dof)  # far beyond p = 0.001
-
-
 def test_accept_counts_and_stops() -> None:
     logits = np.eye(4, dtype=np.float32)[[1, 2, 3, 0]]
     best = Sampler(SamplingParams()).sample
@@ -237,7 +198,7 @@ def test_settings_are_checked_against_the_model() -> None:
     for draft, config in wrong:
         with pytest.raises(UsageError):
             check_draft(draft, config)
-    assert make_policy("auto", none, CostTable()).choose() == 0
+    assert AdaptivePolicy(0, CostTable()).choose() == 0
     run(FakeBackend(none), "auto", 20)
 
 
@@ -302,7 +263,7 @@ def test_auto_notices_that_drafting_pays_again() -> None:
     off = steps(1000, hit=False)
     assert off[60:].count(0) > 0.9 * len(off[60:])
     on = steps(3000, hit=True)
-    assert on[-1] == 3
+    assert on[-100:].count(3) > 70  # the rest looks at other widths
     assert "draft 3" in policy.why()
 
 
@@ -313,10 +274,12 @@ def test_fixed_policy_stays() -> None:
     assert policy.why() == "draft 2, as set"
 
 
-def test_costs_between_measured_widths_are_interpolated() -> None:
+def test_costs_are_the_middle_of_the_newest_steps() -> None:
     costs = CostTable()
     assert costs.seconds(1) is None
-    for seconds in (1.0, 1.0, 50.0):
-        costs.add(0, seconds)  # one disturbed step does not count
-    costs.add(3, 4.0)
-    assert [costs.seconds(k) for k in range(4)] == [1.0, 2.0, 3.0, 4.0]
+    for seconds in (1.0, 50.0, 1.0, 1.0, 0.0):
+        costs.add(0, seconds)  # a disturbed step does not count
+    assert (costs.seconds(0), costs.count(0), costs.count(1)) == (1.0, 5, 0)
+    for _ in range(CostTable.NEWEST):
+        costs.add(0, 3.0)
+    assert (costs.seconds(0), costs.count(0)) == (3.0, CostTable.NEWEST)
