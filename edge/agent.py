@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 MAX_STEPS = 8
 """Answers the model may give in one run, calls of tools included."""
 
-AgentEnd = Literal["stop", "length", "cancelled", "steps", "time"]
+AgentEnd = Literal["stop", "length", "repetition", "cancelled", "steps", "time"]
 
 
 @dataclass(frozen=True)

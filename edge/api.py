@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     # A tenth of the time to start, and only `astream` needs it.
     import asyncio
 
-FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "repetition", "cancelled"]
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 
@@ -382,9 +382,12 @@ class Session:
         seed: int | None = None,
         stop: Sequence[str] = (),
         json_schema: Mapping[str, Any] | None = None,
+        stop_repeats: int = 0,
     ) -> Iterator[Piece]:
         """Answer `prompt`, piece by piece; `max_tokens` None goes on to the context's end.
 
+        `stop_repeats` N ends an answer that says the same N times in a row (1 to 256 tokens, again
+        and again) with the finish reason "repetition"; 0 lets it go on.
         Everything is checked before this returns: UsageError, TokenizerError,
         ContextLengthError when the prompt does not fit. Leaving the iterator early keeps what
         was generated. A stream left unfinished is closed by the next one.
@@ -410,6 +413,7 @@ class Session:
             max_tokens=max_tokens,
             is_last=reader.add,
             cancel=self._cancel,
+            stop_repeats=stop_repeats,
         )
         pieces = self._run(generation, reader, messages, ids)
         self._active = pieces

@@ -31,21 +31,24 @@ from mimo_edge.errors import (
     UsageError,
 )
 from mimo_edge.experts.trace import Phase, TraceWriter
+from mimo_edge.repetition import RepeatGuard, check_stop_repeats
 from mimo_edge.runtimes.base import F32, Backend, Cache, ForwardResult
 from mimo_edge.sampling import Sampler
 from mimo_edge.speculative import (
     MAX_DRAFT,
+    AdaptivePolicy,
     CostTable,
     Drafter,
+    DraftPolicy,
     DraftSetting,
+    FixedPolicy,
     accept,
     check_draft,
-    make_policy,
     max_draft,
 )
 from mimo_edge.units import even_part
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "repetition", "cancelled"]
 PREFILL_CHUNK = 256
 # How often somebody who waits for a turn looks whether he still wants it.
 _TURN_POLL_S = 0.02
@@ -117,11 +120,16 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.clock = clock
         self._trace = trace
-        self.costs = CostTable()
+        # Shared by all sequences: what drafting costs and brings need not be learnt by each.
+        self._auto = AdaptivePolicy(max_draft(backend.config), CostTable())
         # A backend takes one call at a time: threads queue here between steps.
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self.closed = False
+
+    def draft_policy(self, draft: DraftSetting) -> DraftPolicy:
+        """The policy of a setting; one for all that draft "auto"."""
+        return self._auto if draft == "auto" else FixedPolicy(draft)
 
     def sequence(self) -> Sequence:
         """A new, empty sequence."""
@@ -137,20 +145,32 @@ class Engine:
         is_last: Callable[[int], bool] = lambda token: False,
         cancel: Cancel | None = None,
         draft: DraftSetting | None = None,
+        stop_repeats: int = 0,
     ) -> Generation:
         """Continue `prompt` (the whole of it, also what the sequence already holds).
 
         `is_last` is asked once for every token, in order, and ends the generation with that
-        token. Raises UsageError or ContextLengthError before any work.
+        token. So does a sequence of up to repetition.MAX_PERIOD tokens that comes `stop_repeats`
+        times in a row (0: nobody looks); then `finish_reason` is "repetition". Raises UsageError or
+        ContextLengthError before any work.
         """
         self.check_open()
         if max_tokens is not None and (not _is_count(max_tokens) or max_tokens < 1):
             raise UsageError(f"max_tokens = {max_tokens!r}", "ask for at least one")
         setting = self.draft if draft is None else draft
         check_draft(setting, self.backend.config)
+        check_stop_repeats(stop_repeats)
         ids = self._checked(prompt)
         return Generation(
-            self, sequence, ids, sampler, max_tokens, is_last, cancel or Cancel(), setting
+            self,
+            sequence,
+            ids,
+            sampler,
+            max_tokens,
+            is_last,
+            cancel or Cancel(),
+            setting,
+            RepeatGuard(stop_repeats) if stop_repeats else None,
         )
 
     def logits(self, token_ids: Ids[int]) -> F32:
@@ -310,16 +330,17 @@ class Sequence:
         logits_rows: int,
         phase: Phase = Phase.PREFILL,
         cancel: Cancel | None = None,
+        following: int = 0,
     ) -> tuple[F32, F32]:
-        """Process tokens; logits of the last rows and the H rows the drafter wants.
+        """Process tokens; logits of the last rows and the H rows the drafter wants, given that
+        `following` more tokens are sure to come.
 
         The caller says with `commit` how many of them stand.
         """
         assert self.cache is not None
         wanted = 0
         if self.drafter is not None:
-            most = self.drafter.wanted_rows
-            wanted = len(token_ids) if most is None else min(most, len(token_ids))
+            wanted = self.drafter.wanted_rows(len(token_ids), following)
         result = self._engine.forward(
             token_ids,
             self.cache,
@@ -362,6 +383,7 @@ class Generation:
         is_last: Callable[[int], bool],
         cancel: Cancel,
         draft: DraftSetting,
+        repeats: RepeatGuard | None,
     ) -> None:
         self._engine = engine
         self._sequence = sequence
@@ -371,10 +393,11 @@ class Generation:
         self._ask_last = is_last
         self._cancel = cancel
         self._draft = draft
-        self._ended = False
+        self._repeats = repeats
+        self._ended: FinishReason | None = None
         config = engine.backend.config
         depths = max_draft(config) if draft == "auto" else draft
-        self._policy = make_policy(draft, config, engine.costs)
+        self._policy = engine.draft_policy(draft)
         self.stats = GenerationStats(
             prompt_tokens=len(prompt),
             drafted_by_depth=[0] * depths,
@@ -410,16 +433,19 @@ class Generation:
         self.stats.tokens = 1
         self.stats.first_token_ms = self.stats.prefill_ms
         yield [token]
-        while not self._ended and not self._at_limit():
+        while self._ended is None and not self._at_limit():
             check_cancel(self._cancel)
             gained = self._step(token)
             token = gained[-1]
             yield gained
-        self.finish_reason = "stop" if self._ended else "length"
+        self.finish_reason = self._ended or "length"
 
     def _is_last(self, token: int) -> bool:
-        self._ended = self._ask_last(token)
-        return self._ended
+        if self._ask_last(token):
+            self._ended = "stop"
+        elif self._repeats is not None and self._repeats.add(token):
+            self._ended = "repetition"
+        return self._ended is not None
 
     def _at_limit(self) -> bool:
         """Whether max_tokens are out, or the last token found no room in the context."""
@@ -438,11 +464,15 @@ class Generation:
             chunk = self._prompt[at : at + even_part(len(self._prompt) - at, engine.prefill_chunk)]
             with engine.turn(self._cancel):
                 start = engine.clock()
-                rows, hidden = sequence.advance(chunk, 1, cancel=self._cancel)
+                following = len(self._prompt) - at - len(chunk)
+                # The last layer of a chunk matters only where somebody looks at its rows.
+                rows, hidden = sequence.advance(
+                    chunk, 0 if following else 1, cancel=self._cancel, following=following
+                )
                 sequence.commit(chunk, hidden, len(chunk), self._cancel)
                 self.stats.prefill_ms += (engine.clock() - start) * 1e3
             at += len(chunk)
-            if at >= len(self._prompt):  # at least one token is always left to process
+            if not following:  # at least one token is always left to process
                 logits: F32 = rows[-1]
                 return logits
 
@@ -470,8 +500,9 @@ class Generation:
             # The newest token is chosen but not processed, as after a plain step.
             sequence.commit(batch, hidden, len(gained), self._cancel)
             seconds = engine.clock() - start
-        hits = [a == b for a, b in zip(gained, drafts, strict=False)]
-        self._policy.record(len(drafts), hits, seconds, steady)
+            hits = [a == b for a, b in zip(gained, drafts, strict=False)]
+            # Here, because other sequences share the policy.
+            self._policy.record(len(drafts), hits, seconds, steady)
         stats.verifies += 1
         stats.tokens += len(gained)
         stats.decode_ms += seconds * 1e3

@@ -62,6 +62,14 @@ def test_json_is_one_object_and_the_same_for_every_draft() -> None:
     assert len(seen) == 1
 
 
+def test_the_guard_against_repetition_is_asked() -> None:
+    result = invoke("run", "-p", "hi", "--stop-repeats", "1")
+    assert result.exit_code == 2
+    assert "stop_repeats = 1" in result.stderr
+    result = invoke("run", "-p", "hi", "--stop-repeats", "50", "--max-tokens", "4", "--json")
+    assert result.exit_code == 0
+
+
 def test_chat_reads_lines_and_keeps_the_conversation() -> None:
     result = invoke("run", "--max-tokens", "40", "--context", "1000", stdin="hello\n\n你好\n")
     assert result.exit_code == 0

@@ -46,6 +46,12 @@ def run(
     top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    stop_repeats: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="End an answer that repeats the same tokens N times; 0 never does."
+        ),
+    ] = 0,
     think: Annotated[
         bool | None,
         typer.Option("--think/--no-think", help="Let the model reason first, or not."),
@@ -84,6 +90,7 @@ def run(
         "top_k": top_k,
         "min_p": min_p,
         "seed": seed,
+        "stop_repeats": stop_repeats,
     }
     from mimo_edge.api import Runtime
 
