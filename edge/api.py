@@ -25,7 +25,8 @@ from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
 from mimo_edge.engine import PREFILL_CHUNK, Engine, Generation, GenerationStats, token_list
 from mimo_edge.errors import TokenizerError, UsageError
-from mimo_edge.machine import peak_rss_bytes
+from mimo_edge.kv_format import DEFAULT_KV_TYPE
+from mimo_edge.machine import peak_rss_bytes, usable_cores
 from mimo_edge.model_source import Model, open_model
 from mimo_edge.runtimes.base import F32
 from mimo_edge.sampling import Mask, Sampler, SamplingParams
@@ -138,6 +139,8 @@ class Runtime:
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
 
+        `profile` is the name or file of a device profile ("auto": this machine); it decides what
+        is not given of `ram`, `context`, `threads` and `kv_type`, and `draft` when that is "auto".
         `backend` "auto" is "ggml" for bundles and GGUF files, "reference" for checkpoints. `ram` is
         a bound on the process in bytes (or "900MiB"): the ggml backend reads routed experts from
         flash when they do not fit, the reference backend refuses. `context` is the most tokens of
@@ -149,31 +152,36 @@ class Runtime:
         trace` reads it). "mimo-nano" is the built-in model. Raises a MimoEdgeError: BundleError,
         CheckpointError, DeviceError when the model does not fit `ram`, BackendError, UsageError.
         """
-        if profile is not None:
-            raise UsageError(
-                f"profile {profile!r}: device profiles are not in this build", "use ram and context"
-            )
         limit = None if ram is None else parse_bytes(ram)
         if context is not None and (
             isinstance(context, bool) or not isinstance(context, int) or context < 1
         ):
             raise UsageError(f"context = {context!r}", "use 1 or more")
+        usual_context, prefer_kv_type = DEFAULT_CONTEXT, DEFAULT_KV_TYPE
+        if profile is not None:
+            from mimo_edge.devices.profile import load_profile
+
+            device = load_profile(profile)
+            usual_context, prefer_kv_type = device.context, device.kv_type
+            limit = device.process_bytes if limit is None else limit
+            # A profile may be tried out on a machine with fewer cores.
+            threads = min(device.threads, usable_cores()) if threads is None else threads
+            draft = device.draft if draft == "auto" else draft
         model = open_model(
             bundle,
             backend,
             limit,
-            context or DEFAULT_CONTEXT,
+            context or usual_context,
             threads,
             kv_type=kv_type,
+            prefer_kv_type=prefer_kv_type,
             pin=pin,
             trace=None if trace is None else Path(trace),
             mtp=draft != 0,
         )
         positions = model.backend.config.max_position_embeddings
         try:
-            return cls(
-                model, min(DEFAULT_CONTEXT, positions) if context is None else context, draft
-            )
+            return cls(model, min(usual_context, positions) if context is None else context, draft)
         except BaseException:
             model.backend.close()
             if model.trace is not None:

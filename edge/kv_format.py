@@ -48,3 +48,14 @@ def check_kv_type(kv_type: str, config: MimoConfig) -> None:
                 f"{label} = {dim} is not whole blocks of {kv_type} ({block})",
                 "use an f16 cache",
             )
+
+
+def fitting_kv_type(wanted: str, config: MimoConfig) -> str:
+    """`wanted` where heads are whole blocks of it, else the default, which fits every model.
+
+    Raises UsageError on an unknown format."""
+    if wanted not in KV_FORMATS:
+        check_kv_type(wanted, config)
+    block = KV_FORMATS[wanted].block
+    fits = not (config.head_dim % block or config.v_head_dim % block)
+    return wanted if fits else DEFAULT_KV_TYPE

@@ -14,7 +14,7 @@ from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, BundleError, DeviceError, UsageError
 from mimo_edge.experts.trace import TraceWriter
-from mimo_edge.kv_format import DEFAULT_KV_TYPE
+from mimo_edge.kv_format import DEFAULT_KV_TYPE, fitting_kv_type
 from mimo_edge.manifest import MANIFEST_NAME
 from mimo_edge.runtimes.base import Backend, RouteSink, Weights
 from mimo_edge.speculative import MAX_DRAFT
@@ -69,6 +69,7 @@ def open_model(
     threads: int | None,
     *,
     kv_type: str | None = None,
+    prefer_kv_type: str = DEFAULT_KV_TYPE,
     pin: int = 0,
     trace: Path | None = None,
     mtp: bool = True,
@@ -77,10 +78,11 @@ def open_model(
 
     Backend "auto" is ggml for bundles and GGUF files, the reference for checkpoints. With less
     `ram` than it would need the ggml backend reads routed experts from flash. `kv_type` is the
-    format of its KV cache (None: its own choice), `pin` how many hottest experts of every layer
-    stay in memory; without `mtp` its MTP blocks are not loaded. `trace` is the file routes are
-    recorded in while the model runs; whoever uses the model closes it. Raises UsageError,
-    BundleError, CheckpointError, BackendError, or DeviceError when the model does not fit `ram`.
+    format of its KV cache (None: `prefer_kv_type` where the model allows it), `pin` how many
+    hottest experts of every layer stay in memory; without `mtp` its MTP blocks are not loaded.
+    `trace` is the file routes are recorded in while the model runs; whoever uses the model closes
+    it. Raises UsageError, BundleError, CheckpointError, BackendError, or DeviceError when the model
+    does not fit `ram`.
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
@@ -105,7 +107,7 @@ def open_model(
         routes = None if writer is None else writer.record
         experts, budget = None, None
         if backend == "ggml":
-            kind = DEFAULT_KV_TYPE if kv_type is None else kv_type
+            kind = fitting_kv_type(prefer_kv_type, config) if kv_type is None else kv_type
             opened, experts, budget = _open_ggml(
                 source, ram, context, threads, kind, pin, routes, mtp
             )

@@ -379,8 +379,8 @@ def test_opening_what_is_not_there(tmp_path: Path) -> None:
         Runtime.open(tmp_path)
     with pytest.raises(BackendError, match="'onnx'"):
         Runtime.open(tmp_path, backend="onnx")
-    with pytest.raises(UsageError, match="profile"):
-        Runtime.open(tmp_path, profile="car")
+    with pytest.raises(UsageError, match=r"no profile 'toaster'.*phone"):
+        Runtime.open(tmp_path, profile="toaster")
     with pytest.raises(UsageError, match="no size"):
         Runtime.open(tmp_path, ram="lots")
     with pytest.raises(UsageError, match="threads"):
@@ -442,3 +442,38 @@ def test_sizes(text: Any, size: int) -> None:
             parse_bytes(bad)
     assert format_bytes(512) == "512 B"
     assert format_bytes(3 << 29) == "1.50 GiB"
+
+
+def test_a_profile_decides_what_is_not_given(tmp_path: Path) -> None:
+    """Memory, context, cache and threads of the profile, each giving way to an argument."""
+    from make_random_model import write_model
+
+    from mimo_edge.devices.profile import load_profile
+    from mimo_edge.machine import usable_cores
+
+    config = tiny.tiny_config(
+        head_dim=96, v_head_dim=64, max_position_embeddings=1 << 16, num_mtp_layers=0
+    )
+    path = tmp_path / "m.gguf"
+    write_model(path, config, experts="Q8_0", dense="Q8_0", head="Q8_0")
+    router = load_profile("router")
+    with Runtime.open(path, profile="router") as runtime:
+        budget = runtime.stats()["budget"]
+        assert runtime.context == router.context == 2048
+        assert budget["ram"] == router.process_bytes
+        assert budget["kv_type"] == router.kv_type == "q8_0"
+        backend: Any = runtime.engine.backend
+        assert backend.device.threads == min(router.threads, usable_cores())
+    with Runtime.open(
+        path, profile="router", ram="700MiB", context=512, kv_type="f16", threads=1
+    ) as runtime:
+        budget = runtime.stats()["budget"]
+        assert (budget["ram"], budget["kv_type"], runtime.context) == (700 << 20, "f16", 512)
+        backend = runtime.engine.backend
+        assert backend.device.threads == 1
+    # a model with a shorter context, and heads that are no whole blocks of the profile's cache
+    short = tiny.tiny_config(max_position_embeddings=256, num_mtp_layers=0)
+    write_model(path, short, experts="Q8_0", dense="Q8_0", head="Q8_0")
+    with Runtime.open(path, profile="router") as runtime:
+        assert runtime.context == 256
+        assert runtime.stats()["budget"]["kv_type"] == "f16"

@@ -27,8 +27,9 @@ def export(
         str,
         typer.Option(
             metavar="NAME",
-            help="What it is made for: phone and router take recipe q4_0, car and workstation "
-            "q4_k. MXFP4 experts of a V2.6 checkpoint stay as they are.",
+            help="Device profile it is made for (mimo-edge devices list): phones, routers and Pi 5 "
+            "take recipe q4_0, cars and workstations q4_k. MXFP4 experts of a V2.6 checkpoint stay "
+            "as they are.",
         ),
     ] = "phone",
     recipe: Annotated[

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mimo_edge.devices.profile import load_profile
 from mimo_edge.known_models import known_model
+from mimo_edge.kv_format import fitting_kv_type
 from mimo_edge.planner.forecast import Forecast
 from mimo_edge.planner.model import of_config
 from mimo_edge.planner.planning import VERDICTS, Change, Plan, Settings, evaluate
@@ -86,7 +87,7 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
     if settings.context > _SHORT_CONTEXT:
         lighter["context"] = _SHORT_CONTEXT
         yield tried(f"--context {_SHORT_CONTEXT}", 1, context=_SHORT_CONTEXT)
-    if settings.kv_type == "f16" and not model.config.head_dim % 32:
+    if settings.kv_type == "f16" and fitting_kv_type("q8_0", model.config) == "q8_0":
         lighter["kv_type"] = "q8_0"
         yield tried("--kv-type q8_0", 1, kv_type="q8_0")
     if settings.draft != 0 and model.config.num_mtp_layers:
@@ -118,7 +119,8 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
         yield _Proposal(action, 3 + step, made)
     if model.config.family != "mimo" and model.name != SMALL_MODEL:
         other = of_config(SMALL_MODEL, known_model(SMALL_MODEL), device, None)
-        changed = replace(settings, acceptance=None, kv_type=device.kv_type)
+        kind = fitting_kv_type(device.kv_type, other.config)
+        changed = replace(settings, acceptance=None, kv_type=kind)
         draft = min(settings.draft, 1) if isinstance(settings.draft, int) else settings.draft
         yield _Proposal(
             f"{SMALL_MODEL} instead (recipe {other.recipe}, {format_bytes(other.bundle_bytes)})",
