@@ -1,0 +1,112 @@
+"""`mimo-edge probe`: measure this machine and write its profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mimo_edge.cli.output import Output
+from mimo_edge.errors import DeviceError
+from mimo_edge.units import format_bytes, parse_bytes
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("probe")(probe)
+
+
+def probe(
+    folder: Annotated[
+        Path,
+        typer.Option(
+            "--dir", help="Where bundles will lie: a file is written there, read and removed."
+        ),
+    ] = Path(),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Profile to write; by default the one that auto stands for."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Bundle or .gguf file whose expert size reads are measured at."),
+    ] = None,
+    file_size: Annotated[str, typer.Option(help="Size of the file.")] = "256MiB",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads to compute with; all cores by default.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="About how long to measure.")] = 30.0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure this machine in under a minute and write its device profile.
+
+    Memory rate and kernel cost per format through the real kernels; direct and buffered reads with
+    1 to 8 lanes; ISA, sensors, free memory and cgroup limits. Run it while nothing else works.
+    """
+    from mimo_edge.devices.probe import RECORD_BYTES
+    from mimo_edge.devices.probe import probe as measure
+    from mimo_edge.devices.this_machine import measured_path
+
+    out = Output(json=json)
+    record = RECORD_BYTES if model is None else _record_bytes(model)
+    found = measure(
+        folder,
+        threads=threads,
+        record_bytes=record,
+        file_bytes=parse_bytes(file_size),
+        seconds=seconds,
+        progress=lambda stage, done, total: out.progress(stage, done, total, unit="count"),
+    )
+    path = measured_path() if output is None else output
+    try:
+        if output is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found.profile.to_toml(), "utf-8")
+    except OSError as error:
+        raise DeviceError(
+            f"cannot write {path}: {error.strerror}", "name another with -o"
+        ) from error
+    out.result({**found.to_dict(), "path": str(path)})
+    out.text(found.profile.title)
+    best = max(found.memory.values()) / 1e9
+    out.text(f"memory      {best:.1f} GB/s by {found.threads} threads")
+    limits = [f"{format_bytes(found.available_bytes)} free"] if found.available_bytes else []
+    if found.cgroup_bytes is not None:
+        limits.append(f"{format_bytes(found.cgroup_bytes)} left in the cgroup")
+    out.text(f"for a process {format_bytes(found.profile.process_bytes)} ({', '.join(limits)})")
+    out.text(f"ISA         {', '.join(found.profile.isa) or 'none known'}")
+    sensors = ", ".join(f"{name} {value:.0f} C" for name, value in found.sensors.items())
+    out.text(f"sensors     {sensors or 'none'}")
+    out.text("")
+    if not found.direct_works:
+        out.text("direct reads are refused here: buffered ones are shown")
+    rows = [
+        [format_bytes(block), lanes, way, f"{rate / 1e6:,.0f}"]
+        for way, rates in (("direct", found.direct), ("buffered", found.buffered))
+        for (block, lanes), rate in sorted(rates.items())
+    ]
+    out.table(rows, ["block", "lanes", "reads", "MB/s"])
+    out.text("")
+    out.table(
+        [
+            [name.lower(), *(f"{rate / 1e9:.1f}" for rate in (k.row, k.rows4, k.batch))]
+            for name, k in found.profile.kernels.items()
+        ],
+        ["GMAC/s", "1 row", "4 rows", "32 rows"],
+    )
+    out.text("")
+    out.text(f"{path} after {found.seconds:.0f} s")
+
+
+def _record_bytes(model: str) -> int:
+    """The largest matrix of an expert, which is one read; of a dense model the usual size."""
+    from mimo_edge.bundle import Bundle
+    from mimo_edge.devices.probe import RECORD_BYTES
+
+    with Bundle.open(model) as bundle:
+        experts = max(1, bundle.config.n_routed_experts)
+        sizes = [info.nbytes // experts for n, info in bundle.tensors.items() if "_exps." in n]
+    return max(sizes, default=RECORD_BYTES)

@@ -1,0 +1,142 @@
+"""How fast this processor multiplies: ggml's own kernels on matrices made for it.
+
+Two figures that a forecast needs apart: what one row's products draw from memory when weights lie
+there, and how many multiply-adds per second the kernels do when weights are at hand in the
+caches. Matrices lie in the memory that resident weights would get (reordered where ggml has a
+kernel for it), because most products of a pass are theirs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimo_edge.errors import BackendError
+from mimo_edge.quant.base import Format
+from mimo_edge.runtimes.ggml import bindings as ggml
+from mimo_edge.runtimes.ggml.device import Device
+from mimo_edge.runtimes.ggml.graph import Context, Graph, Inputs, Tensor
+
+U8 = NDArray[np.uint8]
+
+# A matrix of 4-bit weights of this size, half a megabyte, stays in the caches of every core that
+# works on it; its rows are whole blocks of every format.
+_CACHED_COLS, _CACHED_ROWS = 1024, 1024
+# One as models have them, larger than caches only together with others.
+_MEMORY_COLS, _MEMORY_ROWS = 4096, 1024
+_PRODUCTS = 16  # per graph: starting one must not count
+_LEAST_RUNS = 2
+
+
+class _Matrices:
+    """`count` equal matrices of a format, random, in the memory that suits them."""
+
+    def __init__(self, device: Device, fmt: Format, cols: int, rows: int, count: int) -> None:
+        g = device.ggml
+        self._device = device
+        self._buffer = 0
+        self._context = Context(device, count)
+        kind = device.best_buffer_type(fmt.ggml_type, (cols, rows), False)
+        self.tensors = [self._context.new(fmt.ggml_type, (cols, rows)) for _ in range(count)]
+        needed = int(g.ggml_backend_buft_get_alloc_size(kind.pointer, self.tensors[0].pointer))
+        step = -(-needed // kind.alignment) * kind.alignment
+        self._buffer = g.ggml_backend_buft_alloc_buffer(kind.pointer, step * count) or 0
+        if not self._buffer:
+            self.close()
+            raise BackendError(f"{step * count} bytes to measure with could not be allocated")
+        try:
+            g.ggml_backend_buffer_set_usage(self._buffer, ggml.BUFFER_USAGE_WEIGHTS)
+            base = int(g.ggml_backend_buffer_get_base(self._buffer))
+            data = _bytes(fmt, cols, rows)
+            for number, tensor in enumerate(self.tensors):
+                place = base + number * step
+                if g.ggml_backend_tensor_alloc(self._buffer, tensor.pointer, place) != 0:
+                    raise BackendError("ggml could not place a matrix")
+                g.ggml_backend_tensor_set(tensor.pointer, data.ctypes.data, 0, data.size)
+        except BaseException:
+            self.close()
+            raise
+        self.nbytes = data.size * count
+
+    def close(self) -> None:
+        """Free them. Twice is harmless."""
+        if self._buffer:
+            self._device.ggml.ggml_backend_buffer_free(self._buffer)
+            self._buffer = 0
+        self._context.close()
+
+
+def _bytes(fmt: Format, cols: int, rows: int) -> U8:
+    """Random weights of a format: one row, repeated, because packing takes longer than this."""
+    rng = np.random.default_rng(0)
+    row = rng.standard_normal((1, cols)).astype(np.float32)
+    importance = np.ones(cols, np.float32) if fmt.requires_importance else None
+    return np.ascontiguousarray(np.repeat(fmt.quantize(row, importance), rows, axis=0)).reshape(-1)
+
+
+def memory_rate(
+    device: Device,
+    fmt: Format,
+    pool_bytes: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Bytes of weights per second that products with one row draw from about `pool_bytes` of
+    them, the best of several passes. Raises BackendError when memory is short."""
+    each = fmt.row_bytes(_MEMORY_COLS) * _MEMORY_ROWS
+    weights = _Matrices(device, fmt, _MEMORY_COLS, _MEMORY_ROWS, max(2, pool_bytes // each))
+    try:
+        return weights.nbytes / _best(device, weights.tensors, 1, seconds, clock)
+    finally:
+        weights.close()
+
+
+def kernel_rates(
+    device: Device,
+    fmt: Format,
+    rows: Sequence[int],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Multiply-adds per second of products with each number of `rows`, weights in the caches."""
+    weights = _Matrices(device, fmt, _CACHED_COLS, _CACHED_ROWS, 1)
+    try:
+        products = weights.tensors * _PRODUCTS
+        macs = _CACHED_COLS * _CACHED_ROWS * _PRODUCTS
+        return [n * macs / _best(device, products, n, seconds, clock) for n in rows]
+    finally:
+        weights.close()
+
+
+def _best(
+    device: Device,
+    weights: Sequence[Tensor],
+    rows: int,
+    seconds: float,
+    clock: Callable[[], float],
+) -> float:
+    """Seconds of the fastest of the passes that fit into `seconds`, two at least."""
+    inputs, graph = Inputs(device), Graph(device, 2 * len(weights) + 8)
+    try:
+        x = inputs.new(ggml.TYPE_F32, weights[0].ne[0], rows)
+        inputs.allocate()
+        for weight in weights:
+            graph.output(graph.mul_mat(weight, x))
+        graph.finish()
+        rng = np.random.default_rng(1)
+        values = x.array()
+        values[:] = rng.standard_normal(values.shape)
+        graph.compute()  # threads start, pages and caches fill
+        began, runs, best = clock(), 0, float("inf")
+        while runs < _LEAST_RUNS or clock() - began < seconds:
+            start = clock()
+            graph.compute()
+            best = min(best, clock() - start)
+            runs += 1
+        return max(best, 1e-9)
+    finally:
+        graph.close()
+        inputs.close()

@@ -1,0 +1,223 @@
+"""The probe: bounded, leaving nothing behind, and a profile that the others read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from mimo_edge.bench.flash_rate import measure_reads
+from mimo_edge.cli.main import app
+from mimo_edge.devices import probe as probing
+from mimo_edge.devices.probe import LANES, Probe, probe
+from mimo_edge.devices.profile import load_profile
+from mimo_edge.errors import DeviceError, UsageError
+from mimo_edge.experts.reader import DEFAULT_LANES
+from mimo_edge.flash_file import FlashFile
+from mimo_edge.quant.base import get_format
+from mimo_edge.runtimes.ggml.device import Device
+from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rate
+
+RECORD, FILE = 128 << 10, 2 << 20
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(probing, "KERNEL_FORMATS", ("Q4_0", "F16"))
+    monkeypatch.setattr(probing, "_POOL_BYTES", 16 << 20)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    return folder
+
+
+def measured(folder: Path, **arguments: Any) -> Probe:
+    given = {"threads": 1, "record_bytes": RECORD, "file_bytes": FILE, "seconds": 0.1}
+    return probe(folder, **{**given, **arguments})
+
+
+def test_what_is_measured_becomes_a_profile(disk: Path, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    found = measured(disk, progress=lambda _, done, total: steps.append((done, total)))
+    assert not list(disk.iterdir())
+    assert steps[-1][0] == steps[-1][1]
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    lanes = {lanes for block, lanes in (found.direct or found.buffered) if block == RECORD}
+    assert lanes == set(LANES)
+    assert {lanes for _, lanes in found.buffered} >= set(LANES)
+    assert all(rate > 0 for rate in (*found.direct.values(), *found.memory.values()))
+    profile = found.profile
+    assert profile.measured
+    assert profile.threads == 1
+    assert profile.memory_bytes_per_s == pytest.approx(max(found.memory.values()), rel=1e-3)
+    assert set(profile.kernels) == {"any", "Q4_0", "F16"}
+    # blocks that do not fit the file are left out
+    assert [r.block_bytes for r in profile.reads] == [128 << 10, 512 << 10, 1 << 20]
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["threads"] == 1
+    path = tmp_path / "mine.toml"
+    path.write_text(profile.to_toml(), "utf-8")
+    assert load_profile(path).to_dict()["figures"] == profile.to_dict()["figures"]
+
+
+def test_where_direct_reads_are_refused_buffered_ones_count(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlashFile, "_open_direct", lambda self: "refused")
+    found = measured(disk)
+    assert not found.direct_works
+    assert not found.direct
+    assert {block for block, lanes in found.buffered if lanes == DEFAULT_LANES} == {
+        r.block_bytes for r in found.profile.reads
+    }
+    assert "buffered" in found.profile.sources["reads"].text
+
+
+class _Disk(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_nothing_is_written_where_there_is_no_room(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: _Disk(1 << 40, 0, 4 * FILE - 1))
+    with pytest.raises(DeviceError, match=r"are free.*smaller --file-size"):
+        measured(disk)
+    assert not list(disk.iterdir())
+
+
+def test_nothing_begins_without_memory(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimo_edge.machine.available_bytes", lambda: 100 << 20)
+    with pytest.raises(DeviceError, match="too little to measure with"):
+        measured(disk)
+    assert not list(disk.iterdir())
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_full_disk_leaves_nothing(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    really, calls = os.write, [0]
+
+    def write(fd: int, data: bytes) -> int:
+        calls[0] += 1
+        if calls[0] > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return really(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(DeviceError, match="No space left"):
+        measured(disk)
+    assert not list(disk.iterdir())
+
+
+def test_an_interrupt_leaves_nothing(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> float:
+        assert list(disk.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probing, "measure_reads", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(disk)
+    assert not list(disk.iterdir())
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="absent"):
+        measured(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"threads": 0},
+        {"threads": 4096},
+        {"seconds": 0},
+        {"seconds": float("nan")},
+        {"record_bytes": 100},
+        {"file_bytes": 1000},
+        {"record_bytes": 8 << 20},
+    ],
+)
+def test_nonsense_is_refused(arguments: dict[str, Any], disk: Path) -> None:
+    with pytest.raises(UsageError):
+        measured(disk, **arguments)
+    assert not list(disk.iterdir())
+
+
+def test_reads_stop_at_the_bytes_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(1 << 20))
+    counted = [0]
+
+    class Counting(FlashFile):
+        def read(self, *arguments: Any) -> int:
+            count = super().read(*arguments)
+            counted[0] += count
+            return count
+
+    file = Counting(path, announce=False)
+    try:
+        places = [(file, at << 16) for at in range(8)]
+        assert measure_reads(places, 64 << 10, 2, 60.0, 1 << 20) > 0
+    finally:
+        file.close()
+    assert 1 << 20 <= counted[0] <= (1 << 20) + (128 << 10)
+
+
+def test_larger_reads_never_seem_to_take_less_time() -> None:
+    rates = {(1 << 16, 4): 1e6, (1 << 17, 4): 5e6, (1 << 18, 4): 6e6}
+    listed = probing._rising([1 << 16, 1 << 17, 1 << 18], rates)
+    times = [int(item["block"].split()[0]) / float(item["rate"].split()[0]) for item in listed]
+    assert times == sorted(times)
+    assert listed[0]["rate"] == "1 MB/s"
+
+
+def test_rates_are_work_over_time() -> None:
+    """With a clock that advances a second at every look."""
+    device, fmt = Device(1), get_format("Q4_0")
+    ticks = iter(range(10**6))
+
+    def clock() -> float:
+        return float(next(ticks))
+
+    try:
+        row, four = kernel_rates(device, fmt, (1, 4), 0.0, clock)
+        assert row == 16 * 1024 * 1024
+        assert four == 4 * row
+        each = fmt.row_bytes(4096) * 1024
+        assert memory_rate(device, fmt, 4 * each, 0.0, clock) == 4 * each
+    finally:
+        device.close()
+
+
+def test_the_command_writes_what_auto_reads(disk: Path, tmp_path: Path) -> None:
+    arguments = ["probe", "--dir", str(disk), "--file-size", "16MiB", "--threads", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--seconds", "0.1"])
+    assert done.exit_code == 0, done.output
+    assert "GMAC/s" in done.stdout
+    assert "direct" in done.stdout or "buffered" in done.stdout
+    assert (tmp_path / "config" / "mimo-edge" / "this-machine.toml").is_file()
+    auto = load_profile("auto")
+    assert auto.measured
+    assert "probe" in auto.sources["kernels"].text
+    named = tmp_path / "named.toml"
+    done = CliRunner().invoke(app, [*arguments, "--seconds", "0.1", "-o", str(named), "--json"])
+    assert json.loads(done.stdout)["path"] == str(named)
+    assert load_profile(named).measured
+    done = CliRunner().invoke(
+        app, [*arguments, "--seconds", "0.1", "-o", str(tmp_path / "no" / "x.toml")]
+    )
+    assert done.exit_code == 1
+    assert "cannot write" in done.stderr
