@@ -44,11 +44,13 @@ _UNIT = 64 << 10  # the largest alignment that direct reads ask for
 _ROOM = 4  # times the file must be free: a full disk hurts others
 _LEAST_FILE_BYTES = 1 << 20
 _WRITE_BYTES = 1 << 20
+# Between the times of reads of neighbouring sizes: more than rates lose when they are written down.
+_STEP = 1.001
 # Formats whose kernels are measured, and those whose products show the memory's rate.
 KERNEL_FORMATS = tuple(name for name in FORMATS if name != "F32")
 _MEMORY_FORMATS = ("Q8_0", "F16", "Q4_0")
 # Shares of the time: reads, memory, kernels.
-_READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE = 0.4, 0.1, 0.4
+_READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _NODE_SHARE = 0.4, 0.1, 0.4, 0.02
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,10 @@ def probe(
         )
     pool = _pool_bytes()
     kinds = [FORMATS[name] for name in KERNEL_FORMATS]
-    steps = _Steps(progress, len(_read_plan(record_bytes)) + len(_MEMORY_FORMATS) + len(kinds))
+    steps = _Steps(progress, len(_read_plan(record_bytes)) + len(_MEMORY_FORMATS) + len(kinds) + 1)
     with _scratch_file(folder, file_bytes) as path:
         direct, buffered, works = _reads(path, record_bytes, seconds * _READ_SHARE, steps)
-    memory, kernels = _kernels(count, kinds, pool, seconds, steps)
+    memory, kernels, node_s = _kernels(count, kinds, pool, seconds, steps)
     figures = known_figures(folder)
     note = f"mimo-edge probe, {time.strftime('%Y-%m-%d')}"
 
@@ -150,6 +152,9 @@ def probe(
                 for name, found in {ANY: kernels["Q4_0"], **kernels}.items()
             },
             f"1, 4 and 32 rows, weights in the caches, {count} threads; any is Q4_0",
+        ),
+        "cpu.node_overhead": measured(
+            f"{node_s * 1e6:.4g} us", f"a chain of additions of 32 numbers, {count} threads"
         ),
         "storage.lanes": measured(DEFAULT_LANES, "what the runtime reads with"),
         "storage.reads": measured(
@@ -281,7 +286,7 @@ def _rising(blocks: Sequence[int], rates: dict[tuple[int, int], float]) -> list[
     one, as if it had taken as long."""
     listed, longest = [], 0.0
     for block in blocks:
-        longest = max(longest * 1.0001, block / rates[block, DEFAULT_LANES])
+        longest = max(longest * _STEP, block / rates[block, DEFAULT_LANES])
         listed.append({"block": f"{block} B", "rate": f"{block / longest / 1e6:.6g} MB/s"})
     return listed
 
@@ -291,10 +296,11 @@ def _rising(blocks: Sequence[int], rates: dict[tuple[int, int], float]) -> list[
 
 def _kernels(
     threads: int, kinds: Sequence[Format], pool: int, seconds: float, steps: _Steps
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Memory rate by format, and multiply-adds per second with 1, 4 and 32 rows by format."""
+) -> tuple[dict[str, float], dict[str, list[float]], float]:
+    """Memory rate by format, multiply-adds per second with 1, 4 and 32 rows by format, and the
+    seconds an operation of a graph takes to start."""
     from mimo_edge.runtimes.ggml.device import Device
-    from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rate
+    from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rate, node_seconds
 
     device = Device(threads)
     try:
@@ -308,6 +314,7 @@ def _kernels(
             steps.next()
             each = seconds * _KERNEL_SHARE / len(kinds) / len(KERNEL_ROWS)
             kernels[fmt.name] = kernel_rates(device, fmt, KERNEL_ROWS, each)
-        return memory, kernels
+        steps.next()
+        return memory, kernels, node_seconds(device, seconds * _NODE_SHARE)
     finally:
         device.close()

@@ -95,8 +95,8 @@ class DeviceProfile:
 
     `process_bytes` is what our process may hold of `ram_bytes`; `reads` are for `lanes` threads,
     cool; `compute_hot` and `storage_hot` are the share that is left when the device is hot;
-    `layer_overhead_s` is host work per streamed layer. `sources[field]` says where a field comes
-    from.
+    `layer_overhead_s` is host work per streamed layer, `node_overhead_s` the time to start one
+    operation of a graph on all threads. `sources[field]` says where a field comes from.
     """
 
     name: str
@@ -109,6 +109,7 @@ class DeviceProfile:
     isa: tuple[str, ...]
     kernels: Mapping[str, KernelRate]
     layer_overhead_s: float
+    node_overhead_s: float
     storage_bytes: int
     lanes: int
     reads: tuple[ReadRate, ...]
@@ -373,6 +374,7 @@ FIGURES: Mapping[str, _Figure] = MappingProxyType(
         "cpu.isa": _Figure("isa", _texts, _same),
         "cpu.kernels": _Figure("kernels", _kernels, _plain_kernels),
         "cpu.layer_overhead": _Figure("layer_overhead_s", _seconds, lambda v: f"{v * 1e3:.4g} ms"),
+        "cpu.node_overhead": _Figure("node_overhead_s", _seconds, lambda v: f"{v * 1e6:.4g} us"),
         "storage.size": _Figure("storage_bytes", _size, lambda v: _si(v, "B")),
         "storage.lanes": _Figure("lanes", _integer, _same),
         "storage.reads": _Figure("reads", _reads, _plain_reads),
@@ -398,6 +400,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "memory_bytes_per_s": (1e8, 1e13),
         "threads": (1, 512),
         "layer_overhead_s": (1e-6, 1.0),
+        "node_overhead_s": (1e-8, 1e-2),
         "storage_bytes": (1 << 20, 1 << 50),
         "lanes": (1, 64),
         "storage_hot": (0.05, 1.0),

@@ -129,6 +129,7 @@ def known_figures(folder: Path | None = None) -> dict[str, Any]:
         "cpu.layer_overhead": figure(
             "0.25 ms", "assumed", "measured on the development machine, not on this one"
         ),
+        "cpu.node_overhead": assumed(f"{1.0 + cores:g} us", "a microsecond and one per thread"),
         "storage.size": measured(f"{disk} B", f"free space of {folder or 'the working folder'}"),
         "storage.lanes": figure(4, "assumed", "2 to 4 lanes saturate every disk measured"),
         "storage.reads": assumed(

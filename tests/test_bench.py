@@ -121,7 +121,8 @@ def test_a_row_without_samples_has_no_figures() -> None:
     assert set(fields) == {
         "engine", "test", "kind", "tokens", "depth", "draft", "ram", "threads",
         "backend", "context", "load_s", "draft_why", "slots", "flash_bytes_per_s", "settings",
-        "continued_with", "tps", "first_token_ms", "tokens_per_verify", "verify_ms", "hit_rate",
+        "continued_with", "tps", "forecast_tps", "first_token_ms", "tokens_per_verify", "verify_ms",
+        "hit_rate",
         "flash_bytes_per_token", "read_bytes_per_token", "bound_tps", "peak_rss_bytes",
         "kernel_peak_bytes", "planned_bytes", "cgroup", "cached_before_bytes", "error", "notes",
         "samples",
@@ -515,3 +516,55 @@ def test_flash_rate_reads_the_experts(tiny: Path, tmp_path: Path) -> None:
     assert flash_rate(str(tiny), max_s=0.05) > 0
     with pytest.raises(BundleError):
         flash_rate(str(tmp_path / "none.gguf"))
+
+
+def test_forecasts_are_those_of_a_plan(tiny: Path) -> None:
+    from mimo_edge.bench.forecasts import Forecasts
+    from mimo_edge.devices.profile import load_profile
+    from mimo_edge.planner import plan
+
+    device = load_profile("phone")
+    forecasts = Forecasts(Settings(str(tiny)), device)
+    run = {"backend": "ggml", "context": 200, "tokens": "drawn"}
+    case = Case("decode", 8, 32, 0, None, device.threads)
+    expected = plan(
+        tiny, device, device.ram_bytes, 200, draft=0, depth=36, prompt=1, advise=False
+    ).forecast
+    assert expected is not None
+    row = Row("mimo-edge", case, False, runs=(run,))
+    assert forecasts.tps(row) == pytest.approx(expected.decode.tps)
+    prefill = Row("mimo-edge", Case("prefill", 64, 0, 0, None, device.threads), False, runs=(run,))
+    found = forecasts.tps(prefill)
+    assert found is not None
+    assert found > expected.decode.tps
+    # drawn ids accept no draft, a text may
+    drafting = Case("decode", 8, 32, "auto", None, device.threads)
+    drawn = forecasts.tps(Row("mimo-edge", drafting, False, runs=(run,)))
+    text = forecasts.tps(Row("mimo-edge", drafting, False, runs=({**run, "tokens": "greedy"},)))
+    assert drawn is not None
+    assert text is not None
+    assert drawn == pytest.approx(
+        plan(
+            tiny, device, device.ram_bytes, 200, depth=36, acceptance=(0, 0, 0), advise=False
+        ).forecast.decode.tps
+    )  # type: ignore[union-attr]
+    assert text >= drawn
+    # not for other backends or threads, nor where it failed
+    assert forecasts.tps(Row("mimo-edge", case, False, runs=({**run, "backend": "x"},))) is None
+    other = Case("decode", 8, 32, 0, None, device.threads + 1)
+    assert forecasts.tps(Row("mimo-edge", other, False, runs=(run,))) is None
+    assert forecasts.tps(Row("mimo-edge", case, False)) is None
+    too_small = Case("decode", 8, 32, 0, 1 << 20, device.threads)
+    assert forecasts.tps(Row("mimo-edge", too_small, False, runs=(run,))) is None
+
+
+def test_a_forecast_stands_beside_what_was_measured() -> None:
+    from mimo_edge.cli.bench import HEADER, _cells
+
+    row = Row("mimo-edge", CASE, False, (sample(8, 2.0),), forecast_tps=5.0)
+    cells = dict(zip(HEADER, _cells(Result(row), row), strict=True))
+    assert cells["tok/s"] == "4.00"
+    assert cells["forecast"] == "5.00 -20%"
+    assert row.to_dict()["forecast_tps"] == 5.0
+    bare = Row("mimo-edge", CASE, False, (sample(8, 2.0),))
+    assert dict(zip(HEADER, _cells(Result(bare), bare), strict=True))["forecast"] == "-"

@@ -181,6 +181,7 @@ def test_decoding_takes_what_bytes_over_rates_say() -> None:
     device = changed(
         kernels=endless,
         layer_overhead_s=1e-6,
+        node_overhead_s=1e-8,
         reads=(ReadRate(1 << 20, 2e9),),
         memory_bytes_per_s=4e10,
     )
@@ -219,6 +220,7 @@ def test_a_resident_model_is_bound_by_its_bytes_in_memory() -> None:
         ({"memory_bytes_per_s": 2e8}, "memory bandwidth"),
         ({"kernels": {"any": KernelRate(1e9, 1e9, 1e9)}}, "compute"),
         ({"layer_overhead_s": 0.5}, "host work"),
+        ({"node_overhead_s": 0.01}, "host work"),
     ],
 )
 def test_the_resource_that_binds_is_named(fields: dict[str, Any], binding: str) -> None:
@@ -245,6 +247,7 @@ def test_more_of_anything_is_never_slower() -> None:
     twice = {k: KernelRate(2 * r.row, 2 * r.rows4, 2 * r.batch) for k, r in PHONE.kernels.items()}
     faster(kernels=twice)
     faster(layer_overhead_s=PHONE.layer_overhead_s / 2)
+    faster(node_overhead_s=PHONE.node_overhead_s / 2)
     assert tps(quick(routes="skewed")) > tps(base) > tps(quick(routes="uniform"))
     assert tps(quick(recipe="q2_k")) > tps(base)
     assert tps(quick(depth=0)) >= tps(quick(depth=4000))

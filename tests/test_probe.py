@@ -22,7 +22,7 @@ from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.flash_file import FlashFile
 from mimo_edge.quant.base import get_format
 from mimo_edge.runtimes.ggml.device import Device
-from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rate
+from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rate, node_seconds
 
 RECORD, FILE = 128 << 10, 2 << 20
 
@@ -181,6 +181,7 @@ def test_larger_reads_never_seem_to_take_less_time() -> None:
     listed = probing._rising([1 << 16, 1 << 17, 1 << 18], rates)
     times = [int(item["block"].split()[0]) / float(item["rate"].split()[0]) for item in listed]
     assert times == sorted(times)
+    assert times[1] > 1.0005 * times[0]  # also with the four digits of a file
     assert listed[0]["rate"] == "1 MB/s"
 
 
@@ -198,6 +199,8 @@ def test_rates_are_work_over_time() -> None:
         assert four == 4 * row
         each = fmt.row_bytes(4096) * 1024
         assert memory_rate(device, fmt, 4 * each, 0.0, clock) == 4 * each
+        assert node_seconds(device, 0.0, clock) == 1 / 256
+        assert 0 < node_seconds(device, 0.01) < 1e-3
     finally:
         device.close()
 

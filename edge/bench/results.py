@@ -47,6 +47,7 @@ class Row:
     cached_before_bytes: int | None = None
     error: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
+    forecast_tps: float | None = None  # what a plan said; None where there is none
 
     # --- speed ---
 
@@ -131,6 +132,7 @@ class Row:
             **self.case.to_dict(),
             **self._settings(),
             "tps": _spread(self.tps),
+            "forecast_tps": self.forecast_tps,
             "first_token_ms": _spread(self.first_token_ms),
             "tokens_per_verify": self.tokens_per_verify,
             "verify_ms": self.verify_ms,
@@ -228,7 +230,8 @@ def _spread(spread: Spread | None) -> dict[str, float] | None:
 
 COLUMNS = (
     "engine", "test", "kind", "tokens", "depth", "draft", "ram", "threads", "backend",
-    "tps", "tps_min", "tps_max", "first_token_ms", "tokens_per_verify", "verify_ms", "hit_rate",
+    "tps", "tps_min", "tps_max", "forecast_tps", "first_token_ms", "tokens_per_verify", "verify_ms",
+    "hit_rate",
     "flash_bytes_per_token", "read_bytes_per_token", "bound_tps", "peak_rss_bytes",
     "kernel_peak_bytes", "planned_bytes", "cgroup", "ratio", "ratio_min", "ratio_max", "error",
 )  # fmt: skip

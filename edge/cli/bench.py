@@ -14,11 +14,13 @@ from mimo_edge.errors import UsageError
 from mimo_edge.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from mimo_edge.bench.cases import Settings
+    from mimo_edge.bench.forecasts import Forecasts
     from mimo_edge.bench.results import Result, Row
 
 HEADER = (
-    "test", "engine", "draft", "RAM", "thr", "tok/s", "min..max", "first", "tok/verify", "hits",
-    "MB/tok", "bound", "RSS", "kernel", "plan", "ratio",
+    "test", "engine", "draft", "RAM", "thr", "tok/s", "min..max", "forecast", "first",
+    "tok/verify", "hits", "MB/tok", "bound", "RSS", "kernel", "plan", "ratio",
 )  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def bench(
     ] = False,
 ) -> None:
     """Measure prefill and decode: greedy, end of text ignored, each case in its own process."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from mimo_edge import __version__, machine
     from mimo_edge.bench.cases import Settings, grid
@@ -138,8 +140,14 @@ def bench(
             }
         )
 
+    forecasts = _forecasts(settings)
+    if forecasts is None:
+        out.detail("no forecasts: mimo-edge probe measures this machine for them")
     try:
         for result in run.run(cases, lambda label, i, n: out.progress(label, i, n, unit="count")):
+            if forecasts is not None:
+                ours = replace(result.ours, forecast_tps=forecasts.tps(result.ours))
+                result = replace(result, ours=ours)
             results.append(result)
             for row in result.rows:
                 if row.error is not None:
@@ -193,6 +201,7 @@ def _cells(result: Result, row: Row) -> list[str]:
         str(case.threads),
         "-" if tps is None else f"{tps.median:.2f}",
         "-" if tps is None else f"{tps.min:.2f}..{tps.max:.2f}",
+        _forecast(row),
         "-" if row.first_token_ms is None else f"{row.first_token_ms.median:.0f} ms",
         _number(row.tokens_per_verify, "{:.2f}"),
         _number(row.hit_rate, "{:.1%}"),
@@ -203,6 +212,23 @@ def _cells(result: Result, row: Row) -> list[str]:
         "-" if not measured or not planned else f"{_size(planned)} {planned / measured:.0%}",
         "-" if ratio is None else f"{ratio.median:.2f} ({ratio.min:.2f}..{ratio.max:.2f})",
     ]
+
+
+def _forecast(row: Row) -> str:
+    """What a plan said, and how far the measurement is from it."""
+    if row.forecast_tps is None:
+        return "-"
+    off = "" if row.tps is None else f" {row.tps.median / row.forecast_tps - 1:+.0%}"
+    return f"{row.forecast_tps:.2f}{off}"
+
+
+def _forecasts(settings: Settings) -> Forecasts | None:
+    """Forecasts of this machine; None where it was not probed."""
+    from mimo_edge.bench.forecasts import Forecasts
+    from mimo_edge.devices.profile import AUTO, load_profile
+
+    device = load_profile(AUTO)
+    return Forecasts(settings, device) if device.measured else None
 
 
 def _number(value: float | None, form: str, scale: float = 1.0) -> str:

@@ -32,6 +32,10 @@ LOAD_PASSES = 13.0
 ATTENTION_SHARE = 0.25
 # A resident model's token is one graph, not two per layer: host work of this many layers.
 RESIDENT_LAYERS = 2.0
+# Operations of a graph that do work, counted on graphs of both kinds: per layer besides one for
+# every expert of a token, for a streamed layer (more graphs, and the guess of the next route), and
+# of an MTP block with its head.
+LAYER_NODES, STREAMED_NODES, MTP_NODES = 27, 46, 28
 # Chance that the draft of each depth is accepted when the shallower ones were: MiMo-V2.5 on a
 # GPU, all blocks on the target's state (spec); MiMo-7B's one block on prose and code together.
 ACCEPTANCE: Mapping[str, tuple[float, ...]] = {"mimo_v2": (0.82, 0.75, 0.78), "mimo": (0.7,)}
@@ -271,6 +275,7 @@ def heated(profile: DeviceProfile) -> DeviceProfile:
         },
         reads=tuple(ReadRate(r.block_bytes, r.bytes_per_s * storage) for r in profile.reads),
         layer_overhead_s=profile.layer_overhead_s / slower,
+        node_overhead_s=profile.node_overhead_s / slower,
     )
 
 
@@ -343,8 +348,12 @@ class _Machine:
 
     def host(self) -> Cost:
         """Host work of one pass of the trunk."""
-        layers = self.moe_layers if self.budget.streamed else RESIDENT_LAYERS
-        return Cost(host=layers * self.profile.layer_overhead_s)
+        streamed = self.moe_layers if self.budget.streamed else 0
+        layers = self.config.num_hidden_layers
+        nodes = layers * LAYER_NODES + self.moe_layers * self.config.num_experts_per_tok
+        nodes += streamed * (STREAMED_NODES - LAYER_NODES)
+        python = (streamed or RESIDENT_LAYERS) * self.profile.layer_overhead_s
+        return Cost(host=python + nodes * self.profile.node_overhead_s)
 
     def decode(self, draft: int, depth: int, acceptance: Sequence[float]) -> Decode:
         """One step: draft, and verify all of it at once."""
@@ -353,8 +362,9 @@ class _Machine:
         cost = self.matrices(self.weights.trunk, rows) + self.matrices(self.weights.head, rows)
         cost = cost + self.attention(rows, depth) + experts + self.host()
         one = self.matrices(self.weights.mtp_block, 1) + self.matrices(self.weights.head, 1)
+        host = self.profile.layer_overhead_s + MTP_NODES * self.profile.node_overhead_s
         for _ in range(draft):
-            cost = cost + one + Cost(host=self.profile.layer_overhead_s)
+            cost = cost + one + Cost(host=host)
         gained = chance = 1.0
         for k in range(draft):
             chance *= acceptance[k] if k < len(acceptance) else 0.0

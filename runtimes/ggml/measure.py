@@ -1,9 +1,9 @@
 """How fast this processor multiplies: ggml's own kernels on matrices made for it.
 
-Two figures that a forecast needs apart: what one row's products draw from memory when weights lie
-there, and how many multiply-adds per second the kernels do when weights are at hand in the
-caches. Matrices lie in the memory that resident weights would get (reordered where ggml has a
-kernel for it), because most products of a pass are theirs.
+Figures that a forecast needs apart: what one row's products draw from memory when weights lie
+there, how many multiply-adds per second the kernels do when weights are at hand in the caches, and
+what starting an operation costs. Matrices lie in the memory that resident weights would get
+(reordered where ggml has a kernel for it), because most products of a pass are theirs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _CACHED_COLS, _CACHED_ROWS = 1024, 1024
 _MEMORY_COLS, _MEMORY_ROWS = 4096, 1024
 _PRODUCTS = 16  # per graph: starting one must not count
 _LEAST_RUNS = 2
+_CHAIN = 256  # operations that do next to nothing
 
 
 class _Matrices:
@@ -111,6 +112,27 @@ def kernel_rates(
         weights.close()
 
 
+def node_seconds(
+    device: Device, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds that an operation of a graph takes however little it does: it starts on every
+    thread, and the next waits for all of them."""
+    inputs, graph = Inputs(device), Graph(device, _CHAIN + 8)
+    try:
+        x = inputs.new(ggml.TYPE_F32, 32)
+        inputs.allocate()
+        x.array()[:] = 0.0
+        last = x
+        for _ in range(_CHAIN):
+            last = graph.add(last, x)
+        graph.output(last)
+        graph.finish()
+        return _fastest(graph, seconds, clock) / _CHAIN
+    finally:
+        graph.close()
+        inputs.close()
+
+
 def _best(
     device: Device,
     weights: Sequence[Tensor],
@@ -129,14 +151,19 @@ def _best(
         rng = np.random.default_rng(1)
         values = x.array()
         values[:] = rng.standard_normal(values.shape)
-        graph.compute()  # threads start, pages and caches fill
-        began, runs, best = clock(), 0, float("inf")
-        while runs < _LEAST_RUNS or clock() - began < seconds:
-            start = clock()
-            graph.compute()
-            best = min(best, clock() - start)
-            runs += 1
-        return max(best, 1e-9)
+        return _fastest(graph, seconds, clock)
     finally:
         graph.close()
         inputs.close()
+
+
+def _fastest(graph: Graph, seconds: float, clock: Callable[[], float]) -> float:
+    """Seconds of the fastest run, after one that starts threads and fills pages and caches."""
+    graph.compute()
+    began, runs, best = clock(), 0, float("inf")
+    while runs < _LEAST_RUNS or clock() - began < seconds:
+        start = clock()
+        graph.compute()
+        best = min(best, clock() - start)
+        runs += 1
+    return max(best, 1e-9)
