@@ -400,7 +400,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "memory_bytes_per_s": (1e8, 1e13),
         "threads": (1, 512),
         "layer_overhead_s": (1e-6, 1.0),
-        "node_overhead_s": (1e-8, 1e-2),
+        "node_overhead_s": (1e-8, 0.1),
         "storage_bytes": (1 << 20, 1 << 50),
         "lanes": (1, 64),
         "storage_hot": (0.05, 1.0),

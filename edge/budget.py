@@ -47,15 +47,6 @@ _BOUNCE_SPARE = 2 * 65536
 _PARTS = ("gate", "up", "down")
 
 
-class BudgetError(DeviceError):
-    """A model that does not fit: `budget` holds its table, `need_bytes` what would do."""
-
-    def __init__(self, message: str, hint: str, budget: Budget, need_bytes: int) -> None:
-        super().__init__(message, hint)
-        self.budget = budget
-        self.need_bytes = need_bytes
-
-
 @dataclass(frozen=True)
 class Line:
     """One entry of the table."""
@@ -108,6 +99,15 @@ class Budget:
         }
 
 
+@dataclass(frozen=True)
+class Shortfall:
+    """A model that does not fit its bound: `budget` is its table, `need_bytes` would do."""
+
+    budget: Budget
+    need_bytes: int
+    why: str
+
+
 def plan(
     config: MimoConfig,
     tensors: Mapping[str, TensorInfo],
@@ -118,12 +118,31 @@ def plan(
     process_bytes: int | None = None,
     kv_type: str = DEFAULT_KV_TYPE,
 ) -> Budget:
+    """The budget of a model, as `fit`. Raises DeviceError with the table when `ram` is too small,
+    UsageError when the format does not fit the model."""
+    found = fit(
+        config, tensors, context, ram, lanes=lanes, process_bytes=process_bytes, kv_type=kv_type
+    )
+    if isinstance(found, Shortfall):
+        raise _too_small(found)
+    return found
+
+
+def fit(
+    config: MimoConfig,
+    tensors: Mapping[str, TensorInfo],
+    context: int,
+    ram: int | None = None,
+    *,
+    lanes: int = DEFAULT_LANES,
+    process_bytes: int | None = None,
+    kv_type: str = DEFAULT_KV_TYPE,
+) -> Budget | Shortfall:
     """The budget of a model with `tensors` for conversations of `context` tokens in a KV cache of
-    format `kv_type`.
+    format `kv_type`, or what it lacks.
 
     Without `ram`, or when everything fits, all weights are resident. `process_bytes`: what this
-    process holds already. Raises DeviceError with the table when `ram` is too small, UsageError
-    when the format does not fit the model.
+    process holds already. Raises UsageError when the format does not fit the model.
     """
     check_kv_type(kv_type, config)
     context = min(context, config.max_position_embeddings)
@@ -149,7 +168,7 @@ def plan(
     if ram is None or resident.nbytes <= ram:
         return resident
     if not routed:
-        raise _too_small(resident, resident.nbytes, "it has no experts to leave on flash")
+        return Shortfall(resident, resident.nbytes, "it has no experts to leave on flash")
     return _streamed(config, tensors, fixed, context, ram, lanes, kv_type)
 
 
@@ -161,7 +180,7 @@ def _streamed(
     ram: int,
     lanes: int,
     kv_type: str,
-) -> Budget:
+) -> Budget | Shortfall:
     layers = [spec.index for spec in config.layers if spec.moe]
     slot_bytes, bounce = 0, 0
     for part in _PARTS:
@@ -196,7 +215,7 @@ def _streamed(
     ]
     budget = Budget(tuple(lines), ram, context, chunk, True, slots, slot_bytes, total, kv_type)
     if slots < chosen:
-        raise _too_small(
+        return Shortfall(
             budget, budget.nbytes, f"a token needs {chosen} experts of a layer at once"
         )
     # Slots, cache and graphs take memory only once the weights are there.
@@ -205,19 +224,18 @@ def _streamed(
     need = sum(line.nbytes for line in lines if line.name in held) + loading
     if need > ram:
         why = f"loading takes {format_bytes(loading)} for the largest tensor besides"
-        raise _too_small(budget, need, why)
+        return Shortfall(budget, need, why)
     return budget
 
 
-def _too_small(budget: Budget, need: int, why: str) -> BudgetError:
+def _too_small(found: Shortfall) -> DeviceError:
+    budget, need = found.budget, found.need_bytes
     assert budget.ram is not None
     table = ", ".join(f"{name} {size}" for name, size, _ in budget.rows()[:-1])
-    return BudgetError(
+    return DeviceError(
         f"the ggml backend needs {format_bytes(need)} ({need} bytes), --ram allows "
-        f"{format_bytes(budget.ram)} ({table}; {why})",
+        f"{format_bytes(budget.ram)} ({table}; {found.why})",
         f"allow {format_bytes(need)}, or use a smaller --context or recipe",
-        budget,
-        need,
     )
 
 

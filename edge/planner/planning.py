@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mimo_edge import budget as memory
-from mimo_edge.budget import Budget, BudgetError
+from mimo_edge.budget import Budget, Shortfall
 from mimo_edge.devices.profile import AUTO, DeviceProfile, load_profile
 from mimo_edge.errors import UsageError
 from mimo_edge.kv_format import fitting_kv_type
@@ -239,17 +239,17 @@ def evaluate(model: PlannedModel, device: DeviceProfile, settings: Settings) -> 
         config = replace(config, num_mtp_layers=0)
     why: list[str] = []
     need: int | None = None
-    try:
-        budget = memory.plan(
-            config,
-            model.tensors,
-            settings.context,
-            settings.ram,
-            lanes=device.lanes,
-            kv_type=settings.kv_type,
-        )
-    except BudgetError as error:
-        budget, need = error.budget, error.need_bytes
+    found = memory.fit(
+        config,
+        model.tensors,
+        settings.context,
+        settings.ram,
+        lanes=device.lanes,
+        kv_type=settings.kv_type,
+    )
+    budget = found.budget if isinstance(found, Shortfall) else found
+    if isinstance(found, Shortfall):
+        need = found.need_bytes
         why.append(
             f"it needs at least {format_bytes(need)} of memory, the process may hold "
             f"{format_bytes(settings.ram)} of the device's {format_bytes(device.ram_bytes)}"
@@ -264,7 +264,7 @@ def evaluate(model: PlannedModel, device: DeviceProfile, settings: Settings) -> 
         return Plan(
             model, device, settings, budget, need, None, "does not fit", tuple(why), notes=notes
         )
-    found = forecast(
+    speed = forecast(
         config,
         model.tensors,
         budget,
@@ -280,21 +280,21 @@ def evaluate(model: PlannedModel, device: DeviceProfile, settings: Settings) -> 
         prompt=settings.prompt,
         acceptance=settings.acceptance,
     )
-    tps = found.decode.tps
+    tps = speed.decode.tps
     verdict: Verdict = (
         "usable" if tps >= USABLE_TPS else "slow" if tps >= PRACTICAL_TPS else "not practical"
     )
     if verdict == "not practical":
         why.append(
             f"an answer of {ANSWER_TOKENS} tokens would take "
-            f"{duration(ANSWER_TOKENS / tps)}, bound by {found.decode.cost.binding}"
+            f"{duration(ANSWER_TOKENS / tps)}, bound by {speed.decode.cost.binding}"
         )
     elif verdict == "slow":
         why.append(
             f"an answer of {ANSWER_TOKENS} tokens takes {duration(ANSWER_TOKENS / tps)}, bound by "
-            f"{found.decode.cost.binding}: for work in the background"
+            f"{speed.decode.cost.binding}: for work in the background"
         )
-    return Plan(model, device, settings, budget, None, found, verdict, tuple(why), notes=notes)
+    return Plan(model, device, settings, budget, None, speed, verdict, tuple(why), notes=notes)
 
 
 def _notes(model: PlannedModel, device: DeviceProfile) -> tuple[str, ...]:
