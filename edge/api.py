@@ -24,12 +24,13 @@ from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
 from mimo_edge.engine import PREFILL_CHUNK, Engine, Generation, GenerationStats, token_list
-from mimo_edge.errors import TokenizerError, UsageError
+from mimo_edge.errors import ContextLengthError, TokenizerError, UsageError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
 from mimo_edge.machine import peak_rss_bytes, usable_cores
 from mimo_edge.model_source import Model, open_model
 from mimo_edge.runtimes.base import F32
 from mimo_edge.sampling import Mask, Sampler, SamplingParams
+from mimo_edge.sequence_pool import SequencePool
 from mimo_edge.speculative import DraftSetting
 from mimo_edge.tokenizer import Tokenizer, check_unicode
 from mimo_edge.tool_calls import Malformed, ToolCall, tool_schemas
@@ -223,14 +224,38 @@ class Runtime:
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
+        pool: SequencePool | None = None,
     ) -> Session:
-        """A new conversation. `enable_thinking` None leaves it to the chat template.
+        """A new conversation. `enable_thinking` None leaves it to the chat template. With a `pool`
+        its first prompt goes on from what an earlier session of that pool processed; `close` the
+        session to give that back.
 
         Raises UsageError on malformed tools, TokenizerError when texts are given to a model
         without a tokenizer.
         """
         self._engine.check_open()
-        return Session(self, system, tools or (), enable_thinking)
+        return Session(self, system, tools or (), enable_thinking, pool)
+
+    def sequence_pool(self, most: int) -> SequencePool:
+        """A pool for sessions that end while what they processed should stay: at most `most`
+        conversations are held, in use and idle. Raises UsageError when the memory plan of a
+        runtime with a `ram` bound has no room for as many.
+        """
+        room = self.planned_conversations
+        if room is not None and isinstance(most, int) and most > room:
+            raise UsageError(
+                f"{most} conversations at once: the memory plan has room for {room} "
+                f"of {self.context} tokens",
+                "ask for fewer, use a smaller context or a larger ram",
+            )
+        return SequencePool(self._engine, most)
+
+    @property
+    def planned_conversations(self) -> int | None:
+        """How many conversations of full length the memory plan has room for; None without a bound
+        on memory. Slots of streamed experts take what is left, so it is then 1."""
+        budget = self._model.budget
+        return None if budget is None else budget.conversations
 
     def agent(
         self,
@@ -345,6 +370,7 @@ class Session:
         system: str | None,
         tools: Sequence[Mapping[str, Any]],
         enable_thinking: bool | None,
+        pool: SequencePool | None = None,
     ) -> None:
         if runtime.tokenizer is None and (system is not None or tools):
             raise TokenizerError(
@@ -356,6 +382,8 @@ class Session:
         self._tools = tuple(tools)
         self._enable_thinking = enable_thinking
         self._sequence = runtime._engine.sequence()
+        self._pool = pool
+        self._pooled = False  # whether the sequence is one the pool counts
         self._cancel = Cancel()
         self._active: Generator[Piece, None, None] | None = None
         self._token_ids: list[int] | None = None  # set once a session runs on raw ids
@@ -391,8 +419,10 @@ class Session:
         stop: Sequence[str] = (),
         json_schema: Mapping[str, Any] | None = None,
         stop_repeats: int = 0,
+        max_prompt_tokens: int | None = None,
     ) -> Iterator[Piece]:
         """Answer `prompt`, piece by piece; `max_tokens` None goes on to the context's end.
+        `max_prompt_tokens` is a bound on the whole prompt below the context.
 
         `stop_repeats` N ends an answer that says the same N times in a row (1 to 256 tokens, again
         and again) with the finish reason "repetition"; 0 lets it go on.
@@ -406,6 +436,11 @@ class Session:
         params = SamplingParams(temperature, top_p, min_p, top_k, seed)
         self._close_active()
         messages, ids = self._prepare(prompt)
+        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            raise ContextLengthError(
+                f"the prompt has {len(ids)} tokens, at most {max_prompt_tokens} are taken",
+                "use a shorter prompt",
+            )
         model = self._runtime._model
         thinking = bool(
             model.tokenizer is not None
@@ -414,6 +449,9 @@ class Session:
         )
         reader = AnswerReader(model.tokenizer, model.eos_ids, stops, self._tools, thinking)
         self._cancel.clear()
+        if self._pool is not None and not self._pooled:
+            self._sequence = self._pool.take(ids)
+            self._pooled = True
         generation = self._runtime._engine.generate(
             self._sequence,
             ids,
@@ -464,6 +502,15 @@ class Session:
     def stop(self) -> None:
         """Close the running stream, if any: what was generated stays, in `last_reply` too."""
         self._close_active()
+
+    def close(self) -> None:
+        """End the conversation: `stop`, and what was processed goes back to the pool it came from.
+        Raises UsageError while it generates in another thread; may be repeated."""
+        self._close_active()
+        if self._pool is not None and self._pooled:
+            self._pooled = False
+            sequence, self._sequence = self._sequence, self._runtime._engine.sequence()
+            self._pool.give(sequence)
 
     # --- inside -------------------------------------------------------------------------
 

@@ -77,6 +77,14 @@ class Budget:
         """Sum of the lines."""
         return sum(line.nbytes for line in self.lines)
 
+    @property
+    def conversations(self) -> int | None:
+        """How many conversations of `context` tokens there is room for; None without a bound."""
+        if self.ram is None:
+            return None
+        each = sum(line.nbytes for line in self.lines if line.name in ("KV cache", "graphs"))
+        return 1 + max(0, self.ram - self.nbytes) // max(1, each)
+
     def rows(self) -> list[tuple[str, str, str]]:
         """(name, size, note) of every line and the total, for people."""
         rows = [(line.name, format_bytes(line.nbytes), line.note) for line in self.lines]

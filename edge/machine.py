@@ -47,6 +47,12 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def rss_bytes() -> int | None:
+    """Memory this process has resident now; None where the system does not say."""
+    now = _field("/proc/self/status", "VmRSS")
+    return None if now is None else now * 1024
+
+
 def storage_read_bytes() -> int | None:
     """Bytes this process made the disks deliver so far, by read or through a mapped file; None
     where the system does not count them."""

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from mimo_edge import __version__
-from mimo_edge.cli import bench, devices, eval, export, inspect, plan, probe, run, trace, verify
+from mimo_edge.cli import bench, devices, eval, export, inspect, plan, probe, run, serve, trace, verify
 from mimo_edge.cli.output import print_error
 from mimo_edge.errors import MimoEdgeError
 
@@ -92,5 +92,5 @@ def _main(
     pass
 
 
-for _module in (export, run, bench, plan, probe, devices, inspect, verify, eval, trace):
+for _module in (export, run, serve, bench, plan, probe, devices, inspect, verify, eval, trace):
     _module.register(app)

@@ -1,0 +1,275 @@
+"""What a request asks for: OpenAI's fields to the options of a session.
+
+A field that changes the answer and is not understood is refused by name, also when it is unknown;
+only those of `_HARMLESS` are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mimo_edge.chat_template import check_messages
+from mimo_edge.errors import MimoEdgeError
+from mimo_edge.sampling import SamplingParams
+from mimo_edge.serve.body import Fields
+from mimo_edge.serve.refusal import Refusal, refusal_of
+from mimo_edge.tokenizer import check_unicode
+from mimo_edge.tool_calls import tool_schemas
+
+# Searching for them costs time for every token.
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+# What OpenAI's API gives a completion without max_tokens.
+COMPLETION_TOKENS = 16
+
+_ROLES = {"system", "user", "assistant", "tool"}
+# Who asks, what is stored where, and hints that change no token.
+_HARMLESS = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    }
+)
+_NEUTRAL: dict[str, Any] = {
+    "n": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": {},
+}
+_NEUTRAL_CHAT: dict[str, Any] = {
+    **_NEUTRAL,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "modalities": ["text"],
+    "parallel_tool_calls": True,
+}
+_NEUTRAL_COMPLETION: dict[str, Any] = {**_NEUTRAL, "best_of": 1, "echo": False, "suffix": ""}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request: `prompt` messages (chat), or a text or token ids (completion).
+
+    `options` are those of `Session.stream`. `thinking` None leaves it to the server.
+    """
+
+    kind: Literal["chat", "completion"]
+    model: str
+    prompt: list[dict[str, Any]] | str | list[int]
+    options: dict[str, Any]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    thinking: bool | None = None
+    stream: bool = False
+    include_usage: bool = False
+
+
+def read_chat(raw: Mapping[str, Any], models: tuple[str, ...]) -> Call:
+    """A /v1/chat/completions body; `models` are the names this server goes by, the first its own.
+    Raises Refusal."""
+    fields = Fields(raw)
+    model = _model(fields, models)
+    messages = _messages(fields)
+    tools = _tools(fields)
+    thinking = _thinking(fields)
+    stream, include_usage = _streaming(fields)
+    options = _options(fields, ("max_completion_tokens", "max_tokens"))
+    _check_format(fields)
+    fields.finish(_HARMLESS, _NEUTRAL_CHAT)
+    return Call("chat", model, messages, options, tools, thinking, stream, include_usage)
+
+
+def read_completion(raw: Mapping[str, Any], models: tuple[str, ...]) -> Call:
+    """A /v1/completions body, as `read_chat`."""
+    fields = Fields(raw)
+    model = _model(fields, models)
+    prompt = _prompt(fields)
+    stream, include_usage = _streaming(fields)
+    options = _options(fields, ("max_tokens",))
+    if options["max_tokens"] is None:
+        options["max_tokens"] = COMPLETION_TOKENS
+    _check_format(fields)
+    fields.finish(_HARMLESS, _NEUTRAL_COMPLETION)
+    return Call("completion", model, prompt, options, stream=stream, include_usage=include_usage)
+
+
+def _model(fields: Fields, models: tuple[str, ...]) -> str:
+    name = fields.text("model")
+    if name is not None and name not in models:
+        raise Refusal(
+            404,
+            f"the model {name[:80]!r} is not here; this server has {', '.join(models)}",
+            param="model",
+            code="model_not_found",
+        )
+    return name or models[0]
+
+
+def _messages(fields: Fields) -> list[dict[str, Any]]:
+    messages = fields.take("messages")
+    if not isinstance(messages, list) or not messages:
+        raise Refusal(400, "messages is a list of at least one message", param="messages")
+    for index, message in enumerate(messages):
+        if isinstance(message, dict):
+            _check_message(message, f"messages[{index}].")
+    try:
+        checked = check_messages(messages)
+    except MimoEdgeError as error:
+        raise refusal_of(error, asked=True, param="messages") from None
+    for index, message in enumerate(checked):
+        if message["role"] == "developer":  # OpenAI's newer name
+            message["role"] = "system"
+        if message["role"] not in _ROLES:
+            raise Refusal(
+                400, f"messages[{index}] has the role {message['role']!r}", param="messages"
+            )
+    return checked
+
+
+def _check_message(message: dict[str, Any], where: str) -> None:
+    rest = Fields(message, where)
+    for known in ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"):
+        rest.take(known)
+    rest.finish(frozenset({"refusal", "annotations"}))
+
+
+def _tools(fields: Fields) -> tuple[Mapping[str, Any], ...]:
+    tools, choice = fields.take("tools", []), fields.take("tool_choice", "auto")
+    if not isinstance(tools, list):
+        raise fields.wrong("tools", tools, "a list")
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise fields.wrong(f"tools[{index}]", tool, "an object")
+        if tool.get("type", "function") != "function":
+            raise Refusal(400, f"tools[{index}] is no function", param="tools")
+        function = tool.get("function", tool)
+        if isinstance(function, dict) and function.get("strict"):
+            raise Refusal(
+                400,
+                f"tools[{index}]: strict needs structured output, which is not in this build",
+                param="tools",
+                code="unsupported",
+            )
+    try:
+        tool_schemas(tools)
+    except MimoEdgeError as error:
+        raise refusal_of(error, asked=True, param="tools") from None
+    if choice == "none":
+        return ()
+    if choice != "auto":
+        raise Refusal(
+            400,
+            "tool_choice is 'auto' or 'none' here: a call cannot be forced in this build",
+            param="tool_choice",
+            code="unsupported",
+        )
+    return tuple(tools)
+
+
+def _thinking(fields: Fields) -> bool | None:
+    """`chat_template_kwargs: {"enable_thinking": ...}`, as SGLang and vLLM have it."""
+    inner = fields.inner("chat_template_kwargs")
+    if inner is None:
+        return None
+    wanted = inner.flag("enable_thinking")
+    inner.finish()
+    return wanted
+
+
+def _streaming(fields: Fields) -> tuple[bool, bool]:
+    stream = bool(fields.flag("stream"))
+    inner = fields.inner("stream_options")
+    if inner is None:
+        return stream, False
+    if not stream:
+        raise Refusal(400, "stream_options needs stream", param="stream_options")
+    include_usage = bool(inner.flag("include_usage"))
+    inner.finish(frozenset({"include_obfuscation"}))
+    return stream, include_usage
+
+
+def _options(fields: Fields, max_names: tuple[str, ...]) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "temperature": fields.number("temperature", 0.0),
+        "top_p": fields.number("top_p", 1.0),
+        "min_p": fields.number("min_p", 0.0),
+        "top_k": fields.count("top_k") or 0,
+        "seed": fields.count("seed"),
+    }
+    for name in options:  # one at a time, so that the refusal names it
+        try:
+            SamplingParams(**{name: options[name]})
+        except MimoEdgeError as error:
+            raise refusal_of(error, asked=True, param=name) from None
+    given = [(name, most) for name in max_names if (most := fields.count(name)) is not None]
+    for name, most in given:
+        if most < 1:
+            raise Refusal(400, f"{name} = {most}: ask for at least one", param=name)
+    if len({most for _, most in given}) > 1:
+        raise Refusal(400, "max_tokens and max_completion_tokens differ", param="max_tokens")
+    options["max_tokens"] = given[0][1] if given else None
+    options["stop"] = _stops(fields)
+    options["stop_repeats"] = repeats = fields.count("stop_repeats") or 0
+    if repeats < 0:
+        raise Refusal(400, f"stop_repeats = {repeats}: use 0 or more", param="stop_repeats")
+    return options
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    stop = fields.take("stop", [])
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
+        raise Refusal(400, "stop is a text or a list of texts", param="stop")
+    if len(stops) > MAX_STOPS or any(not 0 < len(t) <= MAX_STOP_CHARACTERS for t in stops):
+        raise Refusal(
+            400,
+            f"stop: at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters",
+            param="stop",
+        )
+    _check_unicode("stop", *stops)
+    return tuple(stops)
+
+
+def _check_format(fields: Fields) -> None:
+    inner = fields.inner("response_format")
+    if inner is None:
+        return
+    kind = inner.text("type")
+    if kind != "text":
+        raise Refusal(
+            400,
+            f"response_format {(kind or '')[:40]!r}: structured output is not in this build",
+            param="response_format",
+            code="unsupported",
+        )
+    inner.finish()
+
+
+def _prompt(fields: Fields) -> str | list[int]:
+    prompt = fields.take("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]
+    if isinstance(prompt, str) and prompt:
+        _check_unicode("prompt", prompt)
+        return prompt
+    if (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt)
+    ):
+        return prompt
+    raise Refusal(400, "prompt is one text or one list of token ids, not empty", param="prompt")
+
+
+def _check_unicode(name: str, *texts: str) -> None:
+    try:
+        for text in texts:
+            check_unicode(text)
+    except MimoEdgeError as error:
+        raise refusal_of(error, asked=True, param=name) from None
