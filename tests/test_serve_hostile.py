@@ -148,11 +148,11 @@ def test_bytes_that_are_no_http(server: Served, raw: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "rss"), [(150, 4 * MIB), pytest.param(3000, 8 * MIB, marks=pytest.mark.slow)]
+    ("count", "rss"), [(120, 4 * MIB), pytest.param(3000, 8 * MIB, marks=pytest.mark.slow)]
 )
 def test_soak(count: int, rss: int) -> None:
     """Answers, streams, errors and clients that leave at any time: nothing is left behind."""
-    rt, _ = runtime([f"<think></think>answer {n} " * 8 + END for n in range(3)])
+    rt, _ = runtime([f"<think></think>answer {n} " * 3 + END for n in range(3)])
     limits = Limits(concurrent=3, queued=50, conversations=4)
     with serving(rt, limits=limits) as served:
 
@@ -199,9 +199,9 @@ def test_soak(count: int, rss: int) -> None:
             assert not errors
             served.settled()
 
-        batch(0, 100)
+        batch(0, 60)
         before = held()
-        batch(100, count)
+        batch(60, count)
         after = held()
         until(lambda: held().files <= before.files and held().threads <= before.threads + 3)
         after = held()

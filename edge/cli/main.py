@@ -15,7 +15,19 @@ import typer
 from typer.core import TyperGroup
 
 from mimo_edge import __version__
-from mimo_edge.cli import bench, devices, eval, export, inspect, plan, probe, run, serve, trace, verify
+from mimo_edge.cli import (
+    bench,
+    devices,
+    eval,
+    export,
+    inspect,
+    plan,
+    probe,
+    run,
+    serve,
+    trace,
+    verify,
+)
 from mimo_edge.cli.output import print_error
 from mimo_edge.errors import MimoEdgeError
 
