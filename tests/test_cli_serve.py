@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import socket
@@ -9,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 from serving import until
 from typer.testing import CliRunner
@@ -105,9 +105,12 @@ def test_from_start_to_end() -> None:
         assert process.stdout is not None
         shown = json.loads(process.stdout.readline())
         assert shown["model"] == "mimo-nano"
-        names = [m["id"] for m in httpx.get(f"{shown['url']}/models", timeout=60).json()["data"]]
-        assert names == ["mimo-nano", "nano"]
         port = int(shown["url"].removesuffix("/v1").rpartition(":")[2])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/v1/models")
+        names = [model["id"] for model in json.load(connection.getresponse())["data"]]
+        connection.close()
+        assert names == ["mimo-nano", "nano"]
         with socket.create_connection(("127.0.0.1", port)):
             process.send_signal(signal.SIGINT)
             until(lambda: process.poll() is not None)
