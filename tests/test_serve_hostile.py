@@ -153,7 +153,8 @@ def test_bytes_that_are_no_http(server: Served, raw: bytes) -> None:
 def test_soak(count: int, rss: int) -> None:
     """Answers, streams, errors and clients that leave at any time: nothing is left behind."""
     rt, _ = runtime([f"<think></think>answer {n} " * 3 + END for n in range(3)])
-    limits = Limits(concurrent=3, queued=50, conversations=4)
+    # Some send half a body and wait.
+    limits = Limits(concurrent=3, queued=50, conversations=4, body_wait_s=0.2)
     with serving(rt, limits=limits) as served:
 
         def one(number: int) -> None:
