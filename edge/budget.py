@@ -41,6 +41,9 @@ _MAX_PAIRS, _PAIR_STEP, _MAX_ROWS = 1024, 16, 512
 _NODE_BYTES, _BLOCK_NODES = 512, 64
 # The guess of a layer's route in a pass of few tokens (runtimes/ggml/look_ahead.py).
 _GUESS_NODES = 16
+# and how many more a row of a verify takes where ggml's router and attention do not give rows of
+# several the bits of one (runtimes/ggml/passes.py)
+_APART_NODES = 10
 _DIRECT_UNIT = 4096
 # The largest alignment for which FlashFile grows a bounce buffer, at both ends.
 _BOUNCE_SPARE = 2 * 65536
@@ -328,7 +331,10 @@ def graph_bytes(
     """An upper bound on the memory of passes of up to `chunk` tokens: shared scratch, the inputs
     and descriptions of every graph a cache keeps, and results on the host."""
     chunk = min(chunk, context)
-    small = _pass_bytes(config, context, min(chunk, _SMALL_TOKENS), streamed)
+    small = max(
+        _pass_bytes(config, context, min(chunk, _SMALL_TOKENS), streamed),
+        _pass_bytes(config, context, MAX_DRAFT + 1, streamed, _APART_NODES * (MAX_DRAFT + 1)),
+    )
     kept = min(_SMALL_GRAPHS * small, SMALL_GRAPH_BYTES + 2 * small)
     if chunk > _SMALL_TOKENS:
         kept += _pass_bytes(config, context, chunk, streamed)
@@ -336,14 +342,18 @@ def graph_bytes(
     return kept + host + _scratch_bytes(config, chunk, streamed, kv_type)
 
 
-def _pass_bytes(config: MimoConfig, context: int, tokens: int, streamed: bool) -> int:
-    """Inputs and descriptions of one pass (the carry of one that is cut at routers included)."""
+def _pass_bytes(
+    config: MimoConfig, context: int, tokens: int, streamed: bool, apart: int = 0
+) -> int:
+    """Inputs and descriptions of one pass (the carry of one that is cut at routers included), with
+    `apart` more tensors in a block for rows computed apart."""
     width, chosen = config.hidden_size, config.num_experts_per_tok
     ring = config.sliding_window + MAX_DRAFT + tokens if any(config.hybrid_layer_pattern) else 0
     # embedding, and a hidden row for an MTP pass
     total = 8 * width * tokens + 2 * (round_up(context, 256) + ring) * tokens + 32 * tokens
-    nodes = _BLOCK_NODES + 3 * chosen
-    total += _NODE_BYTES * nodes * (config.num_hidden_layers + 1)
+    nodes = _BLOCK_NODES + 3 * chosen + apart
+    # one for the head, one because the last block may compute two groups of rows
+    total += _NODE_BYTES * nodes * (config.num_hidden_layers + 2)
     if config.n_routed_experts and (streamed or tokens > _SMALL_TOKENS):
         total += 8 * width * tokens + 4 * chosen * tokens
         total += 4 * width * (chosen * tokens + _PAIR_STEP)

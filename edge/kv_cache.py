@@ -242,6 +242,7 @@ class ModelCache:
                 "positions"
             )
         self.config = config
+        self.verify_rows = verify_rows
         self._capacity = context
         self._length = 0
         specs = [config.layer(i) for i in range(config.num_hidden_layers + config.num_mtp_layers)]

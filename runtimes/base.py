@@ -21,6 +21,9 @@ from mimo_edge.config import MimoConfig
 
 F32 = NDArray[np.float32]
 TokenIds = NDArray[np.int32]
+
+VERIFY_ROWS = 4
+"""Most tokens of a verify: three drafts, and the token before them."""
 RouteSink = Callable[[int, NDArray[np.integer[Any]]], None]
 """Told, layer by layer and pass by pass, which experts a MoE layer chose: index, ids [T, K]. The
 ids are only lent."""
@@ -109,7 +112,7 @@ class Backend(Protocol):
     @property
     def config(self) -> MimoConfig: ...
 
-    def new_cache(self, context: int, verify_rows: int = 4) -> Cache:
+    def new_cache(self, context: int, verify_rows: int = VERIFY_ROWS) -> Cache:
         """A cache for `context` tokens that can undo up to verify_rows - 1 rows."""
         ...
 
@@ -124,9 +127,11 @@ class Backend(Protocol):
     ) -> ForwardResult:
         """Append T tokens [T] to `cache` and return the last rows asked for.
 
-        Raises ContextLengthError before touching the cache when they do not fit, Cancelled within
-        a layer after `cancel` was set. A pass that fails leaves `cache.length` at the tokens
-        that are complete.
+        To the bit, rows of a pass of up to the cache's `verify_rows` tokens (at most VERIFY_ROWS)
+        are what passes of one token give, and logits do not depend on `hidden_rows`: drafting
+        changes no answer. Raises ContextLengthError before touching the cache when they do not fit,
+        Cancelled within a layer after `cancel` was set. A pass that fails leaves `cache.length` at
+        the tokens that are complete.
         """
         ...
 

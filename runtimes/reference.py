@@ -48,6 +48,7 @@ from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageErr
 from mimo_edge.kv_cache import LayerCache, ModelCache, Positions, Rows
 from mimo_edge.runtimes.base import (
     F32,
+    VERIFY_ROWS,
     Cache,
     ExpertWeights,
     ForwardResult,
@@ -92,7 +93,23 @@ def rotate(x: F32, cos: F32, sin: F32) -> F32:
     return x
 
 
-def attend(q: F32, q_positions: Positions, rows: Rows, window: int | None, sinks: F32) -> F32:
+def product(x: F32, weight: F32, apart: bool) -> F32:
+    """x [T, in] times weight [out, in] -> [T, out]. `apart`: each row by itself, because a product
+    of several sums in another order than a product of one."""
+    if apart:
+        y: F32 = np.matmul(x[:, None], weight.T)[:, 0]
+        return y
+    return x @ weight.T
+
+
+def attend(
+    q: F32,
+    q_positions: Positions,
+    rows: Rows,
+    window: int | None,
+    sinks: F32,
+    query_block: int = QUERY_BLOCK,
+) -> F32:
     """Grouped-query attention: q [T, H, D] over cached rows of G KV heads -> [T, H, Dv].
 
     A query at position i sees position j if 0 <= i - j < window (None: no lower bound).
@@ -106,8 +123,8 @@ def attend(q: F32, q_positions: Positions, rows: Rows, window: int | None, sinks
     sink = sinks.reshape(groups, group, 1, 1)
     scale = np.float32(dim**-0.5)
     out = np.empty((length, heads, values.shape[-1]), np.float32)
-    for start in range(0, length, QUERY_BLOCK):
-        block = q[start : start + QUERY_BLOCK]
+    for start in range(0, length, query_block):
+        block = q[start : start + query_block]
         t = len(block)
         behind = q_positions[start : start + t, None] - positions  # [t, S]
         visible = (behind >= 0) & (behind < reach)
@@ -176,6 +193,7 @@ class ReferenceBackend:
         self._tensors: dict[str, F32] = {}
         self._experts: OrderedDict[tuple[int, int], ExpertWeights] = OrderedDict()
         self._max_cached_experts = max_cached_experts
+        self._apart = False  # whether rows of the running pass are computed one by one
         self._no_sinks = np.full(self.config.num_attention_heads, -np.inf, np.float32)
 
     # --- weights ---
@@ -211,7 +229,7 @@ class ReferenceBackend:
         """x [T, in] -> x W^T (+ bias) [T, out]."""
         if self.observer is not None:
             self.observer.matmul(name, x)
-        y: F32 = x @ self._tensor(name).T
+        y = product(x, self._tensor(name), self._apart)
         if bias is not None:
             y += self._tensor(bias)
         return y
@@ -245,7 +263,8 @@ class ReferenceBackend:
         rotate(k, cos, sin)
         rows = cache.write(position, k, v, queries)
         sinks = self._tensor(p + "attn_sinks.weight") if spec.sinks else self._no_sinks
-        o = attend(q, positions[-queries:], rows, spec.window, sinks)  # [queries, H, Dv]
+        block = 1 if self._apart else QUERY_BLOCK
+        o = attend(q, positions[-queries:], rows, spec.window, sinks, block)  # [queries, H, Dv]
         return self._linear(p + "attn_output.weight", o.reshape(queries, -1))
 
     def _feed_forward(self, spec: LayerSpec, x: F32) -> F32:
@@ -276,13 +295,13 @@ class ReferenceBackend:
             tokens = pairs // ids.shape[1]
             gate, up, down = self._expert(layer, expert)
             rows = x[tokens]
-            hidden = silu(rows @ gate.T) * (rows @ up.T)  # [T', F]
+            hidden = silu(product(rows, gate, self._apart)) * product(rows, up, self._apart)
             if self.observer is not None:
                 self.observer.expert_matmul(p + "ffn_gate_exps.weight", expert, rows)
                 self.observer.expert_matmul(p + "ffn_up_exps.weight", expert, rows)
                 self.observer.expert_matmul(p + "ffn_down_exps.weight", expert, hidden)
             # a token chooses an expert at most once, so no index repeats in this +=
-            out[tokens] += weights.reshape(-1, 1)[pairs] * (hidden @ down.T)
+            out[tokens] += weights.reshape(-1, 1)[pairs] * product(hidden, down, self._apart)
         return out
 
     def _block(
@@ -313,7 +332,7 @@ class ReferenceBackend:
 
     # --- Backend ---
 
-    def new_cache(self, context: int, verify_rows: int = 4) -> ModelCache:
+    def new_cache(self, context: int, verify_rows: int = VERIFY_ROWS) -> ModelCache:
         """An empty cache; see ModelCache. Raises ContextLengthError past the model's positions."""
         return ModelCache(self.config, context, verify_rows)
 
@@ -343,6 +362,8 @@ class ReferenceBackend:
         ours = self._check_cache(cache)
         ours.require(total)
         position = ours.length
+        # What a verify could be gives each row the bits of a pass of its own.
+        self._apart = total <= ours.verify_rows
         with np.errstate(over="ignore", invalid="ignore"):
             h = source.embedding(ids)
             for spec, layer_cache in zip(self.config.layers, ours.layers, strict=True):
@@ -401,6 +422,7 @@ class ReferenceBackend:
             )
         spec = c.layer(c.num_hidden_layers + depth)
         p = f"blk.{spec.index}."
+        self._apart = False
         with np.errstate(over="ignore", invalid="ignore"):
             e = self._norm(p + "nextn.enorm.weight", source.embedding(ids))
             h = self._norm(p + "nextn.hnorm.weight", hidden)

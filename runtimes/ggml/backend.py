@@ -18,7 +18,14 @@ from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE, check_kv_type
 from mimo_edge.machine import usable_cores
-from mimo_edge.runtimes.base import F32, Cache, ForwardResult, RouteSink, TokenIds
+from mimo_edge.runtimes.base import (
+    F32,
+    VERIFY_ROWS,
+    Cache,
+    ForwardResult,
+    RouteSink,
+    TokenIds,
+)
 from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.passes import (
@@ -31,6 +38,7 @@ from mimo_edge.runtimes.ggml.passes import (
 from mimo_edge.runtimes.ggml.raw import RawTensors
 from mimo_edge.runtimes.ggml.resident import ResidentWeights
 from mimo_edge.runtimes.ggml.resident_experts import ResidentExperts
+from mimo_edge.runtimes.ggml.rows import RowCheck
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 from mimo_edge.units import even_part
 
@@ -78,7 +86,10 @@ class GgmlBackend:
             if experts is not None:
                 self._experts = experts(self.device)
             streamed = self._experts.slots.layouts if self._experts is not None else ()
-            self._weights = ResidentWeights(self.device, source, repack=repack, streamed=streamed)
+            self._rows = RowCheck(self.device)
+            self._weights = ResidentWeights(
+                self.device, source, self._rows, repack=repack, streamed=streamed
+            )
             self._resident = ResidentExperts(self.config, self._weights.model)
         except BaseException:
             if self._experts is not None:
@@ -103,7 +114,7 @@ class GgmlBackend:
 
     # --- Backend ---
 
-    def new_cache(self, context: int, verify_rows: int = 4) -> GgmlCache:
+    def new_cache(self, context: int, verify_rows: int = VERIFY_ROWS) -> GgmlCache:
         """An empty cache. Raises ContextLengthError past the model's positions, UsageError."""
         self._check_open()
         return GgmlCache(self.device, self.config, self._kv_type, context, verify_rows)
@@ -157,7 +168,7 @@ class GgmlBackend:
             # Fails when an earlier pass was stopped while it overwrote the ring.
             cache.ring.check(position, total, total)
         embedding = self._source.embedding(ids, self.device.cancel)
-        shape = trunk_shape(cache, total, logits_rows, hidden_rows)
+        shape = trunk_shape(cache, self._rows, total, logits_rows, hidden_rows)
         trunk = self._trunk(cache, shape)
         before = cache.ring.positions()
         # So that a pass that fails half-way costs no more than itself.

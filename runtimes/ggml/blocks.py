@@ -7,6 +7,7 @@ bits, attention uses ggml's online softmax, and an f16 cache accumulates values 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mimo_edge.config import MimoConfig
@@ -25,7 +26,8 @@ class KvAccess:
     The rows of the chunk at `write_ids` (its last rows, as many as there are ids) are stored.
     Attention reads the first `read_rows` rows of the cache. With `append`, the chunk is not yet
     among them (it may be longer than the ring): it is attended to after them and stored last.
-    `mask` f16 {columns, T} says what each query sees.
+    `mask` f16 {columns, T} says what each query sees. `apart`: rows that each token of the chunk
+    reads, when its query is to be computed alone.
     """
 
     kv: KvTensors
@@ -33,6 +35,7 @@ class KvAccess:
     mask: Tensor | None  # None: no row of this pass queries
     read_rows: int
     append: bool
+    apart: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,41 +49,52 @@ class BlockInputs:
 
 def last_rows(g: Graph, a: Tensor, rows: int) -> Tensor:
     """The last `rows` of a {n, T}."""
-    total = a.ne[1]
-    if rows == total:
+    return rows_from(g, a, a.ne[1] - rows, rows)
+
+
+def rows_from(g: Graph, a: Tensor, start: int, rows: int) -> Tensor:
+    """`rows` rows of a {n, T} from `start` on."""
+    if rows == a.ne[1]:
         return a
-    return g.view(a, (a.ne[0], rows), (a.nb[1],), (total - rows) * a.nb[1])
+    return g.view(a, (a.ne[0], rows), (a.nb[1],), start * a.nb[1])
 
 
 def _project(
-    g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor, queries: int
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """q {D, H, queries} of the last rows (None for no queries), k {D, G, T}, v {G * Dv, T}."""
-    heads, groups = c.num_attention_heads, w.spec.num_key_value_heads
+    g: Graph, w: BlockWeights, c: MimoConfig, x: Tensor, groups: Sequence[int]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """q {D, H, queries} of the last rows for each number of queries in `groups`, k {D, G, T},
+    v {G * Dv, T}."""
+    heads, kv_heads = c.num_attention_heads, w.spec.num_key_value_heads
     found: dict[str, Tensor] = {}
+    queries: list[Tensor] = []
     for projection in w.projections:
-        if projection.parts == ("q",) and not queries:
+        if projection.parts == ("q",):
+            # Each group by itself: what else is computed must not change a row's bits.
+            outputs = [_linear(g, projection, last_rows(g, x, count)) for count in groups]
+            queries = [_q(g, c, y, count) for y, count in zip(outputs, groups, strict=True)]
             continue
-        rows = last_rows(g, x, queries) if projection.parts == ("q",) else x
-        y = _linear(g, projection, rows)
+        y = _linear(g, projection, x)
         offset, stride = 0, y.nb[1]
         for part in projection.parts:
             if part == "q":
-                skip = (y.ne[1] - queries) * stride
-                if queries:
-                    found["q"] = g.view(
-                        y, (c.head_dim, heads, queries), (c.head_dim * 4, stride), offset + skip
-                    )
+                queries = [_q(g, c, y, count) for count in groups]
                 offset += heads * c.head_dim * 4
             elif part == "k":
                 found["k"] = g.view(
-                    y, (c.head_dim, groups, x.ne[1]), (c.head_dim * 4, stride), offset
+                    y, (c.head_dim, kv_heads, x.ne[1]), (c.head_dim * 4, stride), offset
                 )
-                offset += groups * c.head_dim * 4
+                offset += kv_heads * c.head_dim * 4
             else:
-                found["v"] = g.view(y, (groups * c.v_head_dim, x.ne[1]), (stride,), offset)
-                offset += groups * c.v_head_dim * 4
-    return found.get("q"), found["k"], found["v"]
+                found["v"] = g.view(y, (kv_heads * c.v_head_dim, x.ne[1]), (stride,), offset)
+                offset += kv_heads * c.v_head_dim * 4
+    return queries, found["k"], found["v"]
+
+
+def _q(g: Graph, c: MimoConfig, y: Tensor, count: int) -> Tensor:
+    """Queries {D, H, count} of the last rows of y, which begins with them."""
+    skip = (y.ne[1] - count) * y.nb[1]
+    shape = (c.head_dim, c.num_attention_heads, count)
+    return g.view(y, shape, (c.head_dim * 4, y.nb[1]), skip)
 
 
 def _linear(g: Graph, projection: Projection, x: Tensor) -> Tensor:
@@ -89,44 +103,73 @@ def _linear(g: Graph, projection: Projection, x: Tensor) -> Tensor:
 
 
 def attention(
-    g: Graph, w: BlockWeights, inputs: BlockInputs, access: KvAccess, h: Tensor, queries: int
-) -> Tensor | None:
-    """h {M, T} -> attention output {M, queries} of its last rows; every row leaves its K/V.
+    g: Graph,
+    w: BlockWeights,
+    inputs: BlockInputs,
+    access: KvAccess,
+    h: Tensor,
+    groups: Sequence[int],
+) -> list[Tensor]:
+    """h {M, T} -> attention output {M, queries} of its last rows, for each number of queries in
+    `groups`; every row leaves its K/V.
 
     The value scale is applied once, after the output projection as llama.cpp does: rows then
     equal llama.cpp's bit for bit, which 8-bit activations do not when V is scaled before.
     """
-    c, groups = inputs.config, w.spec.num_key_value_heads
+    c, kv_heads = inputs.config, w.spec.num_key_value_heads
     x = g.norm(h, w.attn_norm, c.layernorm_epsilon)
-    q, k, v = _project(g, w, c, x, queries)
+    queries, k, v = _project(g, w, c, x, groups)
     k = g.rope(k, inputs.positions, c.rotary_dim, w.spec.rope_theta)
-    k = g.reshape(k, groups * c.head_dim, inputs.total)
+    k = g.reshape(k, kv_heads * c.head_dim, inputs.total)
     if not access.append:
         _store(g, access, k, v)
-    mixed = None
-    if q is not None and access.mask is not None:
+    outputs = []
+    for q, count in zip(queries, groups, strict=True):
         at = inputs.positions
-        if queries < inputs.total:
-            at = g.view(at, (queries,), (), (inputs.total - queries) * 4)
+        if count < inputs.total:
+            at = g.view(at, (count,), (), (inputs.total - count) * 4)
         q = g.rope(q, at, c.rotary_dim, w.spec.rope_theta)
-        keys, values = _rows(g, access, k, v)
-        mixed = g.attention(
-            g.swap_rows(q),
-            _heads(g, keys, c.head_dim, groups),
-            _heads(g, values, c.v_head_dim, groups),
-            last_rows(g, access.mask, queries),
-            c.head_dim**-0.5,
-            w.sinks,
-        )  # {Dv, H, queries}
-        mixed = g.reshape(mixed, c.num_attention_heads * c.v_head_dim, queries)
+        mixed = _attend(g, w, c, access, q, k, v)
+        mixed = g.reshape(mixed, c.num_attention_heads * c.v_head_dim, count)
         mixed = g.mul_mat(w.attn_output, mixed)
         if c.attention_value_scale != 1.0:
             mixed = g.scale(mixed, c.attention_value_scale)
+        outputs.append(mixed)
     if access.append:
-        if mixed is not None:
+        for mixed in outputs:
             g.run_now(mixed)  # the ring is read before the chunk overwrites it
         _store(g, access, k, v)
-    return mixed
+    return outputs
+
+
+def _attend(
+    g: Graph, w: BlockWeights, c: MimoConfig, access: KvAccess, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """q {D, H, queries} of the last rows -> {Dv, H, queries}."""
+    assert access.mask is not None
+    keys, values = _rows(g, access, k, v)
+    kv_heads = w.spec.num_key_value_heads
+
+    def attend(q: Tensor, mask: Tensor, rows: int) -> Tensor:
+        return g.attention(
+            g.swap_rows(q),
+            _heads(g, keys, c.head_dim, kv_heads, rows),
+            _heads(g, values, c.v_head_dim, kv_heads, rows),
+            mask,
+            c.head_dim**-0.5,
+            w.sinks,
+        )
+
+    count = q.ne[2]
+    mask = last_rows(g, access.mask, count)
+    if access.apart is None:
+        return attend(q, mask, keys.ne[1])
+    parts = []
+    for row, reads in enumerate(access.apart[-count:]):
+        one = g.view(q, (*q.ne[:2], 1), q.nb[1:3], row * q.nb[2])
+        seen = g.view(mask, (reads, 1), (mask.nb[1],), row * mask.nb[1])
+        parts.append(attend(one, seen, reads))
+    return g.concat_all(parts, 2)
 
 
 def _rows(g: Graph, access: KvAccess, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,10 +186,10 @@ def _rows(g: Graph, access: KvAccess, k: Tensor, v: Tensor) -> tuple[Tensor, Ten
     return chunk[0], chunk[1]
 
 
-def _heads(g: Graph, rows: Tensor, dim: int, groups: int) -> Tensor:
-    """{G * D, S} seen as {D, S, G}."""
-    head_bytes = rows.nb[1] // groups
-    return g.view(rows, (dim, rows.ne[1], groups), (rows.nb[1], head_bytes))
+def _heads(g: Graph, rows: Tensor, dim: int, kv_heads: int, count: int) -> Tensor:
+    """The first `count` rows of {G * D, S} seen as {D, count, G}."""
+    head_bytes = rows.nb[1] // kv_heads
+    return g.view(rows, (dim, count, kv_heads), (rows.nb[1], head_bytes))
 
 
 def _store(g: Graph, access: KvAccess, k: Tensor, v: Tensor) -> None:
@@ -231,25 +274,25 @@ def feed_forward(
 
 
 def attention_half(
-    g: Graph, w: BlockWeights, inputs: BlockInputs, access: KvAccess, h: Tensor, queries: int
-) -> tuple[Tensor, Tensor] | None:
-    """Residual stream h {M, T} -> its last `queries` rows after attention, and their normed FFN
-    input, both {M, queries}; None for no queries."""
-    mixed = attention(g, w, inputs, access, h, queries)
-    if mixed is None:
-        return None
-    h = g.add(last_rows(g, h, queries), mixed)
-    return h, g.norm(h, w.ffn_norm, inputs.config.layernorm_epsilon)
+    g: Graph,
+    w: BlockWeights,
+    inputs: BlockInputs,
+    access: KvAccess,
+    h: Tensor,
+    groups: Sequence[int],
+) -> list[tuple[Tensor, Tensor]]:
+    """Residual stream h {M, T} -> its last rows after attention and their normed FFN input, both
+    {M, queries}, for each number of queries in `groups`."""
+    found = []
+    for mixed in attention(g, w, inputs, access, h, groups):
+        after = g.add(last_rows(g, h, mixed.ne[1]), mixed)
+        found.append((after, g.norm(after, w.ffn_norm, inputs.config.layernorm_epsilon)))
+    return found
 
 
-def block(
-    g: Graph, w: BlockWeights, inputs: BlockInputs, access: KvAccess, h: Tensor, queries: int
-) -> Tensor | None:
-    """Residual stream h {M, T} -> its last `queries` rows after the block, None for no queries."""
-    half = attention_half(g, w, inputs, access, h, queries)
-    if half is None:
-        return None
-    h, x = half
+def block(g: Graph, w: BlockWeights, inputs: BlockInputs, access: KvAccess, h: Tensor) -> Tensor:
+    """Residual stream h {M, T} -> its last row {M, 1} after the block; every row leaves its K/V."""
+    [(h, x)] = attention_half(g, w, inputs, access, h, [1])
     return g.add(h, feed_forward(g, w, inputs.config, x))
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.errors import BackendError
+from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.runtimes.ggml import bindings as ggml
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.library import TYPES
@@ -32,10 +34,19 @@ _NUMPY: dict[int, np.dtype[Any]] = {
 _NO_SCALING = (1.0, 0.0, 1.0, 0.0, 0.0)
 
 
-class Tensor:
-    """A handle: pointer, type, ne and nb (strides in bytes) of one ggml tensor."""
+class ExactRows(NamedTuple):
+    """How a weight multiplies rows so that each gets the bits it gets alone: `together` of them
+    in one product, or any number when each is a `planes` of its own."""
 
-    __slots__ = ("_view", "nb", "ne", "pointer", "type")
+    together: int = VERIFY_ROWS
+    planes: bool = False
+
+
+class Tensor:
+    """A handle: pointer, type, ne and nb (strides in bytes) of one ggml tensor. `rows`, of a
+    weight: see `Graph.mul_mat`."""
+
+    __slots__ = ("_view", "nb", "ne", "pointer", "rows", "type")
 
     def __init__(self, pointer: int | None) -> None:
         if not pointer:
@@ -45,6 +56,7 @@ class Tensor:
         self.type: int = struct.type
         self.ne: Ne = tuple(struct.ne)
         self.nb: Ne = tuple(struct.nb)
+        self.rows = ExactRows()
         self._view: NDArray[Any] | None = None
 
     def __repr__(self) -> str:
@@ -186,10 +198,14 @@ def place(device: Device, tensors: Sequence[Tensor], make: Any, alignment: int =
 
 
 class Graph(Context):
-    """A graph under construction, then a runnable one."""
+    """A graph under construction, then a runnable one.
 
-    def __init__(self, device: Device, nodes: int) -> None:
+    `exact`: every row of a product gets the bits it has when it is the only one.
+    """
+
+    def __init__(self, device: Device, nodes: int, exact: bool = False) -> None:
         super().__init__(device, nodes, nodes)
+        self._exact = exact
         self._g = device.ggml
         self._graph: int = self._g.ggml_new_graph_custom(self.pointer, nodes, False)
         self._nodes = nodes
@@ -277,7 +293,20 @@ class Graph(Context):
             and weight.nb[0] <= weight.nb[1],
             f"mul_mat of {weight} and {x}",
         )
-        return Tensor(self._g.ggml_mul_mat(self.take(), weight.pointer, x.pointer))
+        total = x.ne[1]
+        if not self._exact or total <= weight.rows.together:
+            return Tensor(self._g.ggml_mul_mat(self.take(), weight.pointer, x.pointer))
+        if weight.rows.planes:
+            x = self.view(x, (x.ne[0], 1, total), (x.nb[1], x.nb[1]))
+            product = Tensor(self._g.ggml_mul_mat(self.take(), weight.pointer, x.pointer))
+            return self.reshape(product, weight.ne[1], total)
+        pieces = -(-total // weight.rows.together)
+        bounds = [total * i // pieces for i in range(pieces + 1)]
+        views = [
+            self.view(x, (x.ne[0], end - start), (x.nb[1],), start * x.nb[1])
+            for start, end in pairwise(bounds)
+        ]
+        return self.concat_all([self.mul_mat(weight, piece) for piece in views], 1)
 
     def mul_mat_id(self, stack: Tensor, x: Tensor, ids: Tensor) -> Tensor:
         """stack {in, out, E}, x {in, 1 or K, T}, ids i32 {K, T} -> {out, K, T}.
@@ -350,6 +379,13 @@ class Graph(Context):
         same = all(x == y for d, (x, y) in enumerate(zip(a.ne, b.ne, strict=True)) if d != dim)
         _require(0 <= dim < 4 and same and a.type == b.type, f"concat of {a} and {b} along {dim}")
         return Tensor(self._g.ggml_concat(self.take(), a.pointer, b.pointer, dim))
+
+    def concat_all(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        """One or more tensors behind each other."""
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = self.concat(whole, part, dim)
+        return whole
 
     def sum_rows(self, a: Tensor) -> Tensor:
         """{n, ...} -> {1, ...}."""

@@ -8,14 +8,14 @@ graph with the routing inside, so a resident model costs one call into ggml per 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.config import LayerSpec, MimoConfig
-from mimo_edge.runtimes.base import F32, RouteSink
+from mimo_edge.runtimes.base import F32, VERIFY_ROWS, RouteSink
 from mimo_edge.runtimes.ggml import blocks
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64
 from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions, RingIndex, kv_rows
@@ -23,24 +23,33 @@ from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor, finish_together
 from mimo_edge.runtimes.ggml.look_ahead import RouterGuess
 from mimo_edge.runtimes.ggml.resident import BlockWeights, ModelWeights
+from mimo_edge.runtimes.ggml.rows import RowCheck
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS, Carry, SlotExperts
 
 # Node room: a MoE block takes about 45 tensors plus two per chosen expert.
 _BLOCK_TENSORS = 64
+# and this many for every row that is computed apart, in attention or in one product
+_ATTENTION_ROW_TENSORS, _PRODUCT_ROW_TENSORS = 7, 3
 UNLIMITED = 1 << 40  # a window longer than any context, shorter than the way to EMPTY
 
 
 @dataclass(frozen=True)
 class TrunkShape:
     """What a trunk graph depends on. `full_rows`: rows global layers read (0: no such layer).
-    `ring`: "in_place" (written, then read), "fresh" (chunk only) or "append" (ring, then chunk)."""
+    `ring`: "in_place" (written, then read), "fresh" (chunk only) or "append" (ring, then chunk).
+    `exact`: every row gets the bits it would get in a pass of its own; its query is computed alone
+    in sliding layers when `ring_apart`, in global ones when `full_apart` gives the rows each token
+    reads."""
 
     tokens: int
     full_rows: int
     ring: str
     logits_rows: int
     hidden_rows: int
+    exact: bool = False
+    ring_apart: bool = False
+    full_apart: tuple[int, ...] | None = None
 
     @property
     def large(self) -> bool:
@@ -60,15 +69,22 @@ class MtpShape:
         return self.tokens > FEW_TOKENS
 
 
-def _nodes(config: MimoConfig, blocks_count: int) -> int:
-    """Tensors a graph of that many blocks may need; a head counts as one."""
-    return (_BLOCK_TENSORS + 3 * config.num_experts_per_tok) * blocks_count
+def _nodes(config: MimoConfig, blocks_count: int, apart: int = 0) -> int:
+    """Tensors a graph of that many blocks may need, with `apart` more in each for rows that are
+    computed apart; a head counts as one."""
+    return (_BLOCK_TENSORS + 3 * config.num_experts_per_tok + apart) * blocks_count
 
 
-def _until_cut(cuts: Sequence[bool]) -> int:
-    """Blocks of a graph that begins with the first of these layers: up to one that is cut, or all
-    and a head."""
-    return cuts.index(True) + 1 if True in cuts else len(cuts) + 1
+def _apart_tensors(model: ModelWeights, shape: TrunkShape) -> int:
+    """Tensors of a block, at most, that exact rows need on top."""
+    if not shape.exact or shape.tokens == 1:
+        return 0
+    blocks_of = [w.matrices for w in model.layers] + [(model.output,)]
+    products = max(sum(m.rows.together < shape.tokens for m in found) for found in blocks_of)
+    per_row = _PRODUCT_ROW_TENSORS * products
+    if shape.ring_apart or shape.full_apart is not None:
+        per_row += _ATTENTION_ROW_TENSORS
+    return per_row * shape.tokens
 
 
 def _fill_causal(
@@ -85,13 +101,15 @@ def _fill_causal(
 
 @dataclass(frozen=True)
 class _Segment:
-    """A graph of the trunk; `ids` {K, rows} are the experts `layer` chose at its end for `rows`
-    rows. `routes`: (layer, ids) of resident layers inside, kept when somebody wants to know."""
+    """A graph of the trunk; `ids` {K, few + rows} are the experts `layer` chose at its end for
+    `rows` rows, behind those of `few` of them that are computed apart as well. `routes`: (layer,
+    ids) of resident layers inside, kept when somebody wants to know."""
 
     graph: Graph
     layer: int | None = None
     ids: Tensor | None = None
     rows: int = 0
+    few: int = 0
     routes: tuple[tuple[int, Tensor], ...] = ()
 
 
@@ -132,18 +150,27 @@ class TrunkPass:
         self._epoch = -1
         self.logits_tensor: Tensor | None = None
         self.hidden_tensor: Tensor | None = None
-        wanted = max(shape.logits_rows, shape.hidden_rows)
-        # The last layer computes only the rows that are asked for.
-        self._queries = [shape.tokens] * (len(model.layers) - 1) + [wanted]
-        pairs = zip(model.layers, self._queries, strict=True)
-        self._cut_at = [self._cuts(w, queries) for w, queries in pairs]
-        self._graph = Graph(device, _nodes(self.config, _until_cut(self._cut_at)))
+        # Rows that every layer computes, in groups: the last only those that are asked for.
+        self._groups = [[shape.tokens]] * (len(model.layers) - 1) + [self._wanted()]
+        pairs = zip(model.layers, self._groups, strict=True)
+        self._cut_at = [any(self._cuts(w, rows) for rows in groups) for w, groups in pairs]
+        self._apart = _apart_tensors(model, shape)
+        self._graph = self._new_graph(0)
         try:
             self._describe_inputs(cache)
             self._build(model, cache)
         except BaseException:
             self.close()
             raise
+
+    def _new_graph(self, first: int) -> Graph:
+        """A graph that begins with layer `first`: up to one that is cut, or all and a head."""
+        cuts = self._cut_at[first:]
+        end = first + cuts.index(True) + 1 if True in cuts else len(self._cut_at)
+        # A group takes what a block takes; without any, keys and values are computed all the same.
+        blocks_count = sum(max(1, len(groups)) for groups in self._groups[first:end])
+        nodes = _nodes(self.config, blocks_count + (True not in cuts), self._apart)
+        return Graph(self._device, nodes, self.shape.exact)
 
     def _describe_inputs(self, cache: GgmlCache) -> None:
         c, new, shape = self.config, self._inputs.new, self.shape
@@ -158,41 +185,44 @@ class TrunkPass:
         self.ring_ids = new(TYPE_I64, kept) if has_ring else None
         self.ring_mask = new(TYPE_F16, columns, total) if has_ring else None
         if self._source is not None:
-            self._carry = Carry(self._inputs, c, total)
+            # Rows wanted in two groups are computed twice.
+            most = max(total, sum(self._wanted()))
+            self._carry = Carry(self._inputs, c, most)
         self._inputs.allocate()
         if self._source is not None and self._carry is not None:
-            self._slot_experts = SlotExperts(self._device, c, self._source, self._carry, total)
+            self._slot_experts = SlotExperts(self._device, c, self._source, self._carry, most)
 
     def _build(self, model: ModelWeights, cache: GgmlCache) -> None:
         c, shape = self.config, self.shape
         shared = blocks.BlockInputs(c, self.positions, shape.tokens)
-        h: Tensor | None = self.embedding
+        hs = [self.embedding]
         for index, w in enumerate(model.layers):
-            queries = self._queries[index]
-            assert h is not None
             access = self._access(cache, w.spec)
-            half = blocks.attention_half(self._graph, w, shared, access, h, queries)
-            if half is None:
-                h = None
-                break
-            h, x = half
+            [h] = hs
+            halves = blocks.attention_half(self._graph, w, shared, access, h, self._groups[index])
             if self._cut_at[index]:
-                h = self._cut(w, h, x, _until_cut(self._cut_at[index + 1 :]))
+                hs = self._cut(w, halves, index + 1)
             else:
                 ids: list[Tensor] | None = [] if self._routes is not None else None
-                h = self._graph.add(h, blocks.feed_forward(self._graph, w, c, x, ids))
-                self._resident_routes += [(index, one) for one in ids or ()]
-            self._graph.run_now(h)
+                hs = [
+                    self._graph.add(h, blocks.feed_forward(self._graph, w, c, x, ids))
+                    for h, x in halves
+                ]
+                # Only of the last group: it holds the rows of the others.
+                self._resident_routes += [(index, one) for one in (ids or ())[-1:]]
+            for h in hs:
+                self._graph.run_now(h)
         g = self._graph
-        if h is not None:
-            if shape.hidden_rows:
-                self.hidden_tensor = g.output(blocks.last_rows(g, h, shape.hidden_rows))
-                g.output(h)
-            if shape.logits_rows:
-                rows = blocks.last_rows(g, h, shape.logits_rows)
-                eps = c.layernorm_epsilon
-                logits = blocks.head(g, model.output, model.output_norm, eps, rows)
-                self.logits_tensor = g.output(logits)
+        if shape.hidden_rows:
+            h = next(h for h in hs if h.ne[1] >= shape.hidden_rows)
+            self.hidden_tensor = g.output(blocks.last_rows(g, h, shape.hidden_rows))
+            g.output(h)
+        if shape.logits_rows:
+            h = next(h for h in hs if h.ne[1] >= shape.logits_rows)
+            rows = blocks.last_rows(g, h, shape.logits_rows)
+            eps = c.layernorm_epsilon
+            logits = blocks.head(g, model.output, model.output_norm, eps, rows)
+            self.logits_tensor = g.output(logits)
         self._segments.append(_Segment(g, routes=self._take_routes()))
         graphs = [segment.graph for segment in self._segments]
         if self._slot_experts is not None:
@@ -210,17 +240,53 @@ class TrunkPass:
             return True
         return rows > FEW_TOKENS and w.spec.index in self._source.slots.layouts
 
-    def _cut(self, w: BlockWeights, h: Tensor, x: Tensor, following: int) -> Tensor:
-        """End the graph at the router of a layer; the next starts with its sum, for `following`
-        blocks."""
+    def _wanted(self) -> list[int]:
+        """Rows of the last layer, the most last, in groups computed by themselves: what else is
+        wanted must not change the bits of the logits, and in one product it could. An exact pass
+        keeps rows apart anyway."""
+        shape = self.shape
+        counts = sorted({shape.logits_rows, shape.hidden_rows} - {0})
+        apart = not shape.exact and shape.logits_rows <= VERIFY_ROWS
+        return counts if apart else counts[-1:]
+
+    def _cut(
+        self, w: BlockWeights, halves: Sequence[tuple[Tensor, Tensor]], following: int
+    ) -> list[Tensor]:
+        """End the graph at the router of a layer; the next starts with its sums, before layer
+        `following`. `halves` are the residual stream and the experts' input of groups of rows, of
+        which small ones may need no cut."""
         assert self._carry is not None
-        g = self._graph
-        ids, weights = blocks.route(g, w, self.config, x)
-        ids = g.output(g.contiguous(ids))
-        self._carry.save(g, h, x, weights)
-        self._segments.append(_Segment(g, w.spec.index, ids, h.ne[1], self._take_routes()))
-        self._graph = Graph(self._device, _nodes(self.config, following))
-        return self._carry.restore(self._graph, h.ne[1])
+        g, carry = self._graph, self._carry
+        cut = [half for half in halves if self._cuts(w, half[0].ne[1])]
+        whole = [
+            g.add(h, blocks.feed_forward(g, w, self.config, x))
+            for h, x in halves
+            if not self._cuts(w, h.ne[1])
+        ]
+        routes = [blocks.route(g, w, self.config, x) for _, x in cut]
+        ids = g.output(g.concat_all([g.contiguous(ids) for ids, _ in routes], 1))
+        carry.save(
+            g,
+            g.concat_all([h for h, _ in cut] + whole, 1),
+            g.concat_all([x for _, x in cut], 1),
+            g.concat_all([weights for _, weights in routes], 1),
+        )
+        # Rows of a small group are computed as if the large one were not there.
+        few = cut[0][0].ne[1] if len(cut) > 1 else 0
+        rows = ids.ne[1] - few
+        self._segments.append(_Segment(g, w.spec.index, ids, rows, few, self._take_routes()))
+        self._graph = g = self._new_graph(following)
+        mixed = carry.restore(g, ids.ne[1])
+        found, start, after = [], 0, ids.ne[1]
+        for h, _ in halves:
+            rows = h.ne[1]
+            if self._cuts(w, rows):
+                found.append(blocks.rows_from(g, mixed, start, rows))
+                start += rows
+            else:
+                found.append(blocks.rows_from(g, carry.h, after, rows))
+                after += rows
+        return found
 
     def _guess(self, model: ModelWeights) -> None:
         """Guess the routes of cut layers, in a pass of few tokens: of the first from the embedding,
@@ -270,12 +336,12 @@ class TrunkPass:
                 # a copy: computing experts reuses the scratch memory they are in
                 ids = _rows(segment.ids).copy()
                 if self._routes is not None:
-                    self._routes(segment.layer, ids)
+                    self._routes(segment.layer, ids[segment.few :])
                 cut = cut[1:]
                 meanwhile = partial(self._expect_guessed, cut[0]) if cut else None
                 if cut:
                     self._expect_nearly_all(cut[0])
-                self._slot_experts.run(segment.layer, ids, meanwhile)
+                self._slot_experts.run(segment.layer, ids, segment.few, meanwhile)
 
     def _expect_guessed(self, segment: _Segment) -> None:
         """Guess what the next cut layer will want, and let the source know."""
@@ -310,9 +376,12 @@ class TrunkPass:
             assert self.ring_ids is not None
             rows = 0 if shape.ring == "fresh" else kv.rows
             append = shape.ring != "in_place"
-            return blocks.KvAccess(kv, self.ring_ids, self.ring_mask, rows, append)
+            apart = (rows,) * shape.tokens if shape.ring_apart else None
+            return blocks.KvAccess(kv, self.ring_ids, self.ring_mask, rows, append, apart)
         assert self.full_ids is not None
-        return blocks.KvAccess(kv, self.full_ids, self.full_mask, shape.full_rows, False)
+        return blocks.KvAccess(
+            kv, self.full_ids, self.full_mask, shape.full_rows, False, shape.full_apart
+        )
 
     def fill(self, embedding: F32, position: int, before: Positions, after: Positions) -> None:
         """Set the inputs for tokens at `position`.. ; `before` and `after` are the positions the
@@ -388,8 +457,7 @@ class MtpPass:
         z = blocks.mtp_input(g, w.mtp, c, self.embedding, self.hidden)
         shared = blocks.BlockInputs(c, self.positions, n)
         access = blocks.KvAccess(kv, self.ids, self.mask, shape.read_rows, False)
-        z_last = blocks.block(g, w, shared, access, z, 1)
-        assert z_last is not None
+        z_last = blocks.block(g, w, shared, access, z)
         logits = blocks.head(g, model.output, w.mtp.output_norm, c.layernorm_epsilon, z_last)
         self.logits_tensor = g.output(logits)
         g.finish()
@@ -409,16 +477,26 @@ class MtpPass:
         _fill_causal(mask[-1:], held[: mask.shape[1]], rows[-1:], window)
 
 
-def trunk_shape(cache: GgmlCache, tokens: int, logits_rows: int, hidden_rows: int) -> TrunkShape:
-    """The shape of a pass of `tokens` at the cache's current length."""
+def trunk_shape(
+    cache: GgmlCache, rows: RowCheck, tokens: int, logits_rows: int, hidden_rows: int
+) -> TrunkShape:
+    """The shape of a pass of `tokens` at the cache's current length. Passes that a verify could be
+    are exact; `rows` tells what for."""
     c, position = cache.config, cache.length
-    has_full = not all(c.hybrid_layer_pattern)
+    has_full, has_ring = not all(c.hybrid_layer_pattern), any(c.hybrid_layer_pattern)
     ring = "in_place"
-    if any(c.hybrid_layer_pattern) and not cache.ring.in_place(position, tokens):
+    if has_ring and not cache.ring.in_place(position, tokens):
         ring = "append" if position else "fresh"
-    return TrunkShape(
-        tokens, kv_rows(position + tokens) if has_full else 0, ring, logits_rows, hidden_rows
-    )
+    full_rows = kv_rows(position + tokens) if has_full else 0
+    shape = TrunkShape(tokens, full_rows, ring, logits_rows, hidden_rows)
+    if tokens > cache.verify_rows:
+        return shape
+    ring_apart, full_apart = False, None
+    if tokens > 1:
+        ring_apart = has_ring and not rows.attention_together(cache, True, cache.ring.rows)
+        if has_full and not rows.attention_together(cache, False, full_rows):
+            full_apart = tuple(kv_rows(position + row + 1) for row in range(tokens))
+    return replace(shape, exact=True, ring_apart=ring_apart, full_apart=full_apart)
 
 
 def mtp_shape(cache: GgmlCache, depth: int, tokens: int, position: int) -> MtpShape:

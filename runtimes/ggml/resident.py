@@ -22,6 +22,7 @@ from mimo_edge.runtimes.ggml import bindings as ggml
 from mimo_edge.runtimes.ggml.device import BufferType, Device
 from mimo_edge.runtimes.ggml.graph import Context, Tensor
 from mimo_edge.runtimes.ggml.raw import U8, RawTensor, RawTensors, raw_tensor, unpack
+from mimo_edge.runtimes.ggml.rows import RowCheck
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ class BlockWeights:
     experts: SwiGlu | None
     mtp: MtpWeights | None
 
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """What every row is multiplied by, routed experts left out."""
+        dense = (self.dense.gate, self.dense.up, self.dense.down) if self.dense is not None else ()
+        router = (self.router,) if self.router is not None else ()
+        projections = [projection.weight for projection in self.projections]
+        return (*projections, self.attn_output, *dense, *router)
+
 
 @dataclass(frozen=True)
 class ModelWeights:
@@ -107,11 +116,13 @@ class ResidentWeights:
         self,
         device: Device,
         source: RawTensors,
+        rows: RowCheck,
         *,
         repack: bool = True,
         streamed: Collection[int] = (),
     ) -> None:
-        """`streamed`: layers whose routed experts are left out.
+        """`rows` tells how matrices multiply the rows of a verify. `streamed`: layers whose routed
+        experts are left out.
 
         Raises BundleError on missing or misshapen tensors, BackendError when memory is short.
         """
@@ -130,6 +141,7 @@ class ResidentWeights:
         try:
             self.model = self._describe()
             self._load()
+            self._keep_rows_exact(rows)
         except BaseException:
             self.close()
             raise
@@ -140,6 +152,14 @@ class ResidentWeights:
             self._device.ggml.ggml_backend_buffer_free(buffer)
         self._buffers.clear()
         self._context.close()
+
+    def _keep_rows_exact(self, check: RowCheck) -> None:
+        """Tell the matrices a verify multiplies by how to. Experts take rows one by one as it is,
+        and what MTP blocks compute is checked by the verify."""
+        for w in self.model.layers:
+            for weight in w.matrices:
+                weight.rows = check.weight(weight)
+        self.model.output.rows = check.weight(self.model.output)
 
     # --- describing ---
 

@@ -45,10 +45,9 @@ class Carry:
         self.y = inputs.new(TYPE_F32, width, chosen * total + EXACT_PAIRS)
 
     def save(self, g: Graph, h: Tensor, x: Tensor, weights: Tensor) -> None:
-        """Leave h, x {M, rows} and weights {K, rows} for the next graph."""
-        rows = h.ne[1]
+        """Leave x {M, rows}, weights {K, rows} and h {M, rows or more} for the next graph."""
         for target, value in ((self.h, h), (self.x, x), (self.weights, weights)):
-            g.copy_to(_first(g, target, rows), value)
+            g.copy_to(_first(g, target, value.ne[1]), value)
 
     def restore(self, g: Graph, rows: int) -> Tensor:
         """The residual stream {M, rows} after the experts."""
@@ -116,11 +115,16 @@ class SlotExperts:
         return list(dict.fromkeys(graphs))  # layers of one format share theirs
 
     def run(
-        self, layer: int, ids: NDArray[np.int32], meanwhile: Callable[[], None] | None = None
+        self,
+        layer: int,
+        ids: NDArray[np.int32],
+        few: int = 0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
-        """Compute every pair of ids i32 [rows, K] in `layer`; `meanwhile` is called once the source
-        knows what it is to read. Raises BackendError when the source gives slots that do not
-        exist or leaves an expert out, and whatever the source raises."""
+        """Compute every pair of ids i32 [rows, K] in `layer`, those of the first `few` rows in the
+        way of a short pass; `meanwhile` is called once the source knows what it is to read. Raises
+        BackendError when the source gives slots that do not exist or leaves an expert out, and
+        whatever the source raises."""
         chosen = ids.reshape(-1)
         total = self._config.n_routed_experts
         if chosen.min() < 0 or chosen.max() >= total:
@@ -130,8 +134,9 @@ class SlotExperts:
         slot_of = np.full(total, -1, np.int64)
         stacks = self._source.slots.tensors(layer)
         compute = self._in_pairs
-        if len(ids) > FEW_TOKENS and worthwhile(stacks):
+        if len(ids) - few > FEW_TOKENS and worthwhile(stacks):
             compute = self._one_by_one
+        first = few * ids.shape[1]  # pair of the rows after
         # Closed whatever happens: a pass that fails in between must not keep slots reserved.
         with closing(self._source.groups(layer, experts.astype(np.int64), counts)) as groups:
             for group in groups:
@@ -147,7 +152,9 @@ class SlotExperts:
                 slot_of[group.experts] = -1
                 pairs = np.flatnonzero(slots >= 0)
                 pairs = pairs[np.argsort(slots[pairs], kind="stable")]
-                compute(stacks, pairs, slots[pairs])
+                for part, way in ((pairs < first, self._in_pairs), (pairs >= first, compute)):
+                    if part.any():
+                        way(stacks, pairs[part], slots[pairs[part]])
                 left -= len(pairs)
         if left:
             raise BackendError(f"{left} pairs of layer {layer} were given no slot")
