@@ -424,7 +424,6 @@ import sys
 import tiny, tokenizers_made
 import mimo_edge.api
 from mimo_edge.chat_template import ChatTemplate
-from mimo_edge.engine import Engine
 from mimo_edge.model_source import Model
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.raw import PackedTensors
@@ -441,7 +440,7 @@ backend = Loud(PackedTensors.pack(tiny.random_weights(config), lambda name: "F32
                chunk=4096)
 model = Model("slow", backend, tokenizer, ChatTemplate(), frozenset())
 mimo_edge.api.open_model = lambda *args, **options: model
-Engine.__init__.__kwdefaults__["prefill_chunk"] = 4096
+mimo_edge.api.PREFILL_CHUNK = 4096
 from mimo_edge.cli.main import app
 app()
 """
@@ -451,7 +450,7 @@ def test_an_interrupt_during_a_long_computation(monkeypatch: pytest.MonkeyPatch)
     """Python's own handler runs when the computation is over, and then there would be a token."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
-    command = [sys.executable, "-c", LONG_COMMAND, "run", "x", "-p", "word " * 400, "--json"]
+    command = [sys.executable, "-c", LONG_COMMAND, "run", "x", "-p", "word " * 800, "--json"]
     code, out, err = interrupted(command, b"COMPUTES", delay_s=0.3)
     assert code == 130, err
     assert b"Traceback" not in err
