@@ -10,7 +10,7 @@ import tiny
 from fake_backend import FakeBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_api import END, runtime
+from scripted import END, runtime
 
 from mimo_edge.engine import Engine, Generation
 from mimo_edge.errors import UsageError
