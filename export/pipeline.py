@@ -31,7 +31,7 @@ from mimo_edge.export.checkpoint import Checkpoint
 from mimo_edge.export.job import PART, Export, Piece, Progress, prepare
 from mimo_edge.export.measured import Measured, measure
 from mimo_edge.export.pieces import Chunk, Computed, compute
-from mimo_edge.export.staging import check_target, clear, disk_error, open_staging, staging_of
+from mimo_edge.export.staging import check_target, clear, disk_error, open_staging, staging_of, tidy
 from mimo_edge.heat import expert_names
 from mimo_edge.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
 from mimo_edge.quant.imatrix import Imatrix
@@ -369,7 +369,7 @@ def publish(export: Export) -> None:
     export.folder.rename(target)
     _sync_folder(target.parent)
     export.close()
-    shutil.rmtree(export.staging)
+    tidy(export.staging)
 
 
 STAGES: tuple[Callable[[Export], None], ...] = (

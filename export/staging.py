@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import mimo_edge
-from mimo_edge.errors import ExportError
+from mimo_edge.errors import BundleError, ExportError
 from mimo_edge.export.job import PART, Export
 from mimo_edge.export.journal import NAME as JOURNAL_NAME
 from mimo_edge.export.journal import Journal
-from mimo_edge.manifest import MANIFEST_NAME
+from mimo_edge.manifest import MANIFEST_NAME, Manifest
 from mimo_edge.quant.imatrix import Imatrix
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def check_target(target: Path, overwrite: bool) -> bool:
         raise ExportError(
             f"{target} is a folder with other content, not a bundle", "choose another name"
         )
-    if occupied and not overwrite and not (staging_of(target) / JOURNAL_NAME).is_file():
+    if occupied and not overwrite and not staging_of(target).is_dir():
         raise ExportError(f"{target} exists", "choose another name or pass --overwrite")
     return occupied
 
@@ -67,13 +67,19 @@ def open_staging(export: Export, overwrite: bool) -> bool:
     if export.journal.job is None:
         clear(export.folder)
         if occupied and not overwrite:
+            # An export that may not overwrite begins where nothing is: this folder is what a run
+            # left that was killed at the very end of tidying up, or somebody's mistake.
+            export.close()
+            tidy(staging)
+            if _is_result(export):
+                return False
             raise ExportError(f"{target} exists", "choose another name or pass --overwrite")
         export.folder.mkdir()
         export.journal.begin(job)
     elif not export.folder.exists():
         # Renamed into place by a run that was killed before it could tidy up.
         export.close()
-        shutil.rmtree(staging)
+        tidy(staging)
         if not occupied:
             raise ExportError(f"the unfinished export in {staging} was damaged", "run it again")
         return False
@@ -92,6 +98,31 @@ def open_staging(export: Export, overwrite: bool) -> bool:
         export.fds.append(fd)
         os.ftruncate(fd, layout.size)
     return True
+
+
+def tidy(staging: Path) -> None:
+    """Remove the staging folder, its journal last: while there is anything, it says what for."""
+    for entry in staging.iterdir():
+        if entry.name == JOURNAL_NAME:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (staging / JOURNAL_NAME).unlink(missing_ok=True)
+    staging.rmdir()
+
+
+def _is_result(export: Export) -> bool:
+    """Whether the bundle in place is of the same source in the same recipe."""
+    try:
+        manifest = Manifest.read(export.target)
+    except BundleError:
+        return False
+    return (manifest.source_index_sha256, manifest.recipe) == (
+        export.source.index_sha256,
+        export.recipe.to_dict(),
+    )
 
 
 def _job(export: Export) -> dict[str, Any]:
