@@ -1,9 +1,10 @@
 """Evaluate an exported checkpoint: exact match by language and domain, acceptance, expert use.
 
-    python training/report.py CHECKPOINT [--float RUN/latest.pt] [--json OUT]
+    python training/report.py CHECKPOINT [--float RUN/latest.pt] [--json OUT] [--seed N]
 
 Reads the FP8 checkpoint as stored. With --float it also evaluates the unquantised weights of a run,
-and 4-bit experts (Q4_0 round trip of the stored weights) in every case.
+and 4-bit experts (Q4_0 round trip of the stored weights) in every case. With --seed the commands
+are another draw of the held-out phrasings and values, without those of the committed set.
 """
 
 from __future__ import annotations
@@ -47,11 +48,15 @@ def main() -> None:
     ap.add_argument("checkpoint", type=Path)
     ap.add_argument("--float", type=Path, dest="floating")
     ap.add_argument("--json", type=Path)
+    ap.add_argument("--seed", type=int)
     ap.add_argument("--threads", type=int, default=2)
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
     tok = Tokenizer.from_file(str(a.checkpoint / "tokenizer.json"))
     records = grammar.held_out()
+    if a.seed is not None:
+        known = {r["text"].lower() for r in records}
+        records = [r for r in grammar.build_held_out(a.seed) if r["text"].lower() not in known]
     results: dict[str, dict[str, Any]] = {}
     model = load.load(a.checkpoint)
     results["fp8"] = evaluate.evaluate(model, tok, records, bf16=False)
