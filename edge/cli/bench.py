@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mimo_edge.cli.options import BackendName, Profile
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import parse_draft
 from mimo_edge.errors import UsageError
@@ -69,10 +70,8 @@ def bench(
     context: Annotated[
         int | None, typer.Option(help="Most tokens of the conversation; what a case needs.")
     ] = None,
-    profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
-    backend: Annotated[
-        str, typer.Option(help="ggml, reference, or auto: ggml for bundles and GGUF files.")
-    ] = "auto",
+    profile: Profile = None,
+    backend: BackendName = "auto",
     kv_type: Annotated[
         str | None, typer.Option(help="KV cache of both engines: f16 (default), q8_0 or f32.")
     ] = None,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mimo_edge.cli.options import BackendName, Threads
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import parse_draft
 
@@ -41,10 +42,8 @@ def evaluate(
         str | None,
         typer.Option(help="Tokens drafted per step: 0, 1, 2, 3 or auto; as many as it can."),
     ] = None,
-    backend: Annotated[
-        str, typer.Option(help="ggml, reference, or auto: ggml for bundles and GGUF files.")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads of the computation.")] = None,
+    backend: BackendName = "auto",
+    threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show every wrong answer.")

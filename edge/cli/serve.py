@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mimo_edge.cli.options import BackendName, Draft, KvType, Pin, Profile, Ram, Threads
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import BUILT_IN, parse_draft
 from mimo_edge.errors import UsageError
@@ -56,22 +57,14 @@ def serve(
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Longest prompt (the context).")
     ] = None,
-    draft: Annotated[
-        str, typer.Option(help="Tokens drafted per step: 0, 1, 2, 3 or auto.")
-    ] = "auto",
+    draft: Draft = "auto",
     context: Annotated[int | None, typer.Option(help="Most tokens of a conversation.")] = None,
-    ram: Annotated[str | None, typer.Option(help='Bound on memory, as "900MiB".')] = None,
-    profile: Annotated[str | None, typer.Option(help="Device profile.")] = None,
-    backend: Annotated[
-        str, typer.Option(help="ggml, reference, or auto: ggml for bundles and GGUF files.")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads of the computation.")] = None,
-    kv_type: Annotated[
-        str | None, typer.Option(help="KV cache of the ggml backend: f16 (default), q8_0 or f32.")
-    ] = None,
-    pin: Annotated[
-        int, typer.Option(help="Hottest experts of every layer that always stay in memory.")
-    ] = 0,
+    ram: Ram = None,
+    profile: Profile = None,
+    backend: BackendName = "auto",
+    threads: Threads = None,
+    kv_type: KvType = None,
+    pin: Pin = 0,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object once it listens.")
     ] = False,
