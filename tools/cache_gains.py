@@ -28,12 +28,12 @@ from typing import Literal
 
 import numpy as np
 from simulate_policies import export_nano, nano_session
-from tables import Deadline, add_minutes, markdown, show, write_section
+from tables import Deadline, add_minutes, command, markdown, show, write_section
 
 from mimo_edge.api import Runtime
 from mimo_edge.bundle import Bundle
 from mimo_edge.chat_template import ChatTemplate
-from mimo_edge.errors import MimoEdgeError, UsageError
+from mimo_edge.errors import UsageError
 from mimo_edge.experts.stats import CacheStats
 from mimo_edge.experts.table import ExpertTable
 from mimo_edge.model_source import Model, open_tokenizer
@@ -245,24 +245,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = arguments(argv)
-        numbers = spread(range(len(nano.held_out())), args.answers)
-        with tempfile.TemporaryDirectory() as made:
-            path = args.model or export_nano(Path(made))
-            text = ""
-            if args.part != "prefetch":
-                text += f"First answers:\n\n{start_table(args, path, numbers)}\n"
-            if args.part != "start":
-                text += f"Speculative reads:\n\n{prefetch_table(args, path, numbers)}"
-        if args.write:
-            write_section("cache gains", text, "What heat and guesses gain")
-        print(text)
-    except MimoEdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    numbers = spread(range(len(nano.held_out())), args.answers)
+    with tempfile.TemporaryDirectory() as made:
+        path = args.model or export_nano(Path(made))
+        text = ""
+        if args.part != "prefetch":
+            text += f"First answers:\n\n{start_table(args, path, numbers)}\n"
+        if args.part != "start":
+            text += f"Speculative reads:\n\n{prefetch_table(args, path, numbers)}"
+    if args.write:
+        write_section("cache gains", text, "What heat and guesses gain")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from make_random_model import scaled_config, tiny_config, write_model
-from tables import Deadline, Rows, add_minutes, markdown, write_section
+from tables import Deadline, Rows, add_minutes, command, markdown, write_section
 
 from mimo_edge.bench.cases import Case, Settings
 from mimo_edge.bench.results import Row
@@ -33,7 +33,7 @@ from mimo_edge.bench.session import Bench
 from mimo_edge.budget import plan
 from mimo_edge.bundle import Bundle
 from mimo_edge.config import MimoConfig
-from mimo_edge.errors import BackendError, DeviceError, MimoEdgeError, UsageError
+from mimo_edge.errors import BackendError, DeviceError, UsageError
 from mimo_edge.machine import usable_cores
 from mimo_edge.units import format_bytes
 
@@ -199,7 +199,8 @@ def measure(setup: Setup, parts: Sequence[str]) -> str:
     return "\n".join(texts)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--folder", type=Path, required=True, help="for models and rows")
     parser.add_argument("--part", choices=PARTS, action="append", help="one table; all of them")
@@ -210,20 +211,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
     add_minutes(parser, 6)
     args = parser.parse_args(argv)
-    try:
-        if args.tokens < 1:
-            raise UsageError(f"--tokens {args.tokens}", "use 1 or more")
-        setup = Setup(
-            args.folder, args.tokens, args.repetitions, args.minutes, args.threads, args.tiny
-        )
-        text = measure(setup, [part for part in PARTS if part in (args.part or PARTS)])
-        if args.write:
-            write_section("growth", text, "How cost grows")
-        print(text)
-    except MimoEdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    if args.tokens < 1:
+        raise UsageError(f"--tokens {args.tokens}", "use 1 or more")
+    setup = Setup(args.folder, args.tokens, args.repetitions, args.minutes, args.threads, args.tiny)
+    text = measure(setup, [part for part in PARTS if part in (args.part or PARTS)])
+    if args.write:
+        write_section("growth", text, "How cost grows")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ from typing import Any
 import numpy as np
 from make_random_model import scaled_config, write_model
 from simulate_policies import export_nano
-from tables import Deadline, add_minutes, markdown, show, write_section
+from tables import Deadline, add_minutes, command, markdown, show, write_section
 
 from mimo_edge.api import Runtime, Session
 from mimo_edge.budget import resident_bytes
 from mimo_edge.config import MimoConfig
-from mimo_edge.errors import MimoEdgeError, UsageError
+from mimo_edge.errors import UsageError
 from mimo_edge.evaluate import evaluate_commands
 from mimo_edge.gguf_file import GgufFile
 from mimo_edge.kv_format import KV_FORMATS
@@ -305,22 +305,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = arguments(argv)
-        with tempfile.TemporaryDirectory() as made:
-            folder = made if args.models is None else args.models
-            parts = {"growth": growth, "quality": quality, "sliding": sliding_memory}
-            text = "\n".join(
-                parts[part](args, Path(folder)) for part in parts if part in (args.part or parts)
-            )
-        if args.write:
-            write_section("kv growth", text, "KV cache and attention by context")
-        print(text)
-    except MimoEdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    with tempfile.TemporaryDirectory() as made:
+        folder = made if args.models is None else args.models
+        parts = {"growth": growth, "quality": quality, "sliding": sliding_memory}
+        text = "\n".join(
+            parts[part](args, Path(folder)) for part in parts if part in (args.part or parts)
+        )
+    if args.write:
+        write_section("kv growth", text, "KV cache and attention by context")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tables import DOCUMENT, markdown, write_section
+from tables import DOCUMENT, command, markdown, write_section
 
 from mimo_edge.api import Runtime, Session
 from mimo_edge.bundle import Bundle
-from mimo_edge.errors import MimoEdgeError, UsageError
+from mimo_edge.errors import UsageError
 from mimo_edge.experts.simulate import (
     POLICIES,
     Replay,
@@ -186,47 +186,43 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    try:
-        traces = {path.name: read_trace(path) for path in args.traces}
-        heat: Heat | None = None
-        if args.nano:
-            with tempfile.TemporaryDirectory() as folder:
-                whole, heat = record_nano(Path(folder), args.commands)
-            traces["mimo-nano, answers"] = whole.only(Phase.DECODE)
-        if args.synthetic:
-            traces |= synthetic(args.layers, args.experts, args.chosen, args.tokens)
-        if not traces:
-            raise UsageError("no trace to replay", "name files, or use --nano or --synthetic")
-        results: dict[str, list[list[Replay]]] = {}
-        for name, trace in traces.items():
-            slots = slots_of_shares(trace, SHARES)
-            results[name] = compare(trace, slots, list(POLICIES), skip=len(trace.routes) // 3)
-        if args.json:
-            collected: dict[str, Any] = {
-                name: [result.to_dict() for row in rows for result in row]
-                for name, rows in results.items()
-            }
-            print(json.dumps(collected))
-            return 0
-        text = policy_table(traces, results)
-        if heat is not None:
-            text += (
-                "\nmimo-nano from an empty cache, hit rate in % up to token "
-                f"{START_TOKENS} of an answer:\n\n{start_table(whole, heat)}"
-            )
+    traces = {path.name: read_trace(path) for path in args.traces}
+    heat: Heat | None = None
+    if args.nano:
+        with tempfile.TemporaryDirectory() as folder:
+            whole, heat = record_nano(Path(folder), args.commands)
+        traces["mimo-nano, answers"] = whole.only(Phase.DECODE)
+    if args.synthetic:
+        traces |= synthetic(args.layers, args.experts, args.chosen, args.tokens)
+    if not traces:
+        raise UsageError("no trace to replay", "name files, or use --nano or --synthetic")
+    results: dict[str, list[list[Replay]]] = {}
+    for name, trace in traces.items():
+        slots = slots_of_shares(trace, SHARES)
+        results[name] = compare(trace, slots, list(POLICIES), skip=len(trace.routes) // 3)
+    if args.json:
+        collected: dict[str, Any] = {
+            name: [result.to_dict() for row in rows for result in row]
+            for name, rows in results.items()
+        }
+        print(json.dumps(collected))
+        return
+    text = policy_table(traces, results)
+    if heat is not None:
         text += (
-            "\nSpeculative prefetch, replayed (up to 2 experts the next layer used last time, read "
-            f"while this layer runs):\n\n{prefetch_table(traces)}"
+            "\nmimo-nano from an empty cache, hit rate in % up to token "
+            f"{START_TOKENS} of an answer:\n\n{start_table(whole, heat)}"
         )
-        if args.write:
-            write_section("policies", text)
-        print(text)
-    except MimoEdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    text += (
+        "\nSpeculative prefetch, replayed (up to 2 experts the next layer used last time, read "
+        f"while this layer runs):\n\n{prefetch_table(traces)}"
+    )
+    if args.write:
+        write_section("policies", text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 
-from mimo_edge.errors import UsageError
+from mimo_edge.errors import MimoEdgeError, UsageError
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 
@@ -39,6 +40,21 @@ def write_section(name: str, text: str, heading: str | None = None) -> None:
     before, _, rest = document.partition(begin)
     after = rest.partition(end)[2]
     DOCUMENT.write_text(f"{before}{begin}\n{text}{end}{after}", "utf-8")
+
+
+def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
+    """A tool's `main` with an exit status: an error of ours is one line on standard error."""
+
+    @wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            main(argv)
+        except MimoEdgeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        return 0
+
+    return run
 
 
 class Deadline:
