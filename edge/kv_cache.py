@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
+from mimo_edge.runtimes.base import VERIFY_ROWS
 
 F32 = NDArray[np.float32]
 Positions = NDArray[np.int64]
@@ -231,7 +232,7 @@ class ModelCache:
     known how many stay (drafts + 1); at least the last q - 1 can be undone.
     """
 
-    def __init__(self, config: MimoConfig, context: int, verify_rows: int = 4) -> None:
+    def __init__(self, config: MimoConfig, context: int, verify_rows: int = VERIFY_ROWS) -> None:
         if context < 1 or verify_rows < 1:
             raise UsageError(
                 f"a cache of {context} tokens and {verify_rows} verify rows", "both start at 1"

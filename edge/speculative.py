@@ -19,11 +19,11 @@ import numpy as np
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
-from mimo_edge.runtimes.base import F32, Backend, Cache
+from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache
 
 DraftSetting = int | Literal["auto"]
 
-MAX_DRAFT = 3
+MAX_DRAFT = VERIFY_ROWS - 1
 # Rows of H kept behind the window: a commit leaves up to MAX_DRAFT stale rows to write again,
 # and a later turn may roll back as many.
 _SPARE_ROWS = MAX_DRAFT + 1

@@ -41,7 +41,7 @@ from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.model_source import Model, open_model
 from mimo_edge.nano import commands as nano
 from mimo_edge.quant.recipe import Recipe
-from mimo_edge.runtimes.base import F32, Backend, Cache, ForwardResult, TokenIds
+from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache, ForwardResult, TokenIds
 from mimo_edge.suites import spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ class Recorder:
         self.texts: dict[bytes, F32] = {}
         self._backend = backend
 
-    def new_cache(self, context: int, verify_rows: int = 4) -> Cache:
+    def new_cache(self, context: int, verify_rows: int = VERIFY_ROWS) -> Cache:
         """A cache of the model itself."""
         return self._backend.new_cache(context, verify_rows)
 
@@ -154,7 +154,7 @@ class Remembered:
         self._logits: F32 = np.load(folder / "logits.npy", mmap_mode="r")
         self._places: dict[str, int] = json.loads((folder / "places.json").read_text("utf-8"))
 
-    def new_cache(self, context: int, verify_rows: int = 4) -> Cache:
+    def new_cache(self, context: int, verify_rows: int = VERIFY_ROWS) -> Cache:
         """A cache without rows."""
         return _NoRows()
 
