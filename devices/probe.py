@@ -7,22 +7,20 @@ What was measured becomes a profile (`DeviceProfile.to_toml`).
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mimo_edge import machine
+from mimo_edge.bench.engine_cost import engine_cost
 from mimo_edge.bench.flash_rate import measure_reads
-from mimo_edge.devices.profile import ANY, DeviceProfile, build
+from mimo_edge.devices.profile import ANY, DeviceProfile, KernelRate, build
+from mimo_edge.devices.scratch import ScratchFile, scratch_file, scratch_folder
 from mimo_edge.devices.this_machine import known_figures, title
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
-from mimo_edge.flash_file import FlashFile
 from mimo_edge.quant.base import FORMATS, Format
 from mimo_edge.units import format_bytes, round_up
 
@@ -37,20 +35,19 @@ DEFAULT_FILE_BYTES = 256 << 20
 READ_BYTES = 512 << 20  # at most, for one figure
 DEFAULT_SECONDS = 30.0
 KERNEL_ROWS = (1, 4, 32)
+KERNELS = tuple(f.name for f in fields(KernelRate))
 _POOL_BYTES = 256 << 20  # of matrices, larger than any processor's own caches should be
 _POOL_SHARE = 8  # an eighth of the free memory at most
 _LEAST_POOL_BYTES = 16 << 20
 _UNIT = 64 << 10  # the largest alignment that direct reads ask for
-_ROOM = 4  # times the file must be free: a full disk hurts others
 _LEAST_FILE_BYTES = 1 << 20
-_WRITE_BYTES = 1 << 20
 # Between the times of reads of neighbouring sizes: more than rates lose when they are written down.
 _STEP = 1.001
 # Formats whose kernels are measured, and those whose products show the memory's rate.
 KERNEL_FORMATS = tuple(name for name in FORMATS if name != "F32")
 _MEMORY_FORMATS = ("Q8_0", "F16", "Q4_0")
-# Shares of the time: reads, memory, kernels.
-_READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _NODE_SHARE = 0.4, 0.1, 0.4, 0.02
+# Shares of the time.
+_READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _ENGINE_SHARE = 0.35, 0.1, 0.35, 0.2
 
 
 @dataclass(frozen=True)
@@ -125,9 +122,13 @@ def probe(
     pool = _pool_bytes()
     kinds = [FORMATS[name] for name in KERNEL_FORMATS]
     steps = _Steps(progress, len(_read_plan(record_bytes)) + len(_MEMORY_FORMATS) + len(kinds) + 1)
-    with _scratch_file(folder, file_bytes) as path:
-        direct, buffered, works = _reads(path, record_bytes, seconds * _READ_SHARE, steps)
-    memory, kernels, node_s = _kernels(count, kinds, pool, seconds, steps)
+    with scratch_file(folder, file_bytes) as scratch:
+        works = scratch.direct_works
+        direct, buffered = _reads(scratch, record_bytes, seconds * _READ_SHARE, steps)
+    memory, kernels = _kernels(count, kinds, pool, seconds, steps)
+    steps.next()
+    with scratch_folder(folder) as place:
+        engine = engine_cost(place, count, seconds * _ENGINE_SHARE)
     figures = known_figures(folder)
     note = f"mimo-edge probe, {time.strftime('%Y-%m-%d')}"
 
@@ -147,14 +148,16 @@ def probe(
             {
                 name: {
                     key: f"{rate / 1e9:.4g} GMAC/s"
-                    for key, rate in zip(("row", "rows4", "batch"), found, strict=True)
+                    for key, rate in zip(KERNELS, found, strict=True)
                 }
                 for name, found in {ANY: kernels["Q4_0"], **kernels}.items()
             },
-            f"1, 4 and 32 rows, weights in the caches, {count} threads; any is Q4_0",
+            f"1, 4 and 32 rows, weights in the caches, {count} threads; stored: 32 rows, weights "
+            "in the order of the file; any is Q4_0",
         ),
-        "cpu.node_overhead": measured(
-            f"{node_s * 1e6:.4g} us", f"a chain of additions of 32 numbers, {count} threads"
+        "cpu.engine": measured(
+            {name: f"{cost * 1e6:.4g} us" for name, cost in asdict(engine).items()},
+            f"decoding with models of next to no weights, {count} threads",
         ),
         "storage.lanes": measured(DEFAULT_LANES, "what the runtime reads with"),
         "storage.reads": measured(
@@ -204,45 +207,6 @@ def _pool_bytes() -> int:
 # --- flash -------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _scratch_file(folder: Path, nbytes: int) -> Iterator[Path]:
-    """A file of random bytes in `folder`, on disk and out of the page cache; removed at the end.
-
-    Raises DeviceError without room for several of it, or when it cannot be written.
-    """
-    path = folder / f".mimo-edge-probe-{os.getpid()}"
-    made = False
-    try:
-        free = shutil.disk_usage(folder).free
-        if free < _ROOM * nbytes:
-            raise DeviceError(
-                f"{format_bytes(free)} are free in {folder}, a file of {format_bytes(nbytes)} "
-                f"wants {format_bytes(_ROOM * nbytes)}",
-                "name another --dir, or a smaller --file-size",
-            )
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        made = True
-        try:
-            left = nbytes
-            while left:
-                # not the same bytes again: some disks store those once
-                left -= os.write(fd, os.urandom(min(_WRITE_BYTES, left)))
-            os.fsync(fd)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
-        yield path
-    except OSError as error:
-        raise DeviceError(
-            f"{folder} cannot be measured: {error.strerror}", "name another --dir"
-        ) from error
-    finally:
-        if made:
-            with suppress(OSError):
-                path.unlink()
-
-
 def _read_plan(record_bytes: int) -> list[tuple[bool, int, int]]:
     """(direct, block, lanes) of every measurement: the record with all lanes, by both ways, and
     other sizes with the lanes the runtime uses."""
@@ -256,29 +220,23 @@ def _read_plan(record_bytes: int) -> list[tuple[bool, int, int]]:
 
 
 def _reads(
-    path: Path, record_bytes: int, seconds: float, steps: _Steps
-) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float], bool]:
-    """Rates of direct and buffered reads, and whether direct ones are to be had."""
+    scratch: ScratchFile, record_bytes: int, seconds: float, steps: _Steps
+) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
+    """Rates of direct and buffered reads."""
     plan = _read_plan(record_bytes)
     found: tuple[dict[tuple[int, int], float], ...] = ({}, {})
-    files = [FlashFile(path, announce=False), FlashFile(path, direct=False, announce=False)]
-    works = files[0].alignment > 0
-    try:
-        for direct, block, lanes in plan:
-            steps.next()
-            if direct and not works:
-                direct = False  # then other sizes are of interest that way
-            if block > files[0].size or (block, lanes) in found[not direct]:
-                continue
-            file = files[not direct]
-            places = [(file, at) for at in range(0, file.size - block + 1, _UNIT)]
-            found[not direct][block, lanes] = measure_reads(
-                places, block, lanes, seconds / len(plan), READ_BYTES
-            )
-    finally:
-        for file in files:
-            file.close()
-    return found[0], found[1], works
+    for direct, block, lanes in plan:
+        steps.next()
+        # Where direct reads are not to be had, other sizes are of interest the other way.
+        direct = direct and scratch.direct_works
+        file = scratch.direct if direct else scratch.buffered
+        if block > file.size or (block, lanes) in found[not direct]:
+            continue
+        places = [(file, at) for at in range(0, file.size - block + 1, _UNIT)]
+        found[not direct][block, lanes] = measure_reads(
+            places, block, lanes, seconds / len(plan), READ_BYTES
+        )
+    return found[0], found[1]
 
 
 def _rising(blocks: Sequence[int], rates: dict[tuple[int, int], float]) -> list[dict[str, str]]:
@@ -296,11 +254,11 @@ def _rising(blocks: Sequence[int], rates: dict[tuple[int, int], float]) -> list[
 
 def _kernels(
     threads: int, kinds: Sequence[Format], pool: int, seconds: float, steps: _Steps
-) -> tuple[dict[str, float], dict[str, list[float]], float]:
-    """Memory rate by format, multiply-adds per second with 1, 4 and 32 rows by format, and the
-    seconds an operation of a graph takes to start."""
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Memory rate by format, and multiply-adds per second by format: with 1, 4 and 32 rows, and
+    with 32 rows and weights in the order of the file."""
     from mimo_edge.runtimes.ggml.device import Device
-    from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rate, node_seconds
+    from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rate
 
     device = Device(threads)
     try:
@@ -312,9 +270,11 @@ def _kernels(
         kernels = {}
         for fmt in kinds:
             steps.next()
-            each = seconds * _KERNEL_SHARE / len(kinds) / len(KERNEL_ROWS)
-            kernels[fmt.name] = kernel_rates(device, fmt, KERNEL_ROWS, each)
-        steps.next()
-        return memory, kernels, node_seconds(device, seconds * _NODE_SHARE)
+            each = seconds * _KERNEL_SHARE / len(kinds) / len(KERNELS)
+            kernels[fmt.name] = [
+                *kernel_rates(device, fmt, KERNEL_ROWS, each),
+                *kernel_rates(device, fmt, KERNEL_ROWS[-1:], each, reorder=False),
+            ]
+        return memory, kernels
     finally:
         device.close()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mimo_edge.config import MimoConfig
     from mimo_edge.errors import MimoEdgeError
     from mimo_edge.export.pipeline import export_bundle
+    from mimo_edge.governor import Sensors, SystemSensors
     from mimo_edge.planner import Plan, plan
     from mimo_edge.tool_functions import Tool, tool
 
@@ -31,7 +32,9 @@ _PUBLIC = {
     "Plan": "mimo_edge.planner",
     "Reply": "mimo_edge.api",
     "Runtime": "mimo_edge.api",
+    "Sensors": "mimo_edge.governor",
     "Session": "mimo_edge.api",
+    "SystemSensors": "mimo_edge.governor",
     "Tool": "mimo_edge.tool_functions",
     "export_bundle": "mimo_edge.export.pipeline",
     "plan": "mimo_edge.planner",
@@ -48,7 +51,9 @@ __all__ = [
     "Plan",
     "Reply",
     "Runtime",
+    "Sensors",
     "Session",
+    "SystemSensors",
     "Tool",
     "__version__",
     "export_bundle",

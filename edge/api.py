@@ -12,8 +12,18 @@ One session serves one generation at a time.
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
@@ -25,13 +35,16 @@ from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
 from mimo_edge.engine import PREFILL_CHUNK, Engine, Generation, GenerationStats, token_list
 from mimo_edge.errors import ContextLengthError, TokenizerError, UsageError
+from mimo_edge.governor.events import EventLog
+from mimo_edge.governor.limits import Limits
+from mimo_edge.governor.slots import SlotShares
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
 from mimo_edge.machine import peak_rss_bytes, usable_cores
 from mimo_edge.model_source import Model, open_model
-from mimo_edge.runtimes.base import F32
+from mimo_edge.runtimes.base import F32, ThreadedBackend
 from mimo_edge.sampling import Mask, Sampler, SamplingParams
 from mimo_edge.sequence_pool import SequencePool
-from mimo_edge.speculative import DraftSetting
+from mimo_edge.speculative import DraftSetting, max_draft
 from mimo_edge.tokenizer import Tokenizer, check_unicode
 from mimo_edge.tool_calls import Malformed, ToolCall, tool_schemas
 from mimo_edge.tool_functions import Tool
@@ -40,6 +53,8 @@ from mimo_edge.units import parse_bytes
 if TYPE_CHECKING:
     # A tenth of the time to start, and only `astream` needs it.
     import asyncio
+
+    from mimo_edge.governor import Governor, Sensors
 
 FinishReason = Literal["stop", "length", "tool_calls", "repetition", "cancelled"]
 DEFAULT_CONTEXT = 4096
@@ -113,7 +128,14 @@ class _Totals:
 class Runtime:
     """One loaded model. Open with `Runtime.open`; a context manager; `close` may be repeated."""
 
-    def __init__(self, model: Model, context: int, draft: DraftSetting = "auto") -> None:
+    def __init__(
+        self,
+        model: Model,
+        context: int,
+        draft: DraftSetting = "auto",
+        limits: Limits | None = None,
+        sensors: Sensors | None = None,
+    ) -> None:
         self._model = model
         chunk = PREFILL_CHUNK if model.budget is None else model.budget.chunk
         self._engine = Engine(model.backend, context, draft, prefill_chunk=chunk, trace=model.trace)
@@ -123,6 +145,35 @@ class Runtime:
         self._banned: Mask | None = None
         if model.tokenizer is not None:
             self._banned = model.tokenizer.padding_mask(model.backend.config.vocab_size)
+        self._pools: weakref.WeakSet[SequencePool] = weakref.WeakSet()
+        self._events = EventLog()
+        self._slots = None if model.experts is None else SlotShares(model.experts)
+        self._governor: Governor | None = None
+        if limits is not None:
+            self._govern(limits, sensors)
+
+    def _govern(self, limits: Limits, sensors: Sensors | None) -> None:
+        from mimo_edge.governor import Governor, SystemSensors
+
+        engine, backend, experts = self._engine, self._model.backend, self._model.experts
+
+        def limit_drafts(count: int) -> None:
+            engine.draft_limit = count
+
+        drafts = max_draft(backend.config) if engine.draft == "auto" else engine.draft
+        self._governor = Governor(
+            limits,
+            SystemSensors(limits.zones) if sensors is None else sensors,
+            self._events,
+            threads=backend if isinstance(backend, ThreadedBackend) else None,
+            drafts=drafts,
+            limit_drafts=limit_drafts,
+            slots=self._slots,
+            drop_idle=partial(_release_idle, self._pools, 1.0),
+        )
+        engine.between_tokens = self._governor.between_tokens
+        if experts is not None:
+            experts.between_layers = self._governor.between_layers
 
     @classmethod
     def open(
@@ -137,6 +188,7 @@ class Runtime:
         kv_type: str | None = None,
         pin: int = 0,
         trace: str | Path | None = None,
+        governor: bool | Sensors | None = None,
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
 
@@ -150,7 +202,11 @@ class Runtime:
         layers on the ggml backend: "f16" (default), "q8_0" (about half), "f32". `pin` hottest
         experts of every layer, by the bundle's heat, are never given up when experts come from
         flash. `trace` is a file for the experts every layer chooses for every token (`mimo-edge
-        trace` reads it). "mimo-nano" is the built-in model. Raises a MimoEdgeError: BundleError,
+        trace` reads it). "mimo-nano" is the built-in model. `governor`: whether to use fewer
+        threads and drafts when the device is hot or its battery low, and to give expert slots and
+        idle caches back when memory is short, by the profile's limits; on when a profile is given,
+        with True also without one (by those of "auto"), and with an object that reads sensors
+        instead of the system's (`mimo_edge.Sensors`). Raises a MimoEdgeError: BundleError,
         CheckpointError, DeviceError when the model does not fit `ram`, BackendError, UsageError.
         """
         limit = None if ram is None else parse_bytes(ram)
@@ -159,6 +215,7 @@ class Runtime:
         ):
             raise UsageError(f"context = {context!r}", "use 1 or more")
         usual_context, prefer_kv_type = DEFAULT_CONTEXT, DEFAULT_KV_TYPE
+        limits = _limits(profile, governor)
         if profile is not None:
             from mimo_edge.devices.profile import load_profile
 
@@ -182,7 +239,9 @@ class Runtime:
         )
         positions = model.backend.config.max_position_embeddings
         try:
-            return cls(model, min(usual_context, positions) if context is None else context, draft)
+            length = min(usual_context, positions) if context is None else context
+            sensors = None if governor is None or isinstance(governor, bool) else governor
+            return cls(model, length, draft, limits, sensors)
         except BaseException:
             model.backend.close()
             if model.trace is not None:
@@ -248,7 +307,9 @@ class Runtime:
                 f"of {self.context} tokens",
                 "ask for fewer, use a smaller context or a larger ram",
             )
-        return SequencePool(self._engine, most)
+        pool = SequencePool(self._engine, most)
+        self._pools.add(pool)
+        return pool
 
     @property
     def planned_conversations(self) -> int | None:
@@ -296,6 +357,8 @@ class Runtime:
             "peak_rss_bytes": peak_rss_bytes(),
             "budget": None if self._model.budget is None else self._model.budget.to_dict(),
             "experts": self._expert_stats(totals),
+            "governor": None if self._governor is None else self._governor.to_dict(),
+            "events": self._events.to_dict(),
         }
 
     def _expert_stats(self, totals: _Totals) -> dict[str, Any] | None:
@@ -322,11 +385,13 @@ class Runtime:
         """Give memory back while the system is short of it; from any thread.
 
         `fraction` of the expert slots that were planned, from 0 to 1, is released; what a token
-        needs at least stays. 0 takes everything into use again and reads hot experts anew in the
-        background. A running answer goes on with the same tokens, more slowly: slots go between
-        two of its layers, `timeout` seconds is the most this waits for that. Returns the bytes
-        released by this call. A resident model has nothing to give, every token needs all of it:
-        it returns 0. Raises UsageError for other fractions or a closed runtime.
+        needs at least stays. The same share of idle conversations in `sequence_pool`s goes, those
+        idle longest first. 0 takes all slots into use again and reads hot experts anew in the
+        background; until then a governor does not take them either. A running answer goes on with
+        the same tokens, more slowly: slots go between two of its layers, `timeout` seconds is the
+        most this waits for that. Returns the bytes released by this call. Weights of a resident
+        model all stay, every token needs all of them. Raises UsageError for other fractions or a
+        closed runtime.
         """
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
             raise UsageError(f"trim({fraction!r})", "give the share to release, from 0 to 1")
@@ -335,8 +400,17 @@ class Runtime:
         if not 0 <= timeout < threading.TIMEOUT_MAX:
             raise UsageError(f"timeout = {timeout!r} seconds", "use 0 or more")
         self._engine.check_open()
-        experts = self._model.experts
-        return 0 if experts is None else experts.trim(fraction, timeout)
+        freed = _release_idle(self._pools, fraction)
+        slots = before = 0
+        if self._slots is not None:
+            before = self._slots.count
+            released = round(fraction * self._slots.planned)
+            freed += self._slots.set("application", released, timeout)
+            slots = self._slots.count
+        if freed or slots != before:
+            action = f"expert slots {before} -> {slots}, {freed} bytes given back"
+            self._events.add("application", action, f"trim({fraction:g})", relief=slots > before)
+        return freed
 
     def memory_plan(self) -> list[str]:
         """The memory budget as lines of text; empty when the backend does not plan."""
@@ -616,6 +690,20 @@ class Session:
             raise UsageError(
                 "this session is generating in another thread", "cancel it or use another session"
             ) from None
+
+
+def _limits(profile: str | None, governor: bool | Sensors | None) -> Limits | None:
+    """From which readings on a governor acts; None without one."""
+    if governor is False or (governor is None and profile is None):
+        return None
+    from mimo_edge.devices.profile import AUTO, load_profile
+
+    return Limits.of(load_profile(AUTO if profile is None else profile))
+
+
+def _release_idle(pools: Iterable[SequencePool], share: float) -> int:
+    """Forget that share of idle conversations; bytes of their caches."""
+    return sum(pool.release(share) for pool in list(pools))
 
 
 def _piece(part: Fragment, token_ids: Sequence[int], reason: FinishReason | None) -> Piece:

@@ -122,6 +122,11 @@ class Engine:
         self._trace = trace
         # Shared by all sequences: what drafting costs and brings need not be learnt by each.
         self._auto = AdaptivePolicy(max_draft(backend.config), CostTable())
+        self.between_tokens: Callable[[], None] = _nothing
+        """Called before every step and prompt chunk, while nothing computes: it may change what
+        the backend uses. Whatever it raises ends the generation."""
+        self.draft_limit = MAX_DRAFT
+        """Most drafts of a step, whatever is set or chosen."""
         # A backend takes one call at a time: threads queue here between steps.
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -258,6 +263,10 @@ def token_list(token_ids: Ids[int]) -> list[int]:
         return [operator.index(token) for token in token_ids]
     except TypeError as error:
         raise UsageError(f"token ids are a flat list of whole numbers: {error}") from None
+
+
+def _nothing() -> None:
+    return None
 
 
 def _is_count(value: object) -> bool:
@@ -463,6 +472,7 @@ class Generation:
             check_cancel(self._cancel)
             chunk = self._prompt[at : at + even_part(len(self._prompt) - at, engine.prefill_chunk)]
             with engine.turn(self._cancel):
+                engine.between_tokens()
                 start = engine.clock()
                 following = len(self._prompt) - at - len(chunk)
                 # The last layer of a chunk matters only where somebody looks at its rows.
@@ -484,9 +494,10 @@ class Generation:
         if self._max_tokens is not None:
             left = min(left, self._max_tokens - stats.tokens)
         with engine.turn(self._cancel):
+            engine.between_tokens()
             start = engine.clock()
             # More drafts than can still be used would only be thrown away.
-            want = min(self._policy.choose(), room, left - 1)
+            want = min(self._policy.choose(), room, left - 1, engine.draft_limit)
             drafts: list[int] = []
             steady = True
             if want > 0 and sequence.drafter is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,4 +153,18 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release everything held."""
+        ...
+
+
+@runtime_checkable
+class ThreadedBackend(Protocol):
+    """A backend whose number of threads can change between two passes."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        ...
+
+    def set_threads(self, count: int) -> None:
+        """Compute with `count` threads from the next pass on. Raises UsageError."""
         ...

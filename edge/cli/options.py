@@ -16,6 +16,13 @@ Threads = Annotated[int | None, typer.Option(help="Threads of the computation.")
 KvType = Annotated[
     str | None, typer.Option(help="KV cache of the ggml backend: f16 (default), q8_0 or f32.")
 ]
+Governor = Annotated[
+    bool | None,
+    typer.Option(
+        "--governor/--no-governor",
+        help="Use less when hot, on a low battery or short of memory; on with a profile.",
+    ),
+]
 Pin = Annotated[
     int, typer.Option(help="Hottest experts of every layer that always stay in memory.")
 ]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mimo_edge.cli.interrupts import ended_by_signals
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import DeviceError
 from mimo_edge.units import format_bytes, parse_bytes
@@ -52,14 +53,15 @@ def probe(
 
     out = Output(json=json)
     record = RECORD_BYTES if model is None else _record_bytes(model)
-    found = measure(
-        folder,
-        threads=threads,
-        record_bytes=record,
-        file_bytes=parse_bytes(file_size),
-        seconds=seconds,
-        progress=lambda stage, done, total: out.progress(stage, done, total, unit="count"),
-    )
+    with ended_by_signals():
+        found = measure(
+            folder,
+            threads=threads,
+            record_bytes=record,
+            file_bytes=parse_bytes(file_size),
+            seconds=seconds,
+            progress=lambda stage, done, total: out.progress(stage, done, total, unit="count"),
+        )
     path = measured_path() if output is None else output
     try:
         if output is None:
@@ -92,10 +94,16 @@ def probe(
     out.text("")
     out.table(
         [
-            [name.lower(), *(f"{rate / 1e9:.1f}" for rate in (k.row, k.rows4, k.batch))]
+            [name.lower(), *(f"{rate / 1e9:.1f}" for rate in (k.row, k.rows4, k.batch, k.stored))]
             for name, k in found.profile.kernels.items()
         ],
-        ["GMAC/s", "1 row", "4 rows", "32 rows"],
+        ["GMAC/s", "1 row", "4 rows", "32 rows", "as stored"],
+    )
+    cost = found.profile.engine
+    out.text(
+        f"\nengine      {cost.step * 1e3:.2f} ms a step, {cost.layer * 1e6:.0f} us a layer "
+        f"({cost.layer4 * 1e6:.0f} verifying), {cost.streamed * 1e6:.0f} us a streamed one "
+        f"({cost.streamed4 * 1e6:.0f}), {cost.draft * 1e3:.2f} ms a draft"
     )
     out.text("")
     out.text(f"{path} after {found.seconds:.0f} s")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mimo_edge.cli.interrupts import Interrupts, cancelled_by_interrupts
-from mimo_edge.cli.options import BackendName, Draft, KvType, Pin, Profile, Ram, Threads
+from mimo_edge.cli.options import BackendName, Draft, Governor, KvType, Pin, Profile, Ram, Threads
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import MimoEdgeError, UsageError
 
@@ -65,6 +65,7 @@ def run(
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
+    governor: Governor = None,
     trace: Annotated[
         Path | None, typer.Option(help="Record which experts every token uses, in this file.")
     ] = None,
@@ -98,6 +99,7 @@ def run(
         kv_type=kv_type,
         pin=pin,
         trace=trace,
+        governor=governor,
     ) as runtime:
         from mimo_edge.nano.commands import DEMO_TOOLS, is_nano_template
 
@@ -137,7 +139,7 @@ def _answer(
         out.result(_reply_json(runtime, reply))
         _remarks(out, reply)
         out.detail(f"drafting: {reply.stats.draft_why}")
-        for line in experts_line(runtime):
+        for line in (*experts_line(runtime), *event_lines(runtime)):
             out.detail(line)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -161,7 +163,7 @@ def _chat(out: Output, runtime: Runtime, session: Session, options: dict[str, An
         reply = session.last_reply
         if reply is not None:
             _remarks(out, reply)
-            for text in experts_line(runtime):
+            for text in (*experts_line(runtime), *event_lines(runtime)):
                 out.detail(text)
         if interrupted and not interactive:
             raise typer.Exit(INTERRUPTED)
@@ -268,6 +270,14 @@ def experts_line(runtime: Runtime) -> list[str]:
     ]
 
 
+def event_lines(runtime: Runtime) -> list[str]:
+    """What the governor did so far, the newest last."""
+    return [
+        f"governor: {event['cause']}: {event['action']} ({event['reading']})"
+        for event in runtime.stats()["events"]["events"]
+    ]
+
+
 def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -288,7 +298,7 @@ def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
             "decode_tps": stats.decode_tps,
             "tokens_per_verify": stats.tokens_per_verify,
             "peak_rss_bytes": peak_rss_bytes(),
-            "experts": runtime.stats()["experts"],
+            **{name: runtime.stats()[name] for name in ("experts", "governor", "events")},
         },
     }
 

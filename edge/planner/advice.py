@@ -6,7 +6,7 @@ those the faster.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from mimo_edge.known_models import known_model
 from mimo_edge.kv_format import fitting_kv_type
 from mimo_edge.planner.forecast import Forecast
 from mimo_edge.planner.model import of_config
-from mimo_edge.planner.planning import VERDICTS, Change, Plan, Settings, evaluate
+from mimo_edge.planner.planning import VERDICTS, Change, Plan, Settings, evaluate, pinned_slots
 from mimo_edge.quant.base import get_format
 from mimo_edge.quant.recipe import Recipe, recipe_names
 from mimo_edge.units import format_bytes
@@ -84,6 +84,9 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
                 ram=more,
             )
     lighter: dict[str, object] = {}
+    if settings.pin:
+        lighter["pin"] = 0
+        yield from _fewer_pins(plan, tried)
     if settings.context > _SHORT_CONTEXT:
         lighter["context"] = _SHORT_CONTEXT
         yield tried(f"--context {_SHORT_CONTEXT}", 1, context=_SHORT_CONTEXT)
@@ -127,6 +130,17 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
             20,
             evaluate(other, device, replace(changed, draft=draft)),
         )
+
+
+def _fewer_pins(plan: Plan, tried: Callable[..., _Proposal]) -> Iterator[_Proposal]:
+    """As many pinned experts as there is room for; or none, where that is no number."""
+    config, budget = plan.model.config, plan.budget
+    if plan.fits_ram or budget is None or not budget.streamed:
+        return
+    each = max(1, pinned_slots(config, 1))
+    room = (budget.slots - config.num_experts_per_tok) // each
+    fewer = max(0, min(room, plan.settings.pin - 1))
+    yield tried(f"--pin {fewer} (fewer pinned experts)", 0, pin=fewer)
 
 
 def _with(settings: Settings, other: Mapping[str, Any]) -> Settings:

@@ -100,6 +100,19 @@ class GgmlBackend:
             self, _release, self._weights, self._experts, self.device, source
         )
 
+    # --- threads ---
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return self.device.threads
+
+    def set_threads(self, count: int) -> None:
+        """Compute with `count` threads from the next pass on. Raises UsageError, BackendError when
+        closed."""
+        self._check_open()
+        self.device.set_threads(count)
+
     # --- memory ---
 
     @property
