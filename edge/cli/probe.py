@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +67,10 @@ def probe(
     try:
         if output is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found.profile.to_toml(), "utf-8")
+        # Whole or not at all: a signal must not leave half a profile.
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(found.profile.to_toml(), "utf-8")
+        os.replace(partial, path)
     except OSError as error:
         raise DeviceError(
             f"cannot write {path}: {error.strerror}", "name another with -o"
