@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mimo_edge import machine
 from mimo_edge.bench.engine_cost import engine_cost
 from mimo_edge.bench.flash_rate import measure_reads
-from mimo_edge.devices.profile import ANY, DeviceProfile, KernelRate, build
+from mimo_edge.devices.profile import ANY, DeviceProfile, KernelRate, build, plain_seconds
 from mimo_edge.devices.scratch import ScratchFile, scratch_file, scratch_folder
 from mimo_edge.devices.this_machine import known_figures, title
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.quant.base import FORMATS, Format
+from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.units import format_bytes, round_up
 
 Progress = Callable[[str, int, int], None]
@@ -35,19 +36,17 @@ DEFAULT_FILE_BYTES = 256 << 20
 READ_BYTES = 512 << 20  # at most, for one figure
 DEFAULT_SECONDS = 30.0
 KERNEL_ROWS = (1, 4, 32)
-KERNELS = tuple(f.name for f in fields(KernelRate))
-_POOL_BYTES = 256 << 20  # of matrices, larger than any processor's own caches should be
+_POOL_BYTES = 512 << 20  # of matrices, larger than the caches of servers
 _POOL_SHARE = 8  # an eighth of the free memory at most
 _LEAST_POOL_BYTES = 16 << 20
 _UNIT = 64 << 10  # the largest alignment that direct reads ask for
 _LEAST_FILE_BYTES = 1 << 20
 # Between the times of reads of neighbouring sizes: more than rates lose when they are written down.
 _STEP = 1.001
-# Formats whose kernels are measured, and those whose products show the memory's rate.
+# Formats whose kernels are measured.
 KERNEL_FORMATS = tuple(name for name in FORMATS if name != "F32")
-_MEMORY_FORMATS = ("Q8_0", "F16", "Q4_0")
 # Shares of the time.
-_READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _ENGINE_SHARE = 0.35, 0.1, 0.35, 0.2
+_READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _ENGINE_SHARE = 0.3, 0.25, 0.25, 0.2
 
 
 @dataclass(frozen=True)
@@ -121,14 +120,14 @@ def probe(
         )
     pool = _pool_bytes()
     kinds = [FORMATS[name] for name in KERNEL_FORMATS]
-    steps = _Steps(progress, len(_read_plan(record_bytes)) + len(_MEMORY_FORMATS) + len(kinds) + 1)
+    steps = _Steps(progress, len(_read_plan(record_bytes)) + len(kinds) + 1)
     with scratch_file(folder, file_bytes) as scratch:
         works = scratch.direct_works
         direct, buffered = _reads(scratch, record_bytes, seconds * _READ_SHARE, steps)
     memory, kernels = _kernels(count, kinds, pool, seconds, steps)
     steps.next()
     with scratch_folder(folder) as place:
-        engine = engine_cost(place, count, seconds * _ENGINE_SHARE)
+        engine = engine_cost(place, count, seconds * _ENGINE_SHARE, kernels["Q4_0"])
     figures = known_figures(folder)
     note = f"mimo-edge probe, {time.strftime('%Y-%m-%d')}"
 
@@ -140,23 +139,17 @@ def probe(
     figures |= {
         "memory.bandwidth": measured(
             f"{max(memory.values()) / 1e9:.4g} GB/s",
-            f"weights of {format_bytes(pool)} by one row, {count} threads, the best of "
-            f"{', '.join(memory)}",
+            f"weights of {format_bytes(pool)} by one row, {count} threads, the best format",
         ),
         "cpu.threads": measured(count, "threads it measured with"),
         "cpu.kernels": measured(
-            {
-                name: {
-                    key: f"{rate / 1e9:.4g} GMAC/s"
-                    for key, rate in zip(KERNELS, found, strict=True)
-                }
-                for name, found in {ANY: kernels["Q4_0"], **kernels}.items()
-            },
+            {name: _plain(found) for name, found in {ANY: kernels["Q4_0"], **kernels}.items()},
             f"1, 4 and 32 rows, weights in the caches, {count} threads; stored: 32 rows, weights "
-            "in the order of the file; any is Q4_0",
+            f"in the order of the file; cold: 1 to 4 rows, weights of {format_bytes(pool)}; any is "
+            "Q4_0",
         ),
         "cpu.engine": measured(
-            {name: f"{cost * 1e6:.4g} us" for name, cost in asdict(engine).items()},
+            {name: plain_seconds(cost) for name, cost in asdict(engine).items()},
             f"decoding with models of next to no weights, {count} threads",
         ),
         "storage.lanes": measured(DEFAULT_LANES, "what the runtime reads with"),
@@ -254,27 +247,36 @@ def _rising(blocks: Sequence[int], rates: dict[tuple[int, int], float]) -> list[
 
 def _kernels(
     threads: int, kinds: Sequence[Format], pool: int, seconds: float, steps: _Steps
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Memory rate by format, and multiply-adds per second by format: with 1, 4 and 32 rows, and
-    with 32 rows and weights in the order of the file."""
+) -> tuple[dict[str, float], dict[str, KernelRate]]:
+    """Bytes per second that one row draws from memory, and kernel rates, by format."""
     from mimo_edge.runtimes.ggml.device import Device
-    from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rate
+    from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rates
 
     device = Device(threads)
+    memory, kernels = {}, {}
+    each = seconds * _KERNEL_SHARE / len(kinds) / (len(KERNEL_ROWS) + 1)
+    cold_each = seconds * _MEMORY_SHARE / len(kinds) / (VERIFY_ROWS + 1)
+    verify = range(1, VERIFY_ROWS + 1)
     try:
-        memory = {}
-        for name in _MEMORY_FORMATS:
-            steps.next()
-            each = seconds * _MEMORY_SHARE / len(_MEMORY_FORMATS)
-            memory[name] = memory_rate(device, FORMATS[name], pool, each)
-        kernels = {}
         for fmt in kinds:
             steps.next()
-            each = seconds * _KERNEL_SHARE / len(kinds) / len(KERNELS)
-            kernels[fmt.name] = [
-                *kernel_rates(device, fmt, KERNEL_ROWS, each),
-                *kernel_rates(device, fmt, KERNEL_ROWS[-1:], each, reorder=False),
-            ]
+            row, rows4, batch = kernel_rates(device, fmt, KERNEL_ROWS, each)
+            [stored] = kernel_rates(device, fmt, KERNEL_ROWS[-1:], each, reorder=False)
+            cold = memory_rates(device, fmt, verify, pool, cold_each)
+            [cold_stored] = memory_rates(device, fmt, (1,), pool, cold_each, reorder=False)
+            kernels[fmt.name] = KernelRate(row, rows4, batch, stored, tuple(cold), cold_stored)
+            memory[fmt.name] = max(cold[0], cold_stored) * fmt.bits_per_weight / 8
         return memory, kernels
     finally:
         device.close()
+
+
+def _plain(rate: KernelRate) -> dict[str, Any]:
+    """As it stands in a file."""
+
+    def text(value: float) -> str:
+        return f"{value / 1e9:.4g} GMAC/s"
+
+    names = ("row", "rows4", "batch", "stored")
+    found: dict[str, Any] = {name: text(getattr(rate, name)) for name in names}
+    return found | {"cold": [text(n) for n in rate.cold], "cold_stored": text(rate.cold_stored)}

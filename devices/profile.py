@@ -23,6 +23,7 @@ from mimo_edge.errors import ConfigError, UsageError
 from mimo_edge.kv_format import KV_FORMATS
 from mimo_edge.quant.base import FORMATS
 from mimo_edge.quant.recipe import recipe_names
+from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.speculative import MAX_DRAFT, DraftSetting
 
 SCHEMA = 1
@@ -56,12 +57,18 @@ class KernelRate:
     """Multiply-adds per second of all threads together in products of a weight matrix with 1 row,
     with 4 rows (a verify) and with many (a prefill), as far as the processor limits them: the
     rate at which weights come from memory is another figure. `stored` is that of many rows with
-    weights in the order of the file, as those of streamed experts, which are never reordered."""
+    weights in the order of the file, as those of streamed experts, which are never reordered.
+
+    Few kernels draw all that memory delivers: `cold` are the rates of 1, 2, 3 and 4 rows with
+    weights that lie in memory, `cold_stored` that of one row in the order of the file. Empty and 0
+    where they were not measured: then memory's rate is the only other bound."""
 
     row: float
     rows4: float
     batch: float
     stored: float
+    cold: tuple[float, ...] = ()
+    cold_stored: float = 0.0
 
     def at(self, rows: float) -> float:
         """The rate for `rows` rows per matrix: between 1, 4 and 32 by their logarithm."""
@@ -70,6 +77,23 @@ class KernelRate:
     def stored_at(self, rows: float) -> float:
         """The same for weights in the order of the file."""
         return _between(((1.0, self.row), (32.0, self.stored)), rows)
+
+    def rates(self) -> Iterator[float]:
+        """All that are known."""
+        yield from (self.row, self.rows4, self.batch, self.stored, *self.cold)
+        if self.cold_stored:
+            yield self.cold_stored
+
+    def scaled(self, factor: float) -> KernelRate:
+        """`factor` times these."""
+        return KernelRate(
+            self.row * factor,
+            self.rows4 * factor,
+            self.batch * factor,
+            self.stored * factor,
+            tuple(rate * factor for rate in self.cold),
+            self.cold_stored * factor,
+        )
 
 
 def _between(points: tuple[tuple[float, float], ...], rows: float) -> float:
@@ -81,12 +105,18 @@ def _between(points: tuple[tuple[float, float], ...], rows: float) -> float:
     return points[-1][1]
 
 
+PROBED_WIDTH = 256
+# Attention works on f16 rows of the cache, at about this share of the rate of 4-bit matrices.
+ATTENTION_SHARE = 0.25
+
+
 @dataclass(frozen=True)
 class EngineCost:
     """Seconds that a step of the engine takes besides the products of its weights: one that
     processes one token `step`, and every layer `layer`, or `streamed` when its experts come
     through slots, although all are in memory; `layer4` and `streamed4` when the step verifies four
-    rows. A draft costs `draft`, a row of 1,000 logits `logits`."""
+    rows. A draft costs `draft`, a row of 1,000 logits `logits`, a row of a prompt `row` in a layer
+    that is PROBED_WIDTH wide, and as much more as one is wider."""
 
     step: float
     layer: float
@@ -95,6 +125,7 @@ class EngineCost:
     streamed4: float
     draft: float
     logits: float
+    row: float
 
     def scaled(self, factor: float) -> EngineCost:
         """`factor` times this."""
@@ -329,11 +360,22 @@ def _reads(value: Any) -> tuple[ReadRate, ...]:
 def _kernels(value: Any) -> dict[str, KernelRate]:
     if not isinstance(value, dict):
         raise _Wrong(f"{value!r} is not a table of formats")
-    parsers = dict.fromkeys((f.name for f in fields(KernelRate)), _macs)
+    parsers: dict[str, Callable[[Any], Any]] = dict.fromkeys(
+        ("row", "rows4", "batch", "stored"), _macs
+    )
+    measured = {**parsers, "cold": _cold, "cold_stored": _macs}
     return {
-        name if name == ANY else name.upper(): KernelRate(**_table(rates, parsers))
+        name if name == ANY else name.upper(): KernelRate(
+            **_table(rates, measured if isinstance(rates, dict) and "cold" in rates else parsers)
+        )
         for name, rates in value.items()
     }
+
+
+def _cold(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != VERIFY_ROWS:
+        raise _Wrong(f"{value!r} is not a list of rates of 1 to {VERIFY_ROWS} rows")
+    return tuple(_macs(rate) for rate in value)
 
 
 def _engine(value: Any) -> EngineCost:
@@ -369,15 +411,26 @@ def _plain_reads(value: tuple[ReadRate, ...]) -> list[dict[str, str]]:
     return [{"block": _plain_size(r.block_bytes), "rate": _si(r.bytes_per_s, "B/s")} for r in value]
 
 
-def _plain_kernels(value: Mapping[str, KernelRate]) -> dict[str, dict[str, str]]:
-    return {
-        name.lower(): {f.name: _si(getattr(rate, f.name), "MAC/s") for f in fields(rate)}
-        for name, rate in value.items()
-    }
+def _plain_kernels(value: Mapping[str, KernelRate]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, rate in value.items():
+        plain: dict[str, Any] = {
+            key: _si(getattr(rate, key), "MAC/s") for key in ("row", "rows4", "batch", "stored")
+        }
+        if rate.cold:
+            plain["cold"] = [_si(cold, "MAC/s") for cold in rate.cold]
+            plain["cold_stored"] = _si(rate.cold_stored, "MAC/s")
+        found[name.lower()] = plain
+    return found
+
+
+def plain_seconds(value: float) -> str:
+    """A time of up to seconds, as it stands in a file."""
+    return f"{value * 1e3:.4g} ms" if value >= 1e-3 else f"{value * 1e6:.4g} us"
 
 
 def _plain_engine(value: EngineCost) -> dict[str, str]:
-    return {f.name: f"{getattr(value, f.name) * 1e6:.4g} us" for f in fields(value)}
+    return {f.name: plain_seconds(getattr(value, f.name)) for f in fields(value)}
 
 
 @dataclass(frozen=True)
@@ -399,7 +452,9 @@ class _Figure:
 
 
 def _joined(value: Any) -> str:
-    return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return " ".join(map(_joined, value.values()))
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _same(value: Any) -> Any:
@@ -476,8 +531,7 @@ def _validate(p: DeviceProfile) -> None:
     need(ANY in p.kernels, f"kernels lack the rates of {ANY!r}")
     for name, rate in p.kernels.items():
         need(name == ANY or name in FORMATS, f"kernels name the unknown format {name!r}")
-        for f in fields(rate):
-            value = getattr(rate, f.name)
+        for value in rate.rates():
             need(_MAC_BOUNDS[0] <= value <= _MAC_BOUNDS[1], f"kernel rate {value:g} of {name}")
     for f in fields(p.engine):
         value = getattr(p.engine, f.name)

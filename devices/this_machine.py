@@ -45,7 +45,8 @@ _ENGINE_US = {
     "streamed": 450,
     "streamed4": 600,
     "draft": 400,
-    "logits": 1,
+    "logits": 3,
+    "row": 4,
 }
 # Bytes per second a thread draws, and all of them together at most.
 _THREAD_BYTES_PER_S, _MOST_BYTES_PER_S = 8e9, 50e9

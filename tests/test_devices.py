@@ -15,7 +15,9 @@ from mimo_edge.devices.profile import (
     EVIDENCE,
     FIGURES,
     KernelRate,
+    build,
     load_profile,
+    plain_seconds,
     profile_names,
 )
 from mimo_edge.errors import ConfigError, UsageError
@@ -80,6 +82,14 @@ def test_kernel_rates_grow_with_the_rows() -> None:
     assert 10 < rate.stored_at(4) < rate.stored_at(8) < 30
 
 
+@pytest.mark.parametrize("seconds", [1e-9, 3.21e-4, 9.999e-4, 0.0127, 0.5, 1.0])
+def test_times_are_read_back_as_they_were_written(seconds: float, tmp_path: Path) -> None:
+    figures = load_profile("phone").to_dict()["figures"]
+    for name in figures["cpu.engine"]["value"]:
+        figures["cpu.engine"]["value"][name] = plain_seconds(seconds)
+    assert build("x", "t", figures, ()).engine.step == pytest.approx(seconds, rel=1e-3)
+
+
 def profile_text(changed: dict[str, str]) -> str:
     """A whole profile with some lines replaced: "memory.ram" -> what stands after "ram = "."""
     lines, section = [], ""
@@ -100,7 +110,12 @@ def figure(value: str) -> str:
 
 ENGINE = (
     '{ step = "1 ms", layer = "2 us", layer4 = "1 us", streamed = "1 us", streamed4 = "1 us", '
-    'draft = "1 ms", logits = "1 us" }'
+    'draft = "1 ms", logits = "1 us", row = "1 us" }'
+)
+
+COLD = (
+    '{ any = { row = "1 GMAC/s", rows4 = "1 GMAC/s", batch = "1 GMAC/s", stored = "1 GMAC/s", '
+    'cold = ["1 GMAC/s", "1 GMAC/s", "1 GMAC/s", "1 GMAC/s"], cold_stored = "1 GMAC/s" } }'
 )
 
 REFUSED: list[tuple[dict[str, str], str]] = [
@@ -124,6 +139,9 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     ({"cpu.cores": figure('[{ kind = "A", count = 2, clock = "4 s" }]')}, "not in Hz"),
     ({"cpu.cores": figure('[{ kind = "A", count = 9000, clock = "4 GHz" }]')}, "9000 cores"),
     ({"cpu.kernels": figure('{ q4_0 = { row = "1 GMAC/s" } }')}, "row, rows4, batch"),
+    ({"cpu.kernels": figure(COLD.replace('"1 GMAC/s"]', '"1 GB/s"]'))}, "not in MAC/s"),
+    ({"cpu.kernels": figure(COLD.replace(', "1 GMAC/s"]', "]"))}, "rates of 1 to 4 rows"),
+    ({"cpu.kernels": figure(COLD.replace('cold_stored = "1 GMAC/s"', 'x = "1 s"'))}, "cold_stored"),
     ({"cpu.engine": figure('{ step = "1 ms" }')}, "step, layer, layer4, streamed"),
     ({"cpu.engine": figure(ENGINE.replace("2 us", "3 h"))}, "not in s"),
     ({"cpu.engine": figure(ENGINE.replace("2 us", "70 s"))}, "engine cost layer = 70 s is outside"),
@@ -209,8 +227,6 @@ def test_this_machine_with_a_probe_of_it(tmp_path: Path, caplog: pytest.LogCaptu
     }
     for key, value in measured.items():
         figures[key] = {"value": value, "evidence": "measured", "source": "a test"}
-    from mimo_edge.devices.profile import build
-
     path.parent.mkdir(parents=True)
     path.write_text(build("x", this_machine.title(), figures, ()).to_toml(), "utf-8")
     text = path.read_text("utf-8")

@@ -9,9 +9,8 @@ profile that `mimo-edge probe` writes at the start (`--profile` takes an existin
 five minutes on two idle cores. The rate of this disk changes from minute to minute, so rows that
 read from it are forecast at the rate measured right after them; `--probe-rate` takes the probe's.
 
-Drawn ids follow, of which no draft is right: rows with drafts show what drafting costs. The row
-with a command answers one of mimo-nano's held-out ones, with the acceptance docs/mimo-nano.md
-states. Rows that were measured stay in the folder: a run that was stopped goes on where it was.
+Drawn ids follow, of which no draft is right: rows with drafts show what drafting costs. Rows that
+were measured stay in the folder: a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from tables import Deadline, Rows, add_minutes, command, markdown, write_section
 
-from mimo_edge.bench.cases import Case, Settings
+from mimo_edge.bench.cases import Case, Kind, Settings
 from mimo_edge.bench.forecasts import Forecasts
 from mimo_edge.bench.random_model import scaled_config, tiny_config, write_model
 from mimo_edge.bench.results import Row
@@ -42,20 +41,17 @@ from mimo_edge.units import format_bytes
 
 GOAL = 0.25
 DEPTH, CONTEXT, VOCAB, WARMUP = 128, 1024, 4096, 16
-COMMAND = "turn on guest wifi for two hours"
-COMMAND_TOKENS = 14
-NANO_ACCEPTANCE = (0.978, 0.976, 0.970)
 
 
 @dataclass(frozen=True)
 class What:
     """One row: model, drafts, the share of the experts a cap leaves room for (None: no cap), and
-    whether a prompt of 512 tokens or a command is measured instead of decoding."""
+    whether a prompt of 512 tokens is measured instead of decoding."""
 
     model: str
     draft: int = 0
     share: tuple[int, int] | None = None
-    kind: str = "decode"
+    kind: Kind = "decode"
 
     @property
     def key(self) -> str:
@@ -67,15 +63,14 @@ NANO, SMALL, LARGE = "mimo-nano", "2 layers x 64", "4 layers x 64"
 WIDTHS = {SMALL: (2, 64), LARGE: (4, 64)}
 WHATS = (
     *(What(NANO, draft) for draft in (0, 1, 3)),
-    What(NANO, 3, kind="command"),
-    What(NANO, kind="prompt"),
+    What(NANO, kind="prefill"),
     What(SMALL),
     What(SMALL, 3),
-    What(SMALL, share=(1, 2)),
+    What(SMALL, share=(1, 4)),
     *(What(LARGE, draft) for draft in (0, 1, 3)),
     *(What(LARGE, draft, share) for share in ((1, 2), (1, 4)) for draft in (0, 3)),
-    What(LARGE, kind="prompt"),
-    What(LARGE, share=(1, 4), kind="prompt"),
+    What(LARGE, kind="prefill"),
+    What(LARGE, share=(1, 4), kind="prefill"),
 )
 
 
@@ -127,21 +122,19 @@ class Bed:
         return sum(n.nbytes if n.name != "experts" else n.nbytes * part // of for n in lines)
 
     def _settings(self, what: What) -> Settings:
-        asked = what.kind == "command"
         return Settings(
             str(self._model(what.model)),
             context=CONTEXT,
             repetitions=self._repetitions,
-            warmup=0 if asked else WARMUP,
-            tokens="greedy" if asked else "drawn",
-            prompt=COMMAND if asked else None,
+            warmup=WARMUP,
+            tokens="drawn",
         )
 
     def measure(self, what: What) -> list[str]:
         """One row, as JSON in one cell. Raises BackendError when it cannot be measured."""
         case = Case(
-            "prefill" if what.kind == "prompt" else "decode",
-            {"prompt": 512, "command": COMMAND_TOKENS}.get(what.kind, 32),
+            what.kind,
+            512 if what.kind == "prefill" else 32,
             DEPTH if what.kind == "decode" else 0,
             what.draft,
             self._ram(what),
@@ -162,8 +155,7 @@ class Bed:
         case = Case(**kept["case"])
         row = Row("", case, False, tuple(kept["samples"]), tuple(kept["runs"]))
         assert row.tps is not None
-        chances = NANO_ACCEPTANCE if what.kind == "command" else None
-        found = Forecasts(self._settings(what), self._device_of(row)).of(row, chances)
+        found = Forecasts(self._settings(what), self._device_of(row)).of(row)
         if found is None:
             raise BackendError(f"{what.key} has no forecast")
         made = found.prefill if case.kind == "prefill" else found.decode
@@ -171,10 +163,9 @@ class Bed:
         if case.kind == "prefill":
             read = found.prefill.flash_bytes / case.tokens
         off = made.tps / row.tps.median - 1
-        label = {"prompt": "prompt of 512", "command": "a command"}.get(what.kind, "decode")
         return [
             what.model if what.model == NANO else f"{what.model} experts",
-            label,
+            "prompt of 512" if case.kind == "prefill" else "decode",
             "-" if case.ram is None else format_bytes(case.ram),
             str(what.draft),
             f"{made.tps:.1f}",

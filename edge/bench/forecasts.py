@@ -6,8 +6,6 @@ without a probe there are none, because an assumed rate says nothing about a mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mimo_edge.bench.cases import Case, Settings
 from mimo_edge.bench.results import Row
 from mimo_edge.devices.profile import DeviceProfile
@@ -35,25 +33,15 @@ class Forecasts:
             return None
         return found.prefill.tps if row.case.kind == "prefill" else found.decode.tps
 
-    def of(self, row: Row, acceptance: Sequence[float] | None = None) -> Forecast | None:
+    def of(self, row: Row) -> Forecast | None:
         """The forecast for what `row` measured; None where there is none: on other backends, with
-        other threads than the probe's, or where nothing was measured. `acceptance` is that of the
-        text answered (default: none for drawn ids, else the family's)."""
+        other threads than the probe's, or where nothing was measured."""
         case, run = row.case, row.runs[0] if row.runs else {}
         if run.get("backend") != "ggml" or case.threads != self._device.threads:
             return None
-        drawn = run.get("tokens") == "drawn"
-        if acceptance is None and drawn:
-            acceptance = _NEVER
-        return self._forecast(case, run.get("context"), drawn, acceptance)
+        return self._forecast(case, run.get("context"), run.get("tokens") == "drawn")
 
-    def _forecast(
-        self,
-        case: Case,
-        context: int | None,
-        drawn: bool,
-        acceptance: Sequence[float] | None,
-    ) -> Forecast | None:
+    def _forecast(self, case: Case, context: int | None, drawn: bool) -> Forecast | None:
         length = context or self._device.context
         # Decoding is measured from the end of the prompt to the end of the answer.
         depth = min(case.depth + case.tokens // 2, length - 1) if case.kind == "decode" else 0
@@ -71,7 +59,7 @@ class Forecasts:
                 prompt=case.tokens if case.kind == "prefill" else 1,
                 # Drawn ids with random weights: no expert is more likely than another.
                 routes="uniform" if drawn and self._model.heat is None else None,
-                acceptance=acceptance,
+                acceptance=_NEVER if drawn else None,
                 advise=False,
             )
         except MimoEdgeError:

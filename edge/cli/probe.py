@@ -98,10 +98,14 @@ def probe(
     out.text("")
     out.table(
         [
-            [name.lower(), *(f"{rate / 1e9:.1f}" for rate in (k.row, k.rows4, k.batch, k.stored))]
+            [
+                name.lower(),
+                *(f"{rate / 1e9:.1f}" for rate in (k.row, k.rows4, k.batch, k.stored)),
+                " / ".join(f"{rate / 1e9:.1f}" for rate in (*k.cold, k.cold_stored)),
+            ]
             for name, k in found.profile.kernels.items()
         ],
-        ["GMAC/s", "1 row", "4 rows", "32 rows", "as stored"],
+        ["GMAC/s", "1 row", "4 rows", "32 rows", "stored", "from memory: 1 to 4 rows / stored"],
     )
     cost = found.profile.engine
     out.text(

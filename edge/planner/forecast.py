@@ -3,21 +3,21 @@
 Every product of a weight matrix takes the longer of two times: its bytes from memory, or its
 multiply-adds in the processor. What the engine does besides comes on top, as it was measured.
 
-Experts that are missing come from flash while others compute, and most of the next layer's while
-this one still does (guesses, and in a prompt the next groups). So either flash is busy all the
-time and its time is all, or what could not be read ahead is waited for. Whatever limits a step is
-named by the seconds it accounts for.
+Experts that are missing come from flash while others compute, and some of the next layer's while
+this one still does (guesses, and in a prompt the next groups); what could not be read ahead is
+waited for, or hidden by the experts at hand. Whatever limits a step is named by the seconds it
+accounts for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mimo_edge.budget import Budget, block_index
 from mimo_edge.config import MimoConfig
-from mimo_edge.devices.profile import DeviceProfile, KernelRate, ReadRate
+from mimo_edge.devices.profile import ATTENTION_SHARE, PROBED_WIDTH, DeviceProfile, ReadRate
 from mimo_edge.gguf_file import TensorInfo
 from mimo_edge.inventory import role_of
 from mimo_edge.kv_format import KV_FORMATS, ring_type
@@ -32,16 +32,17 @@ Resource = Literal["flash", "memory bandwidth", "compute", "host work"]
 # A byte of weights loaded crosses memory about this many times (read, reordered, written): 1.4 to
 # 2 GB/s were measured where kernels draw 20 to 26 GB/s.
 LOAD_PASSES = 13.0
-# Attention works on f16 rows of the cache, at about this share of the rate of 4-bit matrices.
-ATTENTION_SHARE = 0.25
 # Share of a layer's experts that its router names rightly a layer earlier: 71 to 77 % on random
 # weights of real geometry (runtimes/ggml/look_ahead.py).
 RIGHT_GUESSES = 0.74
+# What is read ahead has half of the lanes (experts/reader.py).
+AHEAD_RATE = 0.5
 # Experts of the next layer read ahead while a long pass computes this one's last: two groups
 # (runtimes/ggml/expert_source.py).
 PROMPT_AHEAD = 16
-# Passes of more tokens compute experts one by one with many rows each (runtimes/ggml/streamed.py).
-FEW_TOKENS = 16
+# Passes of more tokens compute experts one by one with many rows each (runtimes/ggml/streamed.py),
+# if a matrix has so many weights (runtimes/ggml/expert_matrix.py).
+FEW_TOKENS, LARGE_EXPERT = 16, 1 << 19
 # Chance that the draft of each depth is accepted when the shallower ones were: MiMo-V2.5 on a
 # GPU, all blocks on the target's state (spec); MiMo-7B's one block on prose and code together.
 ACCEPTANCE: Mapping[str, tuple[float, ...]] = {"mimo_v2": (0.82, 0.75, 0.78), "mimo": (0.7,)}
@@ -62,13 +63,6 @@ class Scan:
         kind = info.type_name
         self.nbytes[kind] = self.nbytes.get(kind, 0.0) + share * info.nbytes
         self.macs[kind] = self.macs.get(kind, 0.0) + share * elements
-
-    def scaled(self, factor: float) -> Scan:
-        """`factor` times this."""
-        return Scan(
-            {kind: n * factor for kind, n in self.nbytes.items()},
-            {kind: n * factor for kind, n in self.macs.items()},
-        )
 
     @property
     def total_bytes(self) -> float:
@@ -275,12 +269,17 @@ def heated(profile: DeviceProfile) -> DeviceProfile:
     return replace(
         profile,
         memory_bytes_per_s=profile.memory_bytes_per_s * slower,
-        kernels={
-            name: KernelRate(*(slower * getattr(rate, f.name) for f in fields(rate)))
-            for name, rate in profile.kernels.items()
-        },
+        kernels={name: rate.scaled(slower) for name, rate in profile.kernels.items()},
         reads=tuple(ReadRate(r.block_bytes, r.bytes_per_s * storage) for r in profile.reads),
         engine=profile.engine.scaled(1 / slower),
+    )
+
+
+def _longer(times: Sequence[tuple[float, float]]) -> Cost:
+    """Of every pair (seconds of memory, of compute) the longer one."""
+    return Cost(
+        memory=sum(memory for memory, compute in times if memory >= compute),
+        compute=sum(compute for memory, compute in times if memory < compute),
     )
 
 
@@ -304,18 +303,34 @@ class _Machine:
             profile.read_rate(self.expert_bytes / 3) if budget.streamed else float("inf")
         )
 
-    def matrices(self, scan: Scan, rows: float, stored: bool = False) -> Cost:
-        """Products of every matrix of a scan with `rows` rows; `stored`: in the file's order."""
-        memory = compute = 0.0
+    def matrices(self, scan: Scan, rows: float) -> Cost:
+        """Products of every matrix of a scan with `rows` rows."""
+        times = []
         for kind, nbytes in scan.nbytes.items():
-            rate = self.profile.kernel(kind)
-            from_memory = nbytes / self.profile.memory_bytes_per_s
-            macs = rows * scan.macs[kind] / (rate.stored_at(rows) if stored else rate.at(rows))
-            if from_memory >= macs:
-                memory += from_memory
-            else:
-                compute += macs
-        return Cost(memory=memory, compute=compute)
+            rate, macs = self.profile.kernel(kind), scan.macs[kind]
+            few = min(int(rows), VERIFY_ROWS)
+            cold = few * macs / rate.cold[few - 1] if rate.cold else 0.0
+            memory = max(nbytes / self.profile.memory_bytes_per_s, cold)
+            times.append((memory, rows * macs / rate.at(rows)))
+        return _longer(times)
+
+    def experts(self, distinct: float, rows: float) -> Cost:
+        """Products of the routed experts of all layers, `distinct` in each, for `rows` tokens."""
+        c, streamed, times = self.config, self.budget.streamed, []
+        per_expert = rows * c.num_experts_per_tok / distinct
+        # Kernels for many rows are of use where an expert is large and a pass is long.
+        large = c.hidden_size * c.moe_intermediate_size >= LARGE_EXPERT and rows > FEW_TOKENS
+        for kind, nbytes in self.weights.expert.nbytes.items():
+            rate, macs = self.profile.kernel(kind), distinct * self.weights.expert.macs[kind]
+            cold = (rate.cold_stored if streamed else rate.cold[0]) if rate.cold else 0.0
+            memory = max(
+                distinct * nbytes / self.profile.memory_bytes_per_s, macs / cold if cold else 0.0
+            )
+            speed = rate.row
+            if large:
+                speed = rate.stored_at(per_expert) if streamed else rate.at(per_expert)
+            times.append((memory, per_expert * macs / speed))
+        return _longer(times)
 
     def attention(self, rows: float, depth: float) -> Cost:
         """Scores and values of `rows` queries over about `depth` tokens."""
@@ -347,22 +362,32 @@ class _Machine:
         if not self.moe_layers:
             return around, 0.0
         distinct = self.distinct(rows)
-        per_expert = rows * self.config.num_experts_per_tok / distinct
-        streamed = self.budget.streamed
-        computed = self.matrices(self.weights.expert.scaled(distinct), per_expert, streamed)
+        computed = self.experts(distinct, rows)
         one = self.expert_bytes * self.moe_layers
-        missed = (1.0 - hit_rate) * distinct * one if streamed else 0.0
+        missed = (1.0 - hit_rate) * distinct * one if self.budget.streamed else 0.0
         if missed <= 0:
             return around + computed, 0.0
         reading = missed / self.flash_bytes_per_s
-        ahead = RIGHT_GUESSES * reading
-        if rows > FEW_TOKENS:
-            ahead = min(reading, PROMPT_AHEAD * one / self.flash_bytes_per_s)
         # the products of the last expert cannot begin before it is there
         tail = Cost(memory=computed.memory / distinct, compute=computed.compute / distinct)
+        ahead = self.ahead(rows, reading, around.seconds, computed.seconds, tail.seconds)
         behind = Cost(flash=reading - ahead) + tail
-        cost = around + (behind if behind.seconds > computed.seconds else computed)
-        return (Cost(flash=reading) if reading > cost.seconds else cost), missed
+        return around + (behind if behind.seconds > computed.seconds else computed), missed
+
+    def ahead(
+        self, rows: float, reading: float, around: float, computed: float, tail: float
+    ) -> float:
+        """How much of the `reading` of all layers is done before their routes are known, while the
+        layer before computes; all in seconds."""
+        most = RIGHT_GUESSES * reading
+        if rows > FEW_TOKENS:
+            most = PROMPT_AHEAD * self.expert_bytes * self.moe_layers / self.flash_bytes_per_s
+        # It begins when the layer's own reads are done: behind them come the last products, or, the
+        # sooner the more was read ahead, those of what was there.
+        idle = tail + around
+        if computed > reading + tail:
+            idle = (computed - reading + around) / (1 - AHEAD_RATE)
+        return min(most, reading, AHEAD_RATE * idle)
 
     def host(self, rows: float) -> Cost:
         """What the engine does in the layers besides products, for a pass of `rows` rows."""
@@ -371,7 +396,11 @@ class _Machine:
         layer = engine.layer + more * (engine.layer4 - engine.layer)
         slots = engine.streamed + more * (engine.streamed4 - engine.streamed)
         streamed = self.moe_layers if self.budget.streamed else 0
-        return Cost(host=(self.config.num_hidden_layers - streamed) * layer + streamed * slots)
+        layers = self.config.num_hidden_layers
+        host = (layers - streamed) * layer + streamed * slots
+        if rows > VERIFY_ROWS:
+            host += layers * rows * engine.row * self.config.hidden_size / PROBED_WIDTH
+        return Cost(host=host)
 
     def head(self, rows: float) -> Cost:
         """The head for `rows` rows, and what is done with their logits."""

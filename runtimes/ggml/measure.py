@@ -82,19 +82,25 @@ def _bytes(fmt: Format, cols: int, rows: int) -> U8:
     return np.ascontiguousarray(np.repeat(fmt.quantize(row, importance), rows, axis=0)).reshape(-1)
 
 
-def memory_rate(
+def memory_rates(
     device: Device,
     fmt: Format,
+    rows: Sequence[int],
     pool_bytes: int,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Bytes of weights per second that products with one row draw from about `pool_bytes` of
-    them, the best of several passes. Raises BackendError when memory is short."""
+    *,
+    reorder: bool = True,
+) -> list[float]:
+    """Multiply-adds per second of products with each number of `rows` and about `pool_bytes` of
+    weights, the best of several passes of `seconds` in all for each; without `reorder` in the
+    order of the file. Raises BackendError when memory is short."""
     each = fmt.row_bytes(_MEMORY_COLS) * _MEMORY_ROWS
-    weights = _Matrices(device, fmt, _MEMORY_COLS, _MEMORY_ROWS, max(2, pool_bytes // each))
+    count = max(2, pool_bytes // each)
+    macs = count * _MEMORY_COLS * _MEMORY_ROWS
+    weights = _Matrices(device, fmt, _MEMORY_COLS, _MEMORY_ROWS, count, reorder)
     try:
-        return weights.nbytes / _best(device, weights.tensors, 1, seconds, clock)
+        return [n * macs / _best(device, weights.tensors, n, seconds, clock) for n in rows]
     finally:
         weights.close()
 
