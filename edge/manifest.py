@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BundleError, ConfigError
+from mimo_edge.onnx_io import FOLDER
 
 MANIFEST_NAME = "mimo-edge.json"
 SCHEMA = 1
@@ -228,10 +229,12 @@ def plain_name(value: Any) -> str:
 
 
 def inner_name(value: Any) -> str:
-    """The name of a file in the bundle's folder or below it, parts joined by "/". Raises
-    BundleError on anything that could leave the folder."""
-    if not isinstance(value, str) or value.count("/") > _MOST_FOLDERS:
-        raise BundleError(f"{value!r} is not the name of a file of the bundle")
+    """The name of a file in the bundle's folder, or below its `onnx` folder with parts joined by
+    "/". Raises BundleError on anything that could leave the folder."""
+    if not isinstance(value, str) or not value.startswith(f"{FOLDER}/"):
+        return plain_name(value)
+    if value.count("/") > _MOST_FOLDERS:
+        raise BundleError(f"{value!r} is not a plain file name in a folder of the bundle")
     for part in value.split("/"):
         plain_name(part)
     return value
