@@ -285,7 +285,7 @@ def test_a_layer_costs_what_few_and_many_of_them_differ_in(
     def step_s(engine: tuple[int, int, bool], drafts: int, *_: Any) -> float:
         layers, vocab, streamed = engine
         name = ("streamed" if streamed else "layer") + "4" * bool(drafts)
-        own = layers * getattr(want, name) + drafts * want.draft
+        own: float = layers * getattr(want, name) + drafts * want.draft
         return want.step + own + want.logits * (vocab - 512) / 1000
 
     def prompt_s(engine: tuple[int, int, bool], *_: Any) -> float:
