@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from arm.paths import REPOSITORY, WORK, run
-
 from mimo_edge import export_bundle
 
 _SCRIPT = REPOSITORY / "tools" / "arm" / "answers.py"

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arm.paths import WORK, check_programs, fresh, is_made, run
-
 from mimo_edge.runtimes.ggml.library import BUILT_BY
 
 # SME needs a newer compiler than Debian 12 has; processors with it run the SVE2 variant.

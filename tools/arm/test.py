@@ -1,7 +1,7 @@
 """Everything that is checked for aarch64, on an x86-64 machine: `make test-arm`.
 
-    PYTHONPATH=tools python -m arm.test            # the whole suite under three processors: hours
-    PYTHONPATH=tools python -m arm.test --quick    # what CI runs: minutes
+PYTHONPATH=tools python -m arm.test            # the whole suite under three processors: hours
+PYTHONPATH=tools python -m arm.test --quick    # what CI runs: minutes
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 from arm.kit import make_kit
-from arm.paths import REPOSITORY, WORK, fresh, run
+from arm.paths import WORK, fresh, run
 from arm.root import ROOT, interpreter
 
 _QUESTION = "turn on guest wifi for two hours"
@@ -49,9 +48,10 @@ def try_kit(model: Path, cpu: str) -> bool:
 def _without_network() -> list[str]:
     """A prefix that takes the network away, where the system lets us; pip is not used anyway."""
     probe = ["unshare", "--net", "true"]
-    able = shutil.which("unshare") and not subprocess.run(
-        probe, check=False, stderr=subprocess.DEVNULL
-    ).returncode
+    able = (
+        shutil.which("unshare")
+        and not subprocess.run(probe, check=False, stderr=subprocess.DEVNULL).returncode
+    )
     if not able:
         print("the network cannot be taken away here (unshare --net)", flush=True)
     return ["unshare", "--net"] if able else []

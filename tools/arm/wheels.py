@@ -11,7 +11,6 @@ from pathlib import Path
 from arm import libggml
 from arm.paths import REPOSITORY, WORK, fresh, run
 from arm.wheel import read_zip, write_wheel
-
 from mimo_edge.runtimes.ggml import library
 
 # What a device imports; the rest of our dependencies export, show and measure.
@@ -94,6 +93,7 @@ def _version() -> str:
     """ggml's version, from the sources the libraries are built from."""
     text = (libggml.source() / "ggml" / "CMakeLists.txt").read_text("utf-8")
     parts = (
-        re.search(rf"set\(GGML_VERSION_{part} (\d+)\)", text) for part in ("MAJOR", "MINOR", "PATCH")
+        re.search(rf"set\(GGML_VERSION_{part} (\d+)\)", text)
+        for part in ("MAJOR", "MINOR", "PATCH")
     )
     return ".".join(part[1] for part in parts if part)
