@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--kv-type", default="f16")
     parser.add_argument("--draft", type=int, default=3)
     wanted = parser.parse_args()
-    with Runtime.open(wanted.bundle, kv_type=wanted.kv_type, draft=wanted.draft) as runtime:
+    with Runtime.open(
+        wanted.bundle, kv_type=wanted.kv_type, draft=wanted.draft, threads=1
+    ) as runtime:
         for command in spread(held_out(), wanted.commands):
             tools = [TOOLS[name] for name in command["tools"]]
             session = runtime.session(tools=tools, enable_thinking=False)

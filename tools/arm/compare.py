@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,9 @@ def _compare(
 ) -> bool:
     want = answers(sys.executable, model, commands, kv_type, draft)
     passed = len(want) == commands
-    for cpu in cpus:
-        found = answers(python, model, commands, kv_type, draft, cpu)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # of processes: each is one thread wide
+        told = pool.map(lambda cpu: answers(python, model, commands, kv_type, draft, cpu), cpus)
+    for cpu, found in zip(cpus, told, strict=True):
         same = [a[what] == b[what] for a, b in zip(want, found, strict=True)]
         equal = sum(a["tokens"] == b["tokens"] for a, b in zip(want, found, strict=True))
         right = sum(bool(answer["exact"]) for answer in found)
