@@ -33,9 +33,13 @@ def installer() -> ModuleType:
     return module
 
 
-def small_wheel(folder: Path, **more: bytes) -> Path:
-    files = {"small/__init__.py": b"ANSWER = 42\n", "small-1.0.dist-info/METADATA": METADATA}
-    return write_wheel(folder, "py3-none-any", files | more)
+def small_wheel(folder: Path) -> Path:
+    files = {
+        "small/__init__.py": b"ANSWER = 42\n",
+        "small/tests/test_it.py": b"assert False\n",
+        "small-1.0.dist-info/METADATA": METADATA,
+    }
+    return write_wheel(folder, "py3-none-any", files)
 
 
 @pytest.fixture
@@ -74,9 +78,14 @@ def change(kit: ModuleType, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_a_kit_is_installed(kit: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_kit_is_installed(
+    kit: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert kit.main() == 0
     assert "is installed in" in capsys.readouterr().out
+    site = next((tmp_path / "made" / "lib").glob("python*/site-packages"))
+    assert (site / "small" / "__init__.py").is_file()
+    assert not (site / "small" / "tests").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import io
 import json
 import sys
 import tarfile
+from email.message import Message
 from email.parser import BytesParser
 from pathlib import Path
 
@@ -82,8 +83,16 @@ def _about(wheel: Path) -> dict[str, str]:
         "file": f"wheels/{wheel.name}",
         "name": metadata["Name"],
         "version": metadata["Version"],
-        "license": metadata["License-Expression"] or metadata["License"] or "see licenses/",
+        "license": metadata["License-Expression"] or metadata["License"] or _classified(metadata),
     }
+
+
+def _classified(metadata: Message) -> str:
+    """The licence among the classifiers, which older packages state alone."""
+    prefix = "License :: OSI Approved :: "
+    lines = metadata.get_all("Classifier", [])
+    found = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
+    return " AND ".join(found) or "see licenses/"
 
 
 def _licenses(wheel: Path) -> dict[str, bytes]:

@@ -17,13 +17,13 @@ PACKAGES = ("python3", "libstdc++6", "libgomp1")
 _SOURCES = ("/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list")
 _WRAPPER = """#!/bin/sh
 # QEMU_CPU names the processor. Absolute paths of libraries are looked for in the root first.
-exec {qemu} -L {root} -0 "$0" {elf} "$@"
+exec "${{MIMO_ARM_QEMU:-{qemu}}}" -L {root} -0 "$0" {elf} "$@"
 """
 
 
 def make_root() -> Path:
     """The interpreter's path in the root, which is made when it is not there."""
-    stamp, key = ROOT / ".made", " ".join((QEMU, *PACKAGES))
+    stamp, key = ROOT / ".made", " ".join((_WRAPPER, *PACKAGES))
     if not is_made(stamp, key):
         fresh(ROOT)
         for package in _downloaded():

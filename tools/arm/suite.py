@@ -14,7 +14,7 @@ CPUS = ("cortex-a53", "cortex-a76", "max")  # ARMv8.0; dotprod and fp16; i8mm an
 # What CI runs: everything that depends on the processor, the C library or the kernel.
 QUICK = (
     "test_cpu_library", "test_ggml_library", "test_ggml_graph", "test_native_library",
-    "test_quant_base", "test_flash_file_limits",
+    "test_quant_base", "test_limits", "test_runtime_alone",
 )  # fmt: skip
 # Files that cannot run, or say nothing of the processor there, and why.
 EXCLUDED = {
@@ -30,7 +30,7 @@ def command_line(python: Path, files: Sequence[str]) -> list[str]:
     """pytest on these files, without what is slow or needs torch."""
     tests = [str(REPOSITORY / "tests" / f"{name}.py") for name in files]
     return [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider",
-            "-m", "not slow and not oracle and not native", *tests]  # fmt: skip
+            "-m", "not slow and not oracle", *tests]  # fmt: skip
 
 
 def run_suite(python: Path, cpu: str, files: Sequence[str], jobs: int) -> bool:

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 from arm import suite
 from arm.compare import bundle, same_matches, same_tokens
@@ -25,9 +26,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check the aarch64 build under emulation.")
     parser.add_argument("--quick", action="store_true", help="only what CI runs")
     parser.add_argument("--cpu", action="append", help="only this processor; may be repeated")
+    parser.add_argument("--qemu", help="another emulator than qemu-aarch64-static (docs/arm.md)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     wanted = parser.parse_args()
     check_programs()
+    if wanted.qemu:
+        os.environ["MIMO_ARM_QEMU"] = str(Path(wanted.qemu).absolute())
     began = time.monotonic()
     cpus = tuple(wanted.cpu or suite.CPUS)
     python = make_environment()

@@ -110,12 +110,14 @@ def install(folder: Path, wheels: Sequence[Path]) -> None:
 
 
 def unpack(wheel: Path, site: Path) -> None:
-    """Wheels of this kit have no scripts and no data folders: they are unpacked where they go."""
+    """Wheels of this kit have no scripts and no data folders: they are unpacked where they go,
+    without the packages' own tests."""
     with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
+        names = archive.namelist()
+        for name in names:
             if name.startswith("/") or ".." in name.split("/") or ".data/" in name:
                 raise InstallError(f"{wheel.name} holds {name!r}, which is not unpacked")
-        archive.extractall(site)
+        archive.extractall(site, [name for name in names if "/tests/" not in name])
 
 
 def check(folder: Path, name: str, code: str) -> None:
