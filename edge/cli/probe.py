@@ -80,9 +80,8 @@ def probe(
     out.text(f"ISA         {', '.join(found.profile.isa) or 'none known'}")
     lib = found.libggml
     variant = f", variant {lib['variant']}" if lib["variant"] else ""
-    out.text(
-        f"libggml     {lib['version']}{variant}, compiled for {', '.join(lib['compiled_for']) or 'none'}"
-    )
+    compiled = ", ".join(lib["compiled_for"]) or "no extensions"
+    out.text(f"libggml     {lib['version']}{variant}, compiled for {compiled}")
     if found.hwcap is not None:
         out.text(f"HWCAP       {found.hwcap[0]:#x}, HWCAP2 {found.hwcap[1]:#x}")
     sensors = ", ".join(f"{name} {value:.0f} C" for name, value in found.sensors.items())

@@ -3,9 +3,9 @@
 ggml ends the process on bad input, so every call here validates first and raises a typed
 error instead. The graph bindings (runtimes/ggml) load the same library through `load`.
 
-Where it is looked for, one rule: the `lib/` folder of the first of PACKAGES that is installed, found
-without importing that package; a `folder` given to `load` replaces it. `mimo_edge_libggml` is what
-a device kit brings, `llama_cpp` is compiled on the machine itself.
+Where it is looked for, one rule: the `lib/` folder of the first of PACKAGES that is installed,
+found without importing that package; a `folder` given to `load` replaces it. `mimo_edge_libggml` is
+what a device kit brings, `llama_cpp` is compiled on the machine itself.
 """
 
 from __future__ import annotations

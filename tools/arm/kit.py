@@ -24,6 +24,8 @@ from arm.paths import WORK, fresh, run
 from arm.wheel import read_zip
 from arm.wheels import device_wheel, full_wheel, libggml_wheel, needed
 
+from mimo_edge.runtimes.ggml.library import BUILT_BY
+
 _FILES = Path(__file__).with_name("kit_files")
 # The releases that were tested; their wheels ask for glibc 2.28 at most.
 PINS = ("numpy==2.4.6", "jinja2==3.1.6", "markupsafe==3.0.4")
@@ -50,7 +52,7 @@ def make_kit(python: str, out: Path) -> Path:
         "python": python,
         "machine": "aarch64",
         "glibc": needed(sorted(libraries.glob("*.so*")), "GLIBC"),
-        "libggml": {"from": libggml.BUILT_BY, "variants": list(libggml.VARIANTS)},
+        "libggml": {"from": BUILT_BY, "variants": list(libggml.VARIANTS)},
         "wheels": [_about(path) for path in sorted(wheels.glob("*.whl"))],
         "files": {
             name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -22,12 +22,13 @@ NEEDED = {
 
 
 def run(
-    command: Sequence[str | Path],
+    command: Sequence[object],
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     capture: bool = False,
 ) -> str:
-    """Run a program to its end; its output when `capture`. Ends this one when it fails."""
+    """Run a program (words and paths) to its end; its output when `capture`. Ends this one when it
+    fails."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,

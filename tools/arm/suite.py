@@ -24,13 +24,21 @@ EXCLUDED = {
     "test_oracle_transformers": "needs torch",
     "test_packaging": "looks at the source tree, not at the wheel",
 }
+# Tests that say nothing of the processor there, and why.
+_HARD = "test_quant_formats.py::test_bytes_equal_ggml_on_hard_cases"
+DESELECTED = {
+    f"{_HARD}[Q4_0]": "blocks below 1e-38: their scale is 0, and C leaves open what the codes are",
+    f"{_HARD}[Q8_0]": "the same",
+    "test_ggml_graph.py::test_regions_cost_nothing_until_touched": "the emulator's own page tables",
+}
 
 
 def command_line(python: Path, files: Sequence[str]) -> list[str]:
     """pytest on these files, without what is slow or needs torch."""
     tests = [str(REPOSITORY / "tests" / f"{name}.py") for name in files]
     return [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider",
-            "-m", "not slow and not oracle", *tests]  # fmt: skip
+            "-m", "not slow and not oracle", *tests,
+            *(f"--deselect=tests/{name}" for name in DESELECTED)]  # fmt: skip
 
 
 def run_suite(python: Path, cpu: str, files: Sequence[str], jobs: int) -> bool:
@@ -51,10 +59,10 @@ def run_suite(python: Path, cpu: str, files: Sequence[str], jobs: int) -> bool:
         if group
     ]
     # pytest ends with 5 where every test of a group is left out.
-    passed = all([process.wait() in (0, 5) for process in running])
-    print(f"{cpu}: {len(files)} files, {'passed' if passed else 'FAILED'}, "
+    failed = sum(process.wait() not in (0, 5) for process in running)
+    print(f"{cpu}: {len(files)} files, {'FAILED' if failed else 'passed'}, "
           f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
-    return passed
+    return not failed
 
 
 def all_files() -> list[str]:

@@ -86,7 +86,8 @@ def needed(paths: list[Path], name: str) -> str:
     """The newest version of a library's symbols ("GLIBC", "GLIBCXX") that the libraries ask for."""
     text = run(["aarch64-linux-gnu-objdump", "-T", *paths], capture=True)
     found = re.findall(rf"\b{name}_(\d+(?:\.\d+)+)", text)
-    return max(found, key=lambda version: [int(part) for part in version.split(".")])
+    numbers = max([int(part) for part in version.split(".")] for version in found)
+    return ".".join(map(str, numbers))
 
 
 def _version() -> str:
