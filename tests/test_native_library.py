@@ -12,6 +12,7 @@ import pytest
 from mimo_edge import native_library
 from mimo_edge.errors import BackendError
 from mimo_edge.native_library import check_import, try_import
+from mimo_edge.runtimes.onnx import library as onnx_library
 
 
 @pytest.fixture
@@ -69,3 +70,22 @@ def test_inside_an_app_there_is_no_child(
     with caplog.at_level(logging.WARNING):
         try_import("frail")
     assert "untried" in caplog.text
+
+
+def test_the_onnx_backend_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that has the kit alone."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match="onnxruntime cannot be imported"):
+        onnx_library.onnxruntime()
+
+
+def test_the_onnx_backend_tries_the_import_first(
+    module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (module.parent / "onnxruntime").mkdir()
+    dying = module.parent / "onnxruntime" / "__init__.py"
+    dying.write_text(f"import os\nos.kill(os.getpid(), {int(signal.SIGILL)})\n")
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.setattr(native_library, "hwcap_words", lambda: (2, 0))
+    with pytest.raises(BackendError, match=r"importing onnxruntime ends the process \(SIGILL\)"):
+        onnx_library.onnxruntime()

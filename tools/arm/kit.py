@@ -23,7 +23,6 @@ from arm import libggml
 from arm.paths import WORK, fresh, run
 from arm.wheel import read_zip
 from arm.wheels import device_wheel, full_wheel, libggml_wheel, needed
-
 from mimo_edge.runtimes.ggml.library import BUILT_BY
 
 _FILES = Path(__file__).with_name("kit_files")

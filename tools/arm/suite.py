@@ -20,6 +20,8 @@ QUICK = (
 EXCLUDED = {
     "test_bench": "memory caps need the host's cgroups",
     "test_cli_page": "help texts, the same everywhere",
+    "test_export_onnx": "needs onnx and onnxruntime: docs/arm.md",
+    "test_onnx_backend": "needs onnx and onnxruntime: docs/arm.md",
     "test_oracle_llamacpp": "needs llama-cpp-python",
     "test_oracle_transformers": "needs torch",
     "test_packaging": "looks at the source tree, not at the wheel",
