@@ -25,7 +25,7 @@ help:
 	@echo "make test       everything CI checks: lint, types, tests with the oracles"
 	@echo "make test-slow  tests that need minutes, large files or special hardware"
 	@echo "make test-arm   the suite and mimo-nano on three emulated ARM processors (an hour)"
-	@echo "make test-arm-quick  the part of it that CI runs"
+	@echo "make test-arm-quick  a part of it, in minutes"
 	@echo "make device-kit the archive for aarch64 Linux, into dist/"
 
 # A new, moved or deleted source file needs the strict editable install again (seconds).

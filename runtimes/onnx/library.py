@@ -5,6 +5,7 @@ The only module that knows onnxruntime. Arrays are NumPy's own memory: nothing i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
