@@ -21,6 +21,7 @@ from mimo_edge.devices.scratch import ScratchFile, scratch_file, scratch_folder
 from mimo_edge.devices.this_machine import known_figures, title
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
+from mimo_edge.hwcap import hwcap_words
 from mimo_edge.quant.base import FORMATS, Format
 from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.units import format_bytes, round_up
@@ -52,8 +53,9 @@ _READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _ENGINE_SHARE = 0.3, 0.25, 0.25, 0.2
 @dataclass(frozen=True)
 class Probe:
     """What was found. `direct` and `buffered` are bytes per second by (block, lanes); `memory` by
-    format; without `direct_works` every read went through the page cache; `seconds` is what it
-    took."""
+    format; without `direct_works` every read went through the page cache; `libggml` is the library
+    that computed (`describe_library`), `hwcap` the kernel's words on an ARM processor; `seconds` is
+    what it took."""
 
     profile: DeviceProfile
     threads: int
@@ -62,6 +64,8 @@ class Probe:
     direct_works: bool
     memory: dict[str, float]
     sensors: dict[str, float]
+    libggml: dict[str, Any]
+    hwcap: tuple[int, int] | None
     available_bytes: int | None
     cgroup_bytes: int | None
     seconds: float
@@ -83,6 +87,8 @@ class Probe:
             "direct_works": self.direct_works,
             "memory_bytes_per_s": self.memory,
             "thermal_zones": self.sensors,
+            "libggml": self.libggml,
+            "hwcap": None if self.hwcap is None else [hex(word) for word in self.hwcap],
             "available_bytes": self.available_bytes,
             "cgroup_bytes": self.cgroup_bytes,
             "seconds": self.seconds,
@@ -104,6 +110,8 @@ def probe(
     takes besides writing the file. Raises UsageError on values out of range, DeviceError where
     there is no room on disk or in memory, BackendError when ggml refuses.
     """
+    from mimo_edge.runtimes.ggml.bindings import describe_library
+
     began = time.perf_counter()
     cores = machine.usable_cores()
     count = cores if threads is None else threads
@@ -167,6 +175,8 @@ def probe(
         works,
         memory,
         machine.thermal_zones(),
+        describe_library(),
+        hwcap_words(),
         machine.available_bytes(),
         machine.cgroup_limit_bytes(),
         time.perf_counter() - began,
