@@ -32,8 +32,10 @@ FILE_PAGES_BYTES = 12 << 20
 CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
 # Graphs of few tokens that a cache keeps, one more while a new one replaces an old, and the bytes
-# they may take together; it keeps one of many tokens (runtimes/ggml/cache.py).
+# they may take together; it keeps one of many tokens, and those that fill an MTP block's window
+# where their inputs are small (runtimes/ggml/kept_graphs.py).
 _SMALL_GRAPHS, _SMALL_TOKENS, SMALL_GRAPH_BYTES = 17, 16, 24 << 20
+_LARGE_INPUT_BYTES = 512 << 10
 # Pairs of token and expert that one graph computes (runtimes/ggml/streamed.py), and rows of one
 # expert (runtimes/ggml/expert_matrix.py).
 _MAX_PAIRS, _PAIR_STEP, _MAX_ROWS = 1024, 16, 512
@@ -260,6 +262,8 @@ def _too_small(found: Shortfall) -> DeviceError:
 # --- the lines ---------------------------------------------------------------------------------
 
 _TABLE = "token_embd.weight"
+# A table that drafts look up tokens in (runtimes/ggml/resident.py).
+_SMALL_TABLE_BYTES = 4 << 20
 
 
 def _is_routed(name: str) -> bool:
@@ -270,6 +274,8 @@ def _weight_lines(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> list
     """What is resident besides routed experts: of vectors and routers the f32 form."""
     trunk = mtp = 0
     for name, info in tensors.items():
+        if name == _TABLE and config.num_mtp_layers > 1 and info.nbytes <= _SMALL_TABLE_BYTES:
+            mtp += round_up(info.nbytes, 64)
         if _is_routed(name) or (name == _TABLE and not config.tie_word_embeddings):
             continue
         if block_index(name) >= config.num_hidden_layers + config.num_mtp_layers:
@@ -341,12 +347,21 @@ def graph_bytes(
     small = max(
         _pass_bytes(config, context, min(chunk, _SMALL_TOKENS), streamed),
         _pass_bytes(config, context, MAX_DRAFT + 1, streamed, _APART_NODES * (MAX_DRAFT + 1)),
+        _mtp_fill_bytes(config),
     )
     kept = min(_SMALL_GRAPHS * small, SMALL_GRAPH_BYTES + 2 * small)
     if chunk > _SMALL_TOKENS:
         kept += _pass_bytes(config, context, chunk, streamed)
     host = 4 * (config.vocab_size * (MAX_DRAFT + 1) + 3 * config.hidden_size * chunk)
     return kept + host + _scratch_bytes(config, chunk, streamed, kv_type)
+
+
+def _mtp_fill_bytes(config: MimoConfig) -> int:
+    """A pass that fills the window of an MTP block, where it counts as small."""
+    inputs = 8 * config.hidden_size * config.sliding_window
+    if not config.num_mtp_layers or inputs > _LARGE_INPUT_BYTES:
+        return 0
+    return inputs + 32 * config.sliding_window + 2 * _NODE_BYTES * _BLOCK_NODES
 
 
 def _pass_bytes(

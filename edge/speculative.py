@@ -19,7 +19,7 @@ import numpy as np
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
-from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache
+from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache, ChainingBackend
 
 DraftSetting = int | Literal["auto"]
 
@@ -62,6 +62,7 @@ class Drafter:
     def __init__(self, backend: Backend, cache: Cache) -> None:
         config = backend.config
         self._backend = backend
+        self._chain = backend if isinstance(backend, ChainingBackend) and backend.chains else None
         self._cache = cache
         self.limit = max_draft(config)
         self._window = config.layer(config.num_hidden_layers).window if self.limit else 1
@@ -70,6 +71,7 @@ class Drafter:
         self._length = 0  # positions observed
         # Rows of block k below this are in its cache, computed from tokens that stand.
         self._final = [0] * self.limit
+        self._proposed: tuple[int, list[int]] = (0, [])  # the latest drafts, from this position on
         self.steady = True  # whether the last draft only did its regular work
 
     @property
@@ -128,23 +130,98 @@ class Drafter:
         p = self._length - 1
         if len(tokens) != p + 2:
             raise ValueError(f"{len(tokens)} tokens known, {p + 1} processed")
+        self._settle(tokens)
+        self.steady = True
+        count = min(count, self.limit)
+        # What one verify leaves to write, and so many rows that any verify does.
+        first = p - MAX_DRAFT
+        regular = first >= max(self._oldest, self._reach) and first <= min(
+            self._final[:count], default=-1
+        )
+        if count > 1 and regular and self._chain is not None:
+            drafts = self._draft_in_chain(tokens, first, count, best, cancel)
+        else:
+            drafts = self._draft_one_by_one(tokens, count, best, cancel)
+        self._proposed = (p + 2, drafts)
+        return drafts
+
+    @property
+    def _oldest(self) -> int:
+        """Position of the oldest H row at hand."""
+        return self._length - len(self._hidden)
+
+    @property
+    def _reach(self) -> int:
+        """The oldest row that the newest one sees."""
+        return 0 if self._window is None else max(0, self._length - self._window)
+
+    def _draft_one_by_one(
+        self,
+        tokens: Sequence[int],
+        count: int,
+        best: Callable[[F32], int],
+        cancel: Cancel | None,
+    ) -> list[int]:
+        p = self._length - 1
         known = list(tokens[max(0, p + 2 - len(self._hidden) - MAX_DRAFT) :])
         offset = len(tokens) - len(known)
-        self.steady = True
         drafts: list[int] = []
-        for depth in range(min(count, self.limit)):
-            reach = 0 if self._window is None else max(0, p - self._window + 1)
-            first = max(self._final[depth], reach)
-            if first < self._length - len(self._hidden):
+        for depth in range(count):
+            first = max(self._final[depth], self._reach)
+            if first < self._oldest:
                 break
             # One verify commits up to count + 1 rows; depth more were stale.
             self.steady = self.steady and p - first <= 2 * MAX_DRAFT + 1
+            # Never fewer rows than a verify has: backends keep what a number of rows needs, and
+            # writing a row again changes nothing.
+            first = max(min(first, p - MAX_DRAFT), self._reach, self._oldest)
+            # Rows up to p - depth take tokens that stand; the newer ones take drafts. A pass that
+            # fails leaves none of its rows.
+            final = max(self._final[depth], p - depth + 1)
+            self._final[depth] = min(self._final[depth], first)
             logits = self._run(depth, known, first, p + 1, offset, cancel)
+            self._final[depth] = final
             drafts.append(best(logits))
             known.append(drafts[-1])
-            # Rows up to p - depth took tokens that stand; the newer ones took drafts.
-            self._final[depth] = max(first, p - depth + 1)
         return drafts
+
+    def _draft_in_chain(
+        self,
+        tokens: Sequence[int],
+        first: int,
+        count: int,
+        best: Callable[[F32], int],
+        cancel: Cancel | None,
+    ) -> list[int]:
+        """Rows first..p of all blocks at once."""
+        assert self._chain is not None
+        p = self._length - 1
+        final = [max(self._final[depth], p - depth + 1) for depth in range(count)]
+        self._final[:count] = [min(known, first) for known in self._final[:count]]
+        hidden = self._rows(first, p + 1)
+        ids = np.asarray(tokens[first + 1 : p + 2], dtype=np.int32)
+        chosen, logits = self._chain.mtp_chain(
+            count, ids, hidden, first, self._cache, cancel=cancel
+        )
+        self._final[:count] = final
+        drafts: list[int] = []
+        for token, row in zip(chosen, logits, strict=True):
+            drafts.append(best(row))
+            if drafts[-1] != token:  # one that is never drawn: what follows is not its continuation
+                break
+        return drafts
+
+    def _settle(self, tokens: Sequence[int]) -> None:
+        """Rows that took drafts which were accepted are final as well."""
+        (start, drafts), self._proposed = self._proposed, (0, [])
+        stands = 0
+        for token, draft in zip(tokens[start : start + len(drafts)], drafts, strict=False):
+            if token != draft:
+                break
+            stands += 1
+        for depth in range(1, len(drafts)):
+            final = start - 1 - depth + min(depth, stands)
+            self._final[depth] = max(self._final[depth], final)
 
     def truncate(self, length: int, known: int) -> None:
         """The target was cut back to `length` processed tokens, of which and after which
@@ -152,6 +229,7 @@ class Drafter:
         for _ in range(min(self._length - length, len(self._hidden))):
             self._hidden.pop()
         self._length = length
+        self._proposed = (0, [])
         for depth in range(self.limit):
             # Rings hold rows by position modulo their size: after a cut some older rows may
             # be gone, so windowed blocks are written anew from the window's start.
@@ -168,11 +246,15 @@ class Drafter:
         cancel: Cancel | None = None,
     ) -> F32:
         """Rows first..end-1 of block `depth`; `known` starts at x_offset."""
-        start = self._length - len(self._hidden)
-        hidden = np.stack([self._hidden[row - start] for row in range(first, end)])
         shift = 1 + depth - offset
         ids = np.asarray(known[first + shift : end + shift], dtype=np.int32)
+        hidden = self._rows(first, end)
         return self._backend.mtp_forward(depth, ids, hidden, first, self._cache, cancel=cancel)
+
+    def _rows(self, first: int, end: int) -> F32:
+        """H rows of positions first..end-1."""
+        start = self._oldest
+        return np.stack([self._hidden[row - start] for row in range(first, end)])
 
 
 def accept(

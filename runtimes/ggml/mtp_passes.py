@@ -1,0 +1,198 @@
+"""MTP blocks as graphs: one block on n rows, and all of them one after the other.
+
+`MtpPass` takes embeddings and gives logits: the host chooses the token for the next block. Of a
+small model whose embedding table is in memory, `ChainPass` does that inside: what each block
+proposes is looked up and fed to the next, and a draft is one call into ggml instead of three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mimo_edge.runtimes.base import F32, TokenIds
+from mimo_edge.runtimes.ggml import blocks
+from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64
+from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions, RingIndex
+from mimo_edge.runtimes.ggml.cache_memory import kv_rows
+from mimo_edge.runtimes.ggml.device import Device
+from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor
+from mimo_edge.runtimes.ggml.kept_graphs import LARGE_INPUT_BYTES
+from mimo_edge.runtimes.ggml.masks import HIDDEN, SEEN, fill_causal
+from mimo_edge.runtimes.ggml.resident import ModelWeights
+from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS
+
+
+@dataclass(frozen=True)
+class MtpShape:
+    """What an MTP graph depends on: block, rows, and rows of K/V its query reads."""
+
+    depth: int
+    tokens: int
+    read_rows: int
+    large: bool
+
+
+@dataclass(frozen=True)
+class ChainShape:
+    """What a chain depends on: how many blocks, on how many rows."""
+
+    count: int
+    tokens: int
+
+    @property
+    def large(self) -> bool:
+        return False
+
+
+def mtp_shape(cache: GgmlCache, depth: int, tokens: int, position: int) -> MtpShape:
+    """The shape of an MTP pass over rows position.. . The first draft of a conversation fills the
+    window of every block: where that takes little memory all these graphs are kept."""
+    kv = cache.mtp[depth]
+    ring = isinstance(cache.mtp_index[depth], RingIndex)
+    large = tokens > FEW_TOKENS and 8 * cache.config.hidden_size * tokens > LARGE_INPUT_BYTES
+    return MtpShape(depth, tokens, kv.rows if ring else kv_rows(position + tokens), large)
+
+
+class _Rows:
+    """What every block of a pass over n rows is given besides embeddings."""
+
+    def __init__(self, inputs: Inputs, cache: GgmlCache, n: int, read_rows: int) -> None:
+        c, new = cache.config, inputs.new
+        self.config = c
+        self.total = n
+        self._window = c.layer(c.num_hidden_layers).window
+        self.hidden = new(TYPE_F32, c.hidden_size, n)
+        self.positions = new(TYPE_I32, n)
+        self.ids = new(TYPE_I64, n)
+        self.mask = new(TYPE_F16, read_rows, 1)  # only the last row queries
+
+    def fill(self, hidden: F32, position: int, slots: Positions | None) -> None:
+        """Set the inputs; `slots` are the positions the ring is written for once these rows are,
+        None without a ring."""
+        n = self.total
+        rows = np.arange(position, position + n, dtype=np.int64)
+        self.hidden.array().reshape(n, -1)[...] = hidden
+        self.positions.array()[...] = rows
+        mask = self.mask.array().reshape(1, -1)
+        if slots is None or self._window is None:
+            self.ids.array()[...] = rows
+            mask.fill(HIDDEN)
+            mask[:, : position + n] = SEEN
+        else:
+            self.ids.array()[...] = rows % slots.size
+            fill_causal(mask, slots, rows[-1:], self._window)
+
+    def block(
+        self, g: Graph, model: ModelWeights, cache: GgmlCache, depth: int, embedding: Tensor
+    ) -> Tensor:
+        """embedding {M, n} -> logits {V, 1} of the last row; every row leaves its K/V."""
+        c, w, kv = self.config, model.mtp[depth], cache.mtp[depth]
+        assert w.mtp is not None
+        z = blocks.mtp_input(g, w.mtp, c, embedding, self.hidden)
+        shared = blocks.BlockInputs(c, self.positions, self.total)
+        access = blocks.KvAccess(kv, self.ids, self.mask, self.mask.ne[0], False)
+        z_last = blocks.block(g, w, shared, access, z)
+        return blocks.head(g, model.output, w.mtp.output_norm, c.layernorm_epsilon, z_last)
+
+
+class _MtpGraph:
+    """Graph and inputs of a pass."""
+
+    def __init__(self, device: Device, nodes: int) -> None:
+        self._device = device
+        self._inputs = Inputs(device)
+        self._graph = Graph(device, nodes)
+
+    @property
+    def current(self) -> bool:
+        """Whether the scratch addresses are still those of the device."""
+        return self._graph.epoch == self._device.epoch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of inputs and descriptions; intermediate results lie in the shared scratch."""
+        return self._inputs.nbytes + self._graph.context_bytes
+
+    def compute(self) -> None:
+        """Run with the inputs filled before."""
+        self._graph.compute()
+
+    def close(self) -> None:
+        """Free graph and inputs."""
+        self._graph.close()
+        self._inputs.close()
+
+
+class MtpPass(_MtpGraph):
+    """One MTP block on n rows: every row leaves its K/V, the newest gives logits."""
+
+    def __init__(
+        self, device: Device, model: ModelWeights, cache: GgmlCache, shape: MtpShape
+    ) -> None:
+        super().__init__(device, blocks.tensors_of(cache.config, 2))
+        try:
+            n = shape.tokens
+            self._embedding = self._inputs.new(TYPE_F32, cache.config.hidden_size, n)
+            self._rows = _Rows(self._inputs, cache, n, shape.read_rows)
+            self._inputs.allocate()
+            g = self._graph
+            logits = self._rows.block(g, model, cache, shape.depth, self._embedding)
+            self._logits = g.output(logits)
+            g.finish()
+        except BaseException:
+            self.close()
+            raise
+
+    def fill(self, embedding: F32, hidden: F32, position: int, slots: Positions | None) -> None:
+        """Set the inputs; as `_Rows.fill`."""
+        self._embedding.array().reshape(len(embedding), -1)[...] = embedding
+        self._rows.fill(hidden, position, slots)
+
+    def logits(self) -> F32:
+        """Logits f32 [V] of the last run."""
+        return self._logits.array().reshape(-1).copy()
+
+
+class ChainPass(_MtpGraph):
+    """The first `count` blocks on the same n rows, each with the token the one before chose."""
+
+    def __init__(
+        self, device: Device, model: ModelWeights, cache: GgmlCache, shape: ChainShape
+    ) -> None:
+        super().__init__(device, blocks.tensors_of(cache.config, 2 * shape.count))
+        table, n = model.table, shape.tokens
+        assert table is not None
+        try:
+            self._ids = self._inputs.new(TYPE_I32, n)
+            self._rows = _Rows(self._inputs, cache, n, cache.mtp[0].rows)
+            self._inputs.allocate()
+            self._logits: list[Tensor] = []
+            self._tokens: list[Tensor] = []
+            g = self._graph
+            embedding = g.get_rows(table, self._ids)
+            for depth in range(shape.count):
+                logits = self._rows.block(g, model, cache, depth, embedding)
+                self._logits.append(g.output(logits))
+                self._tokens.append(g.output(g.argmax(logits)))
+                if depth + 1 < shape.count:
+                    chosen = g.get_rows(table, self._tokens[-1])
+                    embedding = g.concat(blocks.last_rows(g, embedding, n - 1), chosen, 1)
+            g.finish()
+        except BaseException:
+            self.close()
+            raise
+
+    def fill(self, token_ids: TokenIds, hidden: F32, position: int, slots: Positions) -> None:
+        """Set the inputs; as `_Rows.fill`. The ids must be of the vocabulary."""
+        self._ids.array()[...] = token_ids
+        self._rows.fill(hidden, position, slots)
+
+    def logits(self) -> F32:
+        """Logits f32 [count, V] of the last run."""
+        return np.stack([tensor.array().reshape(-1) for tensor in self._logits])
+
+    def tokens(self) -> list[int]:
+        """What each block chose in the last run."""
+        return [int(tensor.array()[0]) for tensor in self._tokens]
