@@ -18,7 +18,14 @@ from mimo_edge.config import MimoConfig
 from mimo_edge.errors import DeviceError
 from mimo_edge.experts.reader import COALESCE_BYTES, DEFAULT_LANES
 from mimo_edge.gguf_file import TensorInfo
-from mimo_edge.kv_format import DEFAULT_KV_TYPE, KV_FORMATS, check_kv_type, ring_type
+from mimo_edge.kv_format import (
+    DEFAULT_KV_TYPE,
+    KV_FORMATS,
+    SMALL_KV_BYTES,
+    check_kv_type,
+    fitting_kv_type,
+    ring_type,
+)
 from mimo_edge.speculative import MAX_DRAFT
 from mimo_edge.units import format_bytes, round_up
 
@@ -262,7 +269,7 @@ def _too_small(found: Shortfall) -> DeviceError:
 # --- the lines ---------------------------------------------------------------------------------
 
 _TABLE = "token_embd.weight"
-# A table that drafts look up tokens in (runtimes/ggml/resident.py).
+# A table up to this size is resident (runtimes/ggml/resident.py).
 _SMALL_TABLE_BYTES = 4 << 20
 
 
@@ -274,8 +281,8 @@ def _weight_lines(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> list
     """What is resident besides routed experts: of vectors and routers the f32 form."""
     trunk = mtp = 0
     for name, info in tensors.items():
-        if name == _TABLE and config.num_mtp_layers > 1 and info.nbytes <= _SMALL_TABLE_BYTES:
-            mtp += round_up(info.nbytes, 64)
+        if name == _TABLE and info.nbytes <= _SMALL_TABLE_BYTES:
+            trunk += round_up(info.nbytes, 64)
         if _is_routed(name) or (name == _TABLE and not config.tie_word_embeddings):
             continue
         if block_index(name) >= config.num_hidden_layers + config.num_mtp_layers:
@@ -332,6 +339,18 @@ def kv_bytes(config: MimoConfig, context: int, kv_type: str = DEFAULT_KV_TYPE) -
         for dim in (config.head_dim, config.v_head_dim):
             total += round_up(kind.row_bytes(spec.num_key_value_heads, dim) * rows, PAGE)
     return total
+
+
+def usual_kv_type(wanted: str, config: MimoConfig, context: int) -> str:
+    """Format of a cache for `context` tokens where nobody chose one: `wanted` if the model allows
+    it, but f32 for f16 where that is small. Attention of narrow heads is up to four times as fast
+    then: of fewer than 128 numbers per head ggml has no vector code for f16 on some processors.
+
+    Raises UsageError on an unknown format."""
+    kind = fitting_kv_type(wanted, config)
+    context = min(context, config.max_position_embeddings)
+    small = kv_bytes(config, context, "f32") <= SMALL_KV_BYTES
+    return "f32" if kind == DEFAULT_KV_TYPE and small else kind
 
 
 def graph_bytes(

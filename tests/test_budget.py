@@ -93,6 +93,9 @@ def test_graphs_take_what_was_planned(
             found = backend.forward(ids, cache, logits_rows=min(4, size), hidden_rows=size)
             for depth in range(config.num_mtp_layers):
                 backend.mtp_forward(depth, ids, found.hidden, cache.length - size, cache)
+        for size in range(1, 17):  # the larger graphs last: they are kept
+            ids = rng.integers(0, config.vocab_size, size).astype(np.int32)
+            backend.forward(ids, cache, logits_rows=min(4, size), hidden_rows=size)
         real = backend.scratch_bytes + cache.graphs.nbytes
         planned = graph_bytes(config, context, chunk, streamed)
         assert real <= planned < 6 * real

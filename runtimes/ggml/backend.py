@@ -29,6 +29,7 @@ from mimo_edge.runtimes.base import (
 from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex
 from mimo_edge.runtimes.ggml.cache_memory import IdleMemory
 from mimo_edge.runtimes.ggml.device import Device
+from mimo_edge.runtimes.ggml.graph import Tensor
 from mimo_edge.runtimes.ggml.mtp_passes import ChainPass, ChainShape, MtpPass, mtp_shape
 from mimo_edge.runtimes.ggml.passes import TrunkPass, TrunkShape, trunk_shape
 from mimo_edge.runtimes.ggml.raw import RawTensors
@@ -141,6 +142,9 @@ class GgmlBackend:
                 raise UsageError(f"{label} = {rows} of {total} new tokens")
         ours = self._check_cache(cache)
         ours.require(total)
+        if total <= self._chunk:
+            with self.device.cancelled_by(cancel):
+                return ForwardResult(*self._forward_chunk(ours, ids, logits_rows, hidden_rows))
         logits = np.empty((logits_rows, self.config.vocab_size), np.float32)
         hidden = np.empty((hidden_rows, self.config.hidden_size), np.float32)
         after = total  # rows behind this chunk
@@ -164,25 +168,19 @@ class GgmlBackend:
         if any(self.config.hybrid_layer_pattern):
             # Fails when an earlier pass was stopped while it overwrote the ring.
             cache.ring.check(position, total, total)
-        embedding = self._source.embedding(ids, self.device.cancel)
         shape = trunk_shape(cache, self._rows, total, logits_rows, hidden_rows)
         trunk = self._trunk(cache, shape)
+        trunk.tokens.fill(ids, self._embedding)  # may read a file: before anything is touched
         before = cache.ring.positions() if shape.ring == "append" else None
         # So that a pass that fails half-way costs no more than itself.
         saved = cache.save_rings() if shape.ring == "append" else None
         try:
             cache.ring.store(position, total)
             cache.full.store(position, total)
-            trunk.fill(embedding, position, before, cache.ring.slots)
+            trunk.fill(position, before, cache.ring.slots)
             trunk.compute()
-            empty = np.empty((0, 0), np.float32)
-            hidden, logits = (
-                empty if tensor is None else tensor.array().reshape(rows, -1).copy()
-                for tensor, rows in (
-                    (trunk.hidden_tensor, hidden_rows),
-                    (trunk.logits_tensor, logits_rows),
-                )
-            )
+            hidden = _copy(trunk.hidden_tensor, self.config.hidden_size)
+            logits = _copy(trunk.logits_tensor, self.config.vocab_size)
             self._check_finite(hidden, "the residual stream", position + total - len(hidden))
             self._check_finite(logits, "the output head", position + total - len(logits))
         except BaseException:
@@ -190,6 +188,9 @@ class GgmlBackend:
             raise
         cache.commit(total)
         return logits, hidden
+
+    def _embedding(self, ids: TokenIds) -> F32:
+        return self._source.embedding(ids, self.device.cancel)
 
     def _trunk(self, cache: GgmlCache, shape: TrunkShape) -> TrunkPass:
         found = cache.graphs.find(shape)
@@ -241,7 +242,6 @@ class GgmlBackend:
         position: int,
         index: RingIndex | FullIndex,
     ) -> F32:
-        embedding = self._source.embedding(ids, self.device.cancel)
         shape = mtp_shape(cache, depth, len(ids), position)
         found = cache.graphs.find(shape)
         if not isinstance(found, MtpPass):
@@ -249,10 +249,11 @@ class GgmlBackend:
                 cache.graphs.drop_large()
             found = MtpPass(self.device, self._weights.model, cache, shape)
             cache.graphs.keep(shape, found)
+        found.tokens.fill(ids, self._embedding)
         try:
             index.store(position, len(ids))
             slots = index.slots if isinstance(index, RingIndex) else None
-            found.fill(embedding, hidden, position, slots)
+            found.rows.fill(hidden, position, slots)
             found.compute()
             logits = found.logits()
             self._check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
@@ -264,7 +265,7 @@ class GgmlBackend:
     @property
     def chains(self) -> bool:
         """Whether `mtp_chain` works: of small models with several MTP blocks."""
-        return self._weights.model.table is not None
+        return self._weights.model.table is not None and self.config.num_mtp_layers > 1
 
     def mtp_chain(
         self,
@@ -311,7 +312,8 @@ class GgmlBackend:
             for ring in rings:
                 ring.store(position, len(ids))
             # Of the rows the newest one sees, every ring has all: they agree on where.
-            found.fill(ids, hidden, position, rings[0].slots)
+            found.tokens.fill(ids, self._embedding)
+            found.rows.fill(hidden, position, rings[0].slots)
             found.compute()
             logits = found.logits()
             for depth, row in enumerate(logits):
@@ -320,7 +322,7 @@ class GgmlBackend:
             for ring in rings:
                 ring.truncate(position)
             raise
-        return found.tokens(), logits
+        return found.chosen(), logits
 
     def _check_mtp(
         self, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
@@ -387,6 +389,14 @@ class GgmlBackend:
                 f"{where} gave NaN or Inf at position {first + row}",
                 "the weights, or the input, are damaged",
             )
+
+
+def _copy(tensor: Tensor | None, width: int) -> F32:
+    """Rows [n, width] of a result, none where there is none."""
+    if tensor is None:
+        return np.empty((0, width), np.float32)
+    found: F32 = tensor.array().reshape(-1, width).copy()
+    return found
 
 
 def _release(

@@ -1,8 +1,8 @@
 """MTP blocks as graphs: one block on n rows, and all of them one after the other.
 
-`MtpPass` takes embeddings and gives logits: the host chooses the token for the next block. Of a
-small model whose embedding table is in memory, `ChainPass` does that inside: what each block
-proposes is looked up and fed to the next, and a draft is one call into ggml instead of three.
+`MtpPass` gives logits: the host chooses the token for the next block. Of a small model whose
+embedding table is in memory, `ChainPass` does that inside: what each block proposes is looked up
+and fed to the next, and a draft is one call into ggml instead of three.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mimo_edge.runtimes.base import F32, TokenIds
+from mimo_edge.runtimes.base import F32
 from mimo_edge.runtimes.ggml import blocks
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64
 from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions, RingIndex
@@ -19,9 +19,10 @@ from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor
 from mimo_edge.runtimes.ggml.kept_graphs import LARGE_INPUT_BYTES
-from mimo_edge.runtimes.ggml.masks import HIDDEN, SEEN, fill_causal
+from mimo_edge.runtimes.ggml.masks import fill_full, fill_ring
 from mimo_edge.runtimes.ggml.resident import ModelWeights
 from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS
+from mimo_edge.runtimes.ggml.token_input import TokenInput
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,10 @@ class _Rows:
         mask = self.mask.array().reshape(1, -1)
         if slots is None or self._window is None:
             self.ids.array()[...] = rows
-            mask.fill(HIDDEN)
-            mask[:, : position + n] = SEEN
+            fill_full(mask, rows[-1:])
         else:
             self.ids.array()[...] = rows % slots.size
-            fill_causal(mask, slots, rows[-1:], self._window)
+            fill_ring(mask, slots, rows[-1:], self._window)
 
     def block(
         self, g: Graph, model: ModelWeights, cache: GgmlCache, depth: int, embedding: Tensor
@@ -126,29 +126,25 @@ class _MtpGraph:
 
 
 class MtpPass(_MtpGraph):
-    """One MTP block on n rows: every row leaves its K/V, the newest gives logits."""
+    """One MTP block on n rows: every row leaves its K/V, the newest gives logits. `tokens` and
+    `rows` are to be filled before each run."""
 
     def __init__(
         self, device: Device, model: ModelWeights, cache: GgmlCache, shape: MtpShape
     ) -> None:
         super().__init__(device, blocks.tensors_of(cache.config, 2))
         try:
-            n = shape.tokens
-            self._embedding = self._inputs.new(TYPE_F32, cache.config.hidden_size, n)
-            self._rows = _Rows(self._inputs, cache, n, shape.read_rows)
+            g, n = self._graph, shape.tokens
+            self.tokens = TokenInput(self._inputs, cache.config, model.table, n)
+            self.rows = _Rows(self._inputs, cache, n, shape.read_rows)
             self._inputs.allocate()
-            g = self._graph
-            logits = self._rows.block(g, model, cache, shape.depth, self._embedding)
+            embedding = self.tokens.embedding(g)
+            logits = self.rows.block(g, model, cache, shape.depth, embedding)
             self._logits = g.output(logits)
             g.finish()
         except BaseException:
             self.close()
             raise
-
-    def fill(self, embedding: F32, hidden: F32, position: int, slots: Positions | None) -> None:
-        """Set the inputs; as `_Rows.fill`."""
-        self._embedding.array().reshape(len(embedding), -1)[...] = embedding
-        self._rows.fill(hidden, position, slots)
 
     def logits(self) -> F32:
         """Logits f32 [V] of the last run."""
@@ -156,7 +152,8 @@ class MtpPass(_MtpGraph):
 
 
 class ChainPass(_MtpGraph):
-    """The first `count` blocks on the same n rows, each with the token the one before chose."""
+    """The first `count` blocks on the same n rows, each with the token the one before chose.
+    `tokens` (of block 0) and `rows` are to be filled before each run."""
 
     def __init__(
         self, device: Device, model: ModelWeights, cache: GgmlCache, shape: ChainShape
@@ -165,34 +162,29 @@ class ChainPass(_MtpGraph):
         table, n = model.table, shape.tokens
         assert table is not None
         try:
-            self._ids = self._inputs.new(TYPE_I32, n)
-            self._rows = _Rows(self._inputs, cache, n, cache.mtp[0].rows)
+            self.tokens = TokenInput(self._inputs, cache.config, table, n)
+            self.rows = _Rows(self._inputs, cache, n, cache.mtp[0].rows)
             self._inputs.allocate()
             self._logits: list[Tensor] = []
-            self._tokens: list[Tensor] = []
+            self._chosen: list[Tensor] = []
             g = self._graph
-            embedding = g.get_rows(table, self._ids)
+            embedding = self.tokens.embedding(g)
             for depth in range(shape.count):
-                logits = self._rows.block(g, model, cache, depth, embedding)
+                logits = self.rows.block(g, model, cache, depth, embedding)
                 self._logits.append(g.output(logits))
-                self._tokens.append(g.output(g.argmax(logits)))
+                self._chosen.append(g.output(g.argmax(logits)))
                 if depth + 1 < shape.count:
-                    chosen = g.get_rows(table, self._tokens[-1])
-                    embedding = g.concat(blocks.last_rows(g, embedding, n - 1), chosen, 1)
+                    row = g.get_rows(table, self._chosen[-1])
+                    embedding = g.concat(blocks.last_rows(g, embedding, n - 1), row, 1)
             g.finish()
         except BaseException:
             self.close()
             raise
 
-    def fill(self, token_ids: TokenIds, hidden: F32, position: int, slots: Positions) -> None:
-        """Set the inputs; as `_Rows.fill`. The ids must be of the vocabulary."""
-        self._ids.array()[...] = token_ids
-        self._rows.fill(hidden, position, slots)
-
     def logits(self) -> F32:
         """Logits f32 [count, V] of the last run."""
         return np.stack([tensor.array().reshape(-1) for tensor in self._logits])
 
-    def tokens(self) -> list[int]:
-        """What each block chose in the last run."""
-        return [int(tensor.array()[0]) for tensor in self._tokens]
+    def chosen(self) -> list[int]:
+        """The token of every block in the last run."""
+        return [int(tensor.array()[0]) for tensor in self._chosen]

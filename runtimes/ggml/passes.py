@@ -16,19 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.config import LayerSpec
-from mimo_edge.runtimes.base import F32, VERIFY_ROWS, RouteSink
+from mimo_edge.runtimes.base import VERIFY_ROWS, RouteSink
 from mimo_edge.runtimes.ggml import blocks
-from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64
+from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_I32, TYPE_I64
 from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions
 from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor, finish_together
 from mimo_edge.runtimes.ggml.look_ahead import RouterGuess
-from mimo_edge.runtimes.ggml.masks import SEEN, UNLIMITED, fill_causal
+from mimo_edge.runtimes.ggml.masks import fill_causal, fill_full, fill_ring
 from mimo_edge.runtimes.ggml.resident import BlockWeights, ModelWeights
 from mimo_edge.runtimes.ggml.rows import RowCheck
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS, Carry, SlotExperts
+from mimo_edge.runtimes.ggml.token_input import TokenInput
 
 # Tensors for every row that is computed apart, in attention or in one product.
 _ATTENTION_ROW_TENSORS, _PRODUCT_ROW_TENSORS = 7, 3
@@ -126,7 +127,7 @@ class TrunkPass:
         self._apart = _apart_tensors(model, shape)
         self._graph = self._new_graph(0)
         try:
-            self._describe_inputs(cache)
+            self._describe_inputs(model, cache)
             self._build(model, cache)
         except BaseException:
             self.close()
@@ -141,13 +142,15 @@ class TrunkPass:
         nodes = blocks.tensors_of(self.config, blocks_count + (True not in cuts), self._apart)
         return Graph(self._device, nodes, self.shape.exact)
 
-    def _describe_inputs(self, cache: GgmlCache) -> None:
+    def _describe_inputs(self, model: ModelWeights, cache: GgmlCache) -> None:
         c, new, shape = self.config, self._inputs.new, self.shape
         total, ring_rows = shape.tokens, cache.ring.rows
         kept = min(total, ring_rows)
         columns = {"in_place": ring_rows, "fresh": total, "append": ring_rows + total}[shape.ring]
         has_ring = any(c.hybrid_layer_pattern)
-        self.embedding = new(TYPE_F32, c.hidden_size, total)
+        # A guess of the first route begins with the embedding, before the graph has run.
+        table = None if self._source is not None else model.table
+        self.tokens = TokenInput(self._inputs, c, table, total)
         self.positions = new(TYPE_I32, total)
         self.full_ids = new(TYPE_I64, total) if shape.full_rows else None
         self.full_mask = new(TYPE_F16, shape.full_rows, total) if shape.full_rows else None
@@ -164,7 +167,7 @@ class TrunkPass:
     def _build(self, model: ModelWeights, cache: GgmlCache) -> None:
         c, shape = self.config, self.shape
         shared = blocks.BlockInputs(c, self.positions, shape.tokens)
-        hs = [self.embedding]
+        hs = [self.tokens.embedding(self._graph)]
         for index, w in enumerate(model.layers):
             access = self._access(cache, w.spec)
             [h] = hs
@@ -263,7 +266,7 @@ class TrunkPass:
         assert self._carry is not None
         if self.shape.large:
             return
-        stream = self.embedding
+        stream = self.tokens.embedding(self._graph)
         for segment in self._segments:
             # A last layer that computes fewer rows takes the last ones: they are not guessed.
             if segment.layer is not None and segment.rows == self.shape.tokens:
@@ -362,29 +365,25 @@ class TrunkPass:
             kv, self.full_ids, self.full_mask, shape.full_rows, False, shape.full_apart
         )
 
-    def fill(
-        self, embedding: F32, position: int, before: Positions | None, after: Positions
-    ) -> None:
-        """Set the inputs for tokens at `position`.. : `before` are the positions the ring's slots
-        hold (None unless rows are appended to it), `after` those they are written for."""
+    def fill(self, position: int, before: Positions | None, after: Positions) -> None:
+        """Set the inputs, besides `tokens`, for rows at `position`.. : `before` are the positions
+        the ring's slots hold (None unless rows are appended to it), `after` those they are written
+        for."""
         total = self.shape.tokens
         queries = np.arange(position, position + total, dtype=np.int64)
-        self.embedding.array().reshape(total, -1)[...] = embedding
         self.positions.array()[...] = queries
         if self.full_ids is not None and self.full_mask is not None:
             self.full_ids.array()[...] = queries
-            mask = self.full_mask.array().reshape(total, -1)
-            mask[:, :position] = SEEN
-            held = np.arange(position, mask.shape[1], dtype=np.int64)
-            fill_causal(mask[:, position:], held, queries, UNLIMITED)
+            fill_full(self.full_mask.array().reshape(total, -1), queries)
         if self.ring_ids is not None and self.ring_mask is not None:
             kept = self.ring_ids.ne[0]
             self.ring_ids.array()[...] = queries[total - kept :] % after.size
-            held = after if self.shape.ring == "in_place" else queries
-            if before is not None:
-                held = np.concatenate([before, queries])
-            mask = self.ring_mask.array().reshape(total, -1)
-            fill_causal(mask, held, queries, self.config.sliding_window)
+            mask, window = self.ring_mask.array().reshape(total, -1), self.config.sliding_window
+            if self.shape.ring == "in_place":
+                fill_ring(mask, after, queries, window)
+            else:
+                held = queries if before is None else np.concatenate([before, queries])
+                fill_causal(mask, held, queries, window)
 
 
 def trunk_shape(

@@ -21,7 +21,6 @@ from mimo_edge.gguf_meta import expected_shapes
 from mimo_edge.quant.base import Format, format_by_ggml_type, get_format
 from mimo_edge.row_reader import RowReader
 from mimo_edge.runtimes.base import F32, TokenIds, Weights
-from mimo_edge.runtimes.ggml.embedding import EmbeddingRows
 from mimo_edge.runtimes.ggml.library import TYPES
 from mimo_edge.runtimes.weights import DictWeights
 
@@ -130,6 +129,15 @@ def unpack(raw: RawTensor) -> F32:
 _TABLE = "token_embd.weight"
 
 
+def _embedding(
+    table: RawTensor, token_ids: TokenIds, gather: Callable[[NDArray[np.int64]], U8]
+) -> F32:
+    ids = np.asarray(token_ids, dtype=np.int64)
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < table.shape[0]:
+        raise BundleError(f"token id outside 0..{table.shape[0] - 1}")
+    return format_by_ggml_type(table.ggml_type).dequantize(gather(ids), table.shape[1])
+
+
 class PackedTensors:
     """A `RawTensors` held in memory: tests, small models, tools that build a model themselves."""
 
@@ -172,8 +180,7 @@ class PackedTensors:
 
     def embedding(self, token_ids: TokenIds, cancel: CancelSignal | None = None) -> F32:
         table = self.tensor(_TABLE)
-        packed = np.ascontiguousarray(table.data[np.asarray(token_ids)])
-        return format_by_ggml_type(table.ggml_type).dequantize(packed, table.shape[1])
+        return _embedding(table, token_ids, lambda ids: np.ascontiguousarray(table.data[ids]))
 
     def close(self) -> None:
         self._tensors.clear()
@@ -196,7 +203,8 @@ class GgufTensors:
         self._files = list(files)
         self._bounded = bounded
         self._table_crc32 = table_crc32
-        self._rows: EmbeddingRows | None = None
+        self._table: RawTensor | None = None
+        self._rows: RowReader | None = None
         if bounded:
             for file in self._files:
                 file.drop_pages()
@@ -225,12 +233,12 @@ class GgufTensors:
 
     def embedding(self, token_ids: TokenIds, cancel: CancelSignal | None = None) -> F32:
         """See RawTensors. Raises BundleError when a row cannot be read, Cancelled."""
-        if self._rows is None:
-            table = self.tensor(_TABLE)
+        if self._table is None or self._rows is None:
+            self._table = self.tensor(_TABLE)
             file = next(file for file in self._files if _TABLE in file.tensors)
-            reader = RowReader(file, _TABLE, past_cache=self._bounded, crc32=self._table_crc32)
-            self._rows = EmbeddingRows(reader, table.ggml_type, *table.shape)
-        return self._rows.get(token_ids, cancel)
+            self._rows = RowReader(file, _TABLE, past_cache=self._bounded, crc32=self._table_crc32)
+        rows = self._rows
+        return _embedding(self._table, token_ids, lambda ids: rows.rows(ids, cancel))
 
     def close(self) -> None:
         if self._rows is not None:

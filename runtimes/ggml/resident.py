@@ -83,8 +83,8 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """The model as tensors. Rows of the embedding table come from the file; `table` is the whole
-    of a small one, for drafts that look up their own tokens."""
+    """The model as tensors. Rows of a large embedding table come from the file; a small `table` is
+    here, and graphs look up tokens themselves."""
 
     layers: tuple[BlockWeights, ...]
     mtp: tuple[BlockWeights, ...]
@@ -181,8 +181,6 @@ class ResidentWeights:
         )
 
     def _table(self) -> Tensor | None:
-        if self._config.num_mtp_layers < 2:
-            return None
         raw = self._get("token_embd.weight")
         return self._add([raw]) if raw.nbytes <= SMALL_TABLE_BYTES else None
 
