@@ -58,7 +58,9 @@ def test_rings_through_verifies_and_rejections(
             index.store(index.length, count)
             mask = garbage(count, index.rows)
             fill_ring(mask, index.slots, queries, window)
-            assert (seen(mask) == defined(index.positions().tolist(), queries.tolist(), window)).all()
+            assert (
+                seen(mask) == defined(index.positions().tolist(), queries.tolist(), window)
+            ).all()
             index.truncate(index.length - min(rejected, count - 1))
     finally:
         masks._TABLE_ROWS = most
