@@ -376,11 +376,12 @@ def graph_bytes(
 
 
 def _mtp_fill_bytes(config: MimoConfig) -> int:
-    """A pass that fills the window of an MTP block, where it counts as small."""
+    """A pass that fills the windows of all MTP blocks, where it counts as small."""
     inputs = 8 * config.hidden_size * config.sliding_window
     if not config.num_mtp_layers or inputs > _LARGE_INPUT_BYTES:
         return 0
-    return inputs + 32 * config.sliding_window + 2 * _NODE_BYTES * _BLOCK_NODES
+    nodes = 2 * config.num_mtp_layers * _BLOCK_NODES
+    return inputs + 32 * config.sliding_window + _NODE_BYTES * nodes
 
 
 def _pass_bytes(

@@ -433,6 +433,7 @@ class Generation:
         self.stats.tokens = 1
         self.stats.first_token_ms = self.stats.prefill_ms
         yield [token]
+        self._policy.begin()
         while self._ended is None and not self._at_limit():
             check_cancel(self._cancel)
             gained = self._step(token)
@@ -486,7 +487,8 @@ class Generation:
         with engine.turn(self._cancel):
             start = engine.clock()
             # More drafts than can still be used would only be thrown away.
-            want = min(self._policy.choose(), room, left - 1)
+            cold = sequence.drafter is not None and sequence.drafter.cold
+            want = min(self._policy.choose(cold), room, left - 1)
             drafts: list[int] = []
             steady = True
             if want > 0 and sequence.drafter is not None:

@@ -8,6 +8,7 @@ only if the sampler, fed the target's own logits, draws that very token.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,17 +134,23 @@ class Drafter:
         self._settle(tokens)
         self.steady = True
         count = min(count, self.limit)
-        # What one verify leaves to write, and so many rows that any verify does.
-        first = p - MAX_DRAFT
-        regular = first >= max(self._oldest, self._reach) and first <= min(
-            self._final[:count], default=-1
-        )
-        if count > 1 and regular and self._chain is not None:
+        first = self._first(min(self._final[:count], default=0))
+        if self._chain is not None and count > 1 and first is not None and first < p:
             drafts = self._draft_in_chain(tokens, first, count, best, cancel)
         else:
             drafts = self._draft_one_by_one(tokens, count, best, cancel)
         self._proposed = (p + 2, drafts)
         return drafts
+
+    @property
+    def cold(self) -> bool:
+        """Whether a draft would have more to write than what a verify leaves: it comes after a
+        prompt, or after many steps without drafts."""
+        return self.limit > 0 and not self._regular(max(self._final[0], self._reach))
+
+    def _regular(self, first: int) -> bool:
+        # One verify commits up to MAX_DRAFT + 1 rows; as many more may be stale.
+        return first >= self._oldest and self._length - 1 - first <= 2 * MAX_DRAFT + 1
 
     @property
     def _oldest(self) -> int:
@@ -154,6 +161,17 @@ class Drafter:
     def _reach(self) -> int:
         """The oldest row that the newest one sees."""
         return 0 if self._window is None else max(0, self._length - self._window)
+
+    def _first(self, final: int) -> int | None:
+        """Where to begin so that every row the newest one sees is there, when those below `final`
+        are; None when H rows are missing for that."""
+        p, first = self._length - 1, max(final, self._reach)
+        if first < self._oldest:
+            return None
+        self.steady = self.steady and self._regular(first)
+        # Never fewer rows than a verify has: backends keep what a number of rows needs, and
+        # writing a row again changes nothing.
+        return max(min(first, p - MAX_DRAFT), self._reach, self._oldest)
 
     def _draft_one_by_one(
         self,
@@ -167,14 +185,9 @@ class Drafter:
         offset = len(tokens) - len(known)
         drafts: list[int] = []
         for depth in range(count):
-            first = max(self._final[depth], self._reach)
-            if first < self._oldest:
+            first = self._first(self._final[depth])
+            if first is None:
                 break
-            # One verify commits up to count + 1 rows; depth more were stale.
-            self.steady = self.steady and p - first <= 2 * MAX_DRAFT + 1
-            # Never fewer rows than a verify has: backends keep what a number of rows needs, and
-            # writing a row again changes nothing.
-            first = max(min(first, p - MAX_DRAFT), self._reach, self._oldest)
             # Rows up to p - depth take tokens that stand; the newer ones take drafts. A pass that
             # fails leaves none of its rows.
             final = max(self._final[depth], p - depth + 1)
@@ -286,8 +299,12 @@ def accept(
 class DraftPolicy(Protocol):
     """Decides how many tokens to draft before each verify."""
 
-    def choose(self) -> int:
-        """Tokens to draft now."""
+    def begin(self) -> None:
+        """An answer begins."""
+        ...
+
+    def choose(self, cold: bool = False) -> int:
+        """Tokens to draft now; `cold` says that the first draft costs extra (`Drafter.cold`)."""
         ...
 
     def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
@@ -308,7 +325,10 @@ class FixedPolicy:
     def __init__(self, count: int) -> None:
         self._count = count
 
-    def choose(self) -> int:
+    def begin(self) -> None:
+        return None
+
+    def choose(self, cold: bool = False) -> int:
         return self._count
 
     def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
@@ -384,6 +404,9 @@ class AdaptivePolicy:
     measured at the start and looked at again now and then, when what that may lose is a small share
     of the time spent since: a width that is far off is tried rarely, a close one often.
 
+    The first draft after a prompt also fills the MTP caches. Whether that pays depends on how long
+    answers are: as long as those before, on average.
+
     One policy serves all answers of an engine: what it learnt need not be learnt again.
     """
 
@@ -393,6 +416,7 @@ class AdaptivePolicy:
     PROBE, FROM_REST = 2, 4  # steps of a probe, and of one while nothing is drafted
     PROBE_SHARE = 0.0075  # of the time, at most, that probes may lose; more of the first steps
     EARLY = 128
+    FADE = 0.95  # of what answers before say about the length of the next
 
     def __init__(self, limit: int, costs: CostTable) -> None:
         self._limit = limit
@@ -404,9 +428,15 @@ class AdaptivePolicy:
         self._rested = 0  # steps since the last probe
         self._unused = [0.0] * (limit + 1)  # seconds of steps since one had that width
         self._restart = 0.0  # seconds per draft that the first one costs on top: MTP caches fill
+        self._answers = self._gained = 0.0  # begun, and their tokens; old ones fade
+        self._start: int | None = None  # what the latest choice was, when the MTP caches were cold
         self._plan: deque[int] = deque()
 
-    def choose(self) -> int:
+    def begin(self) -> None:
+        self._answers = self._answers * self.FADE + 1
+        self._gained *= self.FADE
+
+    def choose(self, cold: bool = False) -> int:
         if not self._limit:
             return 0
         if self._plan:
@@ -419,11 +449,30 @@ class AdaptivePolicy:
         self._settle()
         self._rested += 1
         if self._rested > self.REST:
-            self._plan.extend(self._probe())
+            self._plan.extend(self._probe(cold))
             if self._plan:
                 self._rested = 0
                 return self._plan.popleft()
-        return self._current
+        self._start = self._started() if cold else None
+        return self._current if self._start is None else self._start
+
+    @property
+    def _answer_tokens(self) -> float:
+        """How long answers are, on average."""
+        return max(1.0, self._gained / self._answers) if self._answers else math.inf
+
+    def _started(self) -> int | None:
+        """The best width for a whole answer, the first draft's extra cost included; None when it is
+        not known how long answers are."""
+        tokens = self._answer_tokens
+        if math.isinf(tokens):
+            return None
+        speeds = [self._speed(count) for count in range(self._limit + 1)]
+        costs = [
+            self._restart * count + tokens / speed if speed else math.inf
+            for count, speed in enumerate(speeds)
+        ]
+        return min(range(self._limit + 1), key=lambda count: (costs[count], count))
 
     def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
         for depth, hit in zip(self._depths, hits, strict=False):
@@ -435,7 +484,9 @@ class AdaptivePolicy:
         if steady:
             self._costs.add(drafted, seconds)
         elif (usual := self._costs.seconds(drafted)) is not None:
-            self._restart = max(0.0, seconds - usual) / max(1, drafted)
+            extra = max(0.0, seconds - usual) / max(1, drafted)
+            self._restart = (self._restart + extra) / 2 if self._restart else extra
+        self._gained += 1 + sum(hits)
         self._steps += 1
         self._unused = [unused + seconds for unused in self._unused]
         if drafted <= self._limit:
@@ -460,7 +511,13 @@ class AdaptivePolicy:
             f"drafting {other} gives {self.expected_tokens(other):.2f} tokens a step "
             f"for {cost / plain:.2f} times the time of a plain one"
         )
-        return f"draft {self._current}: {facts}"
+        if self._start is None or self._start == self._current:
+            return f"draft {self._current}: {facts}"
+        extra = f"{self._restart * other * 1e3:.1f} ms"
+        return (
+            f"draft {self._start}: {facts}, but the first takes {extra} more and answers have "
+            f"{self._answer_tokens:.0f} tokens"
+        )
 
     def _speed(self, count: int) -> float:
         """Expected tokens per second; 0 for a width that could not be measured."""
@@ -472,7 +529,7 @@ class AdaptivePolicy:
         if self._speed(best) > self.ADVANTAGE * self._speed(self._current):
             self._current = best
 
-    def _probe(self) -> list[int]:
+    def _probe(self, cold: bool) -> list[int]:
         """Steps of the width that was not used for longest and may be now; none are due often."""
         speed = self._speed(self._current)
         steps = self.PROBE if self._current else self.FROM_REST
@@ -485,7 +542,7 @@ class AdaptivePolicy:
             if seconds is None or not speed:
                 continue
             loss = steps * max(0.0, seconds - self.expected_tokens(width) / speed)
-            if not self._current:
+            if cold or not self._current:
                 loss += self._restart * width
             if loss <= share / self._limit * self._unused[width]:
                 # The time of the first drafting step after others does not count.

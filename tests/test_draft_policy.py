@@ -57,7 +57,7 @@ class Simulation:
 
     def run(self, world: World, steps: int) -> None:
         for _ in range(steps):
-            width = self.policy.choose()
+            width = self.policy.choose(cold=self.idle > 6)
             self.chosen[width] += 1
             hits: list[bool] = []
             while len(hits) < width and all(hits):
@@ -157,6 +157,36 @@ def test_it_follows_text_that_changes() -> None:
             spent[k] += 1500 * seconds[k]
     assert simulation.speed >= NEAR * max(t / s for t, s in zip(tokens, spent, strict=True))
     assert simulation.policy.choose() == 3
+
+
+@pytest.mark.parametrize(("length", "best"), [(12, 0), (30, 0), (120, 3), (1000, 3)])
+def test_the_first_draft_of_an_answer_pays_or_not_by_its_length(length: int, best: int) -> None:
+    """MTP caches are cold after a prompt; once they are filled, three drafts are the fastest."""
+    world = World((0.97, 0.97, 0.97), (1.0, 1.9, 2.5, 3.1), restart=2.5)
+
+    def alone(width: int) -> float:
+        """Seconds of an answer with a fixed setting."""
+        return world.restart * width + length / world.tokens(width) * world.seconds[width]
+
+    assert min(range(4), key=alone) == best
+    simulation = Simulation(5, disturbed=0)
+
+    def answers(count: int) -> float:
+        simulation.mark()
+        for _ in range(count):
+            simulation.policy.begin()
+            simulation.idle = 128
+            tokens = simulation.tokens
+            while simulation.tokens - tokens < length:
+                simulation.run(world, 1)
+        return simulation.speed
+
+    answers(30)
+    simulation.chosen = [0] * 4
+    assert answers(100) >= NEAR * length / alone(best)
+    assert simulation.chosen[best] >= 0.8 * sum(simulation.chosen)
+    if length == 12:
+        assert "and answers have 12 tokens" in simulation.policy.why()
 
 
 class Clock:

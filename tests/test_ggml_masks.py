@@ -23,8 +23,9 @@ def garbage(*shape: int) -> NDArray[np.float16]:
 
 
 def seen(mask: NDArray[np.float16]) -> NDArray[np.bool_]:
-    assert ((mask == 0) | np.isneginf(mask)).all()
-    return mask == 0
+    found: NDArray[np.bool_] = mask == 0
+    assert (found | np.isneginf(mask)).all()
+    return found
 
 
 @pytest.mark.parametrize("total", [1, 4, 8, 9, 40])

@@ -14,6 +14,7 @@ import tiny
 from test_fork import in_child
 from test_ggml_backend import ids_of, packed
 
+from mimo_edge.config import MimoConfig
 from mimo_edge.runtimes.base import F32
 from mimo_edge.runtimes.ggml import backend as backend_module
 from mimo_edge.runtimes.ggml import cache_memory
@@ -61,7 +62,7 @@ def resident_pages() -> int:
 @pytest.mark.parametrize("config", [CONFIG, SEVEN], ids=["v2", "7b"])
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
 def test_a_conversation_in_used_memory_is_one_in_new_memory(
-    config: tiny.MimoConfig, kv_type: str
+    config: MimoConfig, kv_type: str
 ) -> None:
     used = GgmlBackend(packed(config, "Q8_0"), threads=1, kv_type=kv_type)
     want = []

@@ -123,8 +123,8 @@ class Guided:
 
 @pytest.mark.parametrize("draft", [2, 3])
 def test_the_drafter_goes_over_to_chains(backend: GgmlBackend, draft: int) -> None:
-    """After the first draft, which fills the window, every one is one call on four rows, with the
-    drafts that calls of single blocks give."""
+    """The first draft fills the window, every other one is on four rows: with one call, the drafts
+    that calls of single blocks give."""
     plain, _ = answer(backend, 0, 60)
     found = {}
     for chain in (False, True):
@@ -132,11 +132,12 @@ def test_the_drafter_goes_over_to_chains(backend: GgmlBackend, draft: int) -> No
         tokens, stats = answer(guided, draft, 60)
         assert tokens == plain
         found[chain] = (stats.verifies, stats.accepted_by_depth)
-        first, rest = guided.calls[:draft], guided.calls[draft:]
-        assert all(calls == 1 and rows > 4 for calls, rows in first)
+        blocks, calls = (draft, 1) if chain else (1, draft)
+        first, rest = guided.calls[:calls], guided.calls[calls:]
+        assert first == [(blocks, CONFIG.sliding_window)] * calls
         assert {rows for _, rows in rest} == {4}
         # the last step may want one draft only
-        assert {calls for calls, _ in rest[:-1]} == ({draft} if chain else {1})
+        assert {count for count, _ in rest[:-1]} == {blocks}
         assert stats.tokens_per_verify > 1.7
     assert found[False] == found[True]
 

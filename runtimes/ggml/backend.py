@@ -30,7 +30,7 @@ from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex
 from mimo_edge.runtimes.ggml.cache_memory import IdleMemory
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Tensor
-from mimo_edge.runtimes.ggml.mtp_passes import ChainPass, ChainShape, MtpPass, mtp_shape
+from mimo_edge.runtimes.ggml.mtp_passes import ChainPass, MtpPass, chain_shape, mtp_shape
 from mimo_edge.runtimes.ggml.passes import TrunkPass, TrunkShape, trunk_shape
 from mimo_edge.runtimes.ggml.raw import RawTensors
 from mimo_edge.runtimes.ggml.resident import ResidentWeights
@@ -303,9 +303,11 @@ class GgmlBackend:
         position: int,
         rings: list[RingIndex],
     ) -> tuple[list[int], F32]:
-        shape = ChainShape(len(rings), len(ids))
+        shape = chain_shape(cache, len(rings), len(ids))
         found = cache.graphs.find(shape)
         if not isinstance(found, ChainPass):
+            if shape.large:
+                cache.graphs.drop_large()
             found = ChainPass(self.device, self._weights.model, cache, shape)
             cache.graphs.keep(shape, found)
         try:

@@ -41,10 +41,7 @@ class ChainShape:
 
     count: int
     tokens: int
-
-    @property
-    def large(self) -> bool:
-        return False
+    large: bool
 
 
 def mtp_shape(cache: GgmlCache, depth: int, tokens: int, position: int) -> MtpShape:
@@ -52,8 +49,17 @@ def mtp_shape(cache: GgmlCache, depth: int, tokens: int, position: int) -> MtpSh
     window of every block: where that takes little memory all these graphs are kept."""
     kv = cache.mtp[depth]
     ring = isinstance(cache.mtp_index[depth], RingIndex)
-    large = tokens > FEW_TOKENS and 8 * cache.config.hidden_size * tokens > LARGE_INPUT_BYTES
-    return MtpShape(depth, tokens, kv.rows if ring else kv_rows(position + tokens), large)
+    read_rows = kv.rows if ring else kv_rows(position + tokens)
+    return MtpShape(depth, tokens, read_rows, _large(cache, tokens))
+
+
+def chain_shape(cache: GgmlCache, count: int, tokens: int) -> ChainShape:
+    """The shape of a chain, kept as in `mtp_shape`."""
+    return ChainShape(count, tokens, _large(cache, tokens))
+
+
+def _large(cache: GgmlCache, tokens: int) -> bool:
+    return tokens > FEW_TOKENS and 8 * cache.config.hidden_size * tokens > LARGE_INPUT_BYTES
 
 
 class _Rows:
