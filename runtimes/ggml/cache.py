@@ -62,6 +62,12 @@ class FullIndex:
         """Forget the rows from `length` on."""
         self.length = min(self.length, length)
 
+    def positions(self, rows: int) -> Positions:
+        """Position held by each of the first `rows` rows."""
+        found = np.arange(rows, dtype=np.int64)
+        found[self.length :] = EMPTY
+        return found
+
 
 class RingIndex:
     """Which position each slot of a ring of `rows` slots holds, for a window of W tokens.
