@@ -307,10 +307,13 @@ class DraftPolicy(Protocol):
         """Tokens to draft now; `cold` says that the first draft costs extra (`Drafter.cold`)."""
         ...
 
-    def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
+    def record(
+        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
+    ) -> None:
         """One step's outcome: `hits` per depth that was tested, cost of draft and verify.
 
-        `steady` is False when the step did one-off work and its time says nothing.
+        `steady` is False when it was the first draft after a prompt or after steps without any.
+        `seconds` is None when they say nothing of the next such step.
         """
         ...
 
@@ -331,7 +334,9 @@ class FixedPolicy:
     def choose(self, cold: bool = False) -> int:
         return self._count
 
-    def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
+    def record(
+        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
+    ) -> None:
         return None
 
     def why(self) -> str:
@@ -474,16 +479,21 @@ class AdaptivePolicy:
         ]
         return min(range(self._limit + 1), key=lambda count: (costs[count], count))
 
-    def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
+    def record(
+        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
+    ) -> None:
         for depth, hit in zip(self._depths, hits, strict=False):
             depth.record(hit)
             if not hit:
                 break
         for depth in self._depths[drafted:]:
             depth.fade()
-        if steady:
+        usual = self._costs.seconds(drafted)
+        if seconds is None:
+            seconds = usual or 0.0
+        elif steady:
             self._costs.add(drafted, seconds)
-        elif (usual := self._costs.seconds(drafted)) is not None:
+        elif usual is not None:
             extra = max(0.0, seconds - usual) / max(1, drafted)
             self._restart = (self._restart + extra) / 2 if self._restart else extra
         self._gained += 1 + sum(hits)

@@ -179,3 +179,13 @@ class ChainingBackend(Protocol):
         it gave the largest logit. token_ids [n] are block 0's, n > 1. Returns the chosen tokens and
         logits f32 [count, V]."""
         ...
+
+
+@runtime_checkable
+class PreparingBackend(Protocol):
+    """What a backend may tell on top: whether the time of a pass says what the next one takes."""
+
+    @property
+    def prepared(self) -> int:
+        """How many kinds of pass were prepared so far; the first of a kind takes longer."""
+        ...

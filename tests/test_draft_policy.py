@@ -159,6 +159,19 @@ def test_it_follows_text_that_changes() -> None:
     assert simulation.policy.choose() == 3
 
 
+def test_steps_that_were_prepared_first_say_nothing_of_their_cost() -> None:
+    """Rare widths meet a new shape most of the time: building its graph is not what they cost."""
+    policy = AdaptivePolicy(3, CostTable())
+    for number in range(3000):
+        width = policy.choose()
+        hits = [True] * min(width, 1) + [False] * (width > 1)
+        cost = (1.0, 2.4, 3.2, 4.0)[width]
+        builds = number % 3 > 0 and width == 0
+        policy.record(width, hits, None if builds else cost, steady=True)
+    assert policy.why().startswith("draft 0: drafting 3 gives 2.0")
+    assert " for 4.00 times" in policy.why()
+
+
 @pytest.mark.parametrize(("length", "best"), [(12, 0), (30, 0), (120, 3), (1000, 3)])
 def test_the_first_draft_of_an_answer_pays_or_not_by_its_length(length: int, best: int) -> None:
     """MTP caches are cold after a prompt; once they are filled, three drafts are the fastest."""

@@ -94,6 +94,7 @@ class GgmlBackend:
             self.device.close()
             raise
         self._idle = IdleMemory()
+        self.prepared = 0  # graphs built
         self._finalizer = weakref.finalize(
             self, _release, self._idle, self._weights, self._experts, self.device, source
         )
@@ -201,6 +202,7 @@ class GgmlBackend:
             if source is None and shape.large and self._resident.slots.layouts:
                 source = self._resident
             found = TrunkPass(self.device, self._weights.model, cache, shape, source, self._routes)
+            self.prepared += 1
             cache.graphs.keep(shape, found)
         return found
 
@@ -248,6 +250,7 @@ class GgmlBackend:
             if shape.large:
                 cache.graphs.drop_large()
             found = MtpPass(self.device, self._weights.model, cache, shape)
+            self.prepared += 1
             cache.graphs.keep(shape, found)
         found.tokens.fill(ids, self._embedding)
         try:
@@ -309,6 +312,7 @@ class GgmlBackend:
             if shape.large:
                 cache.graphs.drop_large()
             found = ChainPass(self.device, self._weights.model, cache, shape)
+            self.prepared += 1
             cache.graphs.keep(shape, found)
         try:
             for ring in rings:
