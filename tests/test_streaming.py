@@ -238,6 +238,33 @@ def test_a_truncated_file_is_named(made: dict[str, Path], tmp_path: Path) -> Non
         assert runtime.session() is not None
 
 
+def test_a_file_replaced_between_two_turns(made: dict[str, Path], tmp_path: Path) -> None:
+    """By an equal one: nobody notices. By a damaged one: an error that names the expert, and the
+    session goes on from where it was when a good one is back."""
+    path = Path(shutil.copytree(made["q8_0"], tmp_path / "bundle"))
+    turns = [PROMPT, [7], [8, 9]]
+    resident, _ = open_streamed(path, None)
+    with resident:
+        session = resident.session()
+        want = [session.generate(turn, max_tokens=12).token_ids for turn in turns]
+    runtime, _ = open_streamed(path, 4)
+    with runtime:
+        session = runtime.session()
+        assert session.generate(turns[0], max_tokens=12).token_ids == want[0]
+        damaged = Path(shutil.copytree(path, tmp_path / "damaged"))
+        spare, content = damage(damaged, 2, flipped=True)
+        file = path / spare.name
+        (tmp_path / "equal").write_bytes(content)
+        os.replace(tmp_path / "equal", file)
+        assert session.generate(turns[1], max_tokens=12).token_ids == want[1]
+        os.replace(spare, file)
+        with pytest.raises(IntegrityError, match=r"layer 2, expert \d"):
+            session.generate(turns[2], max_tokens=12)
+        (tmp_path / "good").write_bytes(content)
+        os.replace(tmp_path / "good", file)
+        assert session.generate(turns[2], max_tokens=12).token_ids == want[2]
+
+
 # --- Opening by a bound on memory ---------------------------------------------------------------
 
 LARGE = tiny.tiny_config(
