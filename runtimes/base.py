@@ -168,3 +168,38 @@ class ThreadedBackend(Protocol):
     def set_threads(self, count: int) -> None:
         """Compute with `count` threads from the next pass on. Raises UsageError."""
         ...
+
+
+@runtime_checkable
+class ChainingBackend(Protocol):
+    """What a backend may have on top: several MTP blocks in one call."""
+
+    @property
+    def chains(self) -> bool:
+        """Whether `mtp_chain` works with this model."""
+        ...
+
+    def mtp_chain(
+        self,
+        count: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
+    ) -> tuple[list[int], F32]:
+        """`mtp_forward` of blocks 0..count-1 on the same rows, each with the token the block before
+        it gave the largest logit. token_ids [n] are block 0's, n > 1. Returns the chosen tokens and
+        logits f32 [count, V]."""
+        ...
+
+
+@runtime_checkable
+class PreparingBackend(Protocol):
+    """What a backend may tell on top: whether the time of a pass says what the next one takes."""
+
+    @property
+    def prepared(self) -> int:
+        """How many kinds of pass were prepared so far; the first of a kind takes longer."""
+        ...

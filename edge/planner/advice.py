@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from mimo_edge.budget import usual_kv_type
 from mimo_edge.devices.profile import load_profile
 from mimo_edge.inventory import BUILT_IN
 from mimo_edge.known_models import known_model
@@ -123,7 +124,7 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
         yield _Proposal(action, 3 + step, made)
     if model.config.family != "mimo" and model.name != SMALL_MODEL:
         other = of_config(SMALL_MODEL, known_model(SMALL_MODEL), device, None)
-        kind = fitting_kv_type(device.kv_type, other.config)
+        kind = usual_kv_type(device.kv_type, other.config, settings.context)
         changed = replace(settings, acceptance=None, kv_type=kind, pin=0)
         draft = min(settings.draft, 1) if isinstance(settings.draft, int) else settings.draft
         small = evaluate(other, device, replace(changed, draft=draft))
@@ -144,10 +145,11 @@ def _nano(plan: Plan) -> Iterator[_Proposal]:
         return
     device = plan.profile
     made = built_in(device)
+    context = min(plan.settings.context, made.config.max_position_embeddings)
     settings = replace(
         plan.settings,
-        context=min(plan.settings.context, made.config.max_position_embeddings),
-        kv_type=fitting_kv_type(device.kv_type, made.config),
+        context=context,
+        kv_type=usual_kv_type(device.kv_type, made.config, context),
         acceptance=None,
         pin=0,
     )

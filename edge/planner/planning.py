@@ -12,7 +12,6 @@ from mimo_edge.budget import Budget, Shortfall
 from mimo_edge.config import MimoConfig
 from mimo_edge.devices.profile import AUTO, DeviceProfile, load_profile
 from mimo_edge.errors import UsageError
-from mimo_edge.kv_format import fitting_kv_type
 from mimo_edge.planner.forecast import Forecast, forecast
 from mimo_edge.planner.hits import expected_hits
 from mimo_edge.planner.model import PlannedModel, planned_model
@@ -229,7 +228,7 @@ def _settings(
     most = config.n_routed_experts
     if isinstance(pin, bool) or not isinstance(pin, int) or not 0 <= pin <= most:
         raise UsageError(f"pin = {pin!r}", f"a layer has {most} experts")
-    kind = fitting_kv_type(device.kv_type, config) if kv_type is None else kv_type
+    kind = memory.usual_kv_type(device.kv_type, config, length) if kv_type is None else kv_type
     return Settings(
         limit,
         length,
