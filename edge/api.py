@@ -41,7 +41,7 @@ from mimo_edge.governor.slots import SlotShares
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
 from mimo_edge.machine import peak_rss_bytes, usable_cores
 from mimo_edge.model_source import Model, open_model
-from mimo_edge.runtimes.base import F32, ThreadedBackend
+from mimo_edge.runtimes.base import F32, Backend, IdlingBackend, ThreadedBackend
 from mimo_edge.sampling import Mask, Sampler, SamplingParams
 from mimo_edge.sequence_pool import SequencePool
 from mimo_edge.speculative import DraftSetting, max_draft
@@ -169,7 +169,7 @@ class Runtime:
             drafts=drafts,
             limit_drafts=limit_drafts,
             slots=self._slots,
-            drop_idle=partial(_release_idle, self._pools, 1.0),
+            drop_idle=partial(_drop_idle, self._pools, backend),
         )
         engine.between_tokens = self._governor.between_tokens
         if experts is not None:
@@ -390,7 +390,7 @@ class Runtime:
 
         `fraction` of the expert slots that were planned, from 0 to 1, is released; what a token
         needs at least stays. The same share of idle conversations in `sequence_pool`s goes, those
-        idle longest first. 0 takes all slots into use again and reads hot experts anew in the
+        idle longest first, and what ended ones left in memory (not counted). 0 takes all slots into use again and reads hot experts anew in the
         background; until then a governor does not take them either. A running answer goes on with
         the same tokens, more slowly: slots go between two of its layers, `timeout` seconds is the
         most this waits for that. Returns the bytes released by this call. Weights of a resident
@@ -405,6 +405,8 @@ class Runtime:
             raise UsageError(f"timeout = {timeout!r} seconds", "use 0 or more")
         self._engine.check_open()
         freed = _release_idle(self._pools, fraction)
+        if fraction and isinstance(self._model.backend, IdlingBackend):
+            self._model.backend.free_idle()
         slots = before = 0
         if self._slots is not None:
             before = self._slots.count
@@ -708,6 +710,13 @@ def _limits(profile: str | None, governor: bool | Sensors | None) -> Limits | No
 def _release_idle(pools: Iterable[SequencePool], share: float) -> int:
     """Forget that share of idle conversations; bytes of their caches."""
     return sum(pool.release(share) for pool in list(pools))
+
+
+def _drop_idle(pools: Iterable[SequencePool], backend: Backend) -> int:
+    """Forget all idle conversations, and what ended ones left in memory; bytes."""
+    dropped = _release_idle(pools, 1.0)
+    freed = backend.free_idle() if isinstance(backend, IdlingBackend) else 0
+    return max(dropped, freed)  # what is dropped may be left in memory first
 
 
 def _piece(part: Fragment, token_ids: Sequence[int], reason: FinishReason | None) -> Piece:

@@ -203,3 +203,12 @@ class PreparingBackend(Protocol):
     def prepared(self) -> int:
         """How many kinds of pass were prepared so far; the first of a kind takes longer."""
         ...
+
+
+@runtime_checkable
+class IdlingBackend(Protocol):
+    """A backend that keeps memory of ended conversations for the next ones."""
+
+    def free_idle(self) -> int:
+        """Free it; its bytes. From any thread."""
+        ...

@@ -127,6 +127,7 @@ def test_a_trim_of_the_application_is_an_event(bundle: Path) -> None:
         assert runtime.trim(0.5) == held
         assert pool.idle == 0
         assert runtime.trim(0.5) == 0
+        assert not len(runtime._model.backend._idle)  # type: ignore[attr-defined]
         (event,) = runtime.stats()["events"]["events"]
         assert (event["cause"], event["reading"]) == ("application", "trim(0.5)")
 

@@ -114,6 +114,10 @@ class GgmlBackend:
 
     # --- memory ---
 
+    def free_idle(self) -> int:
+        """Free what ended conversations left for the next ones; its bytes. From any thread."""
+        return self._idle.free()
+
     @property
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of resident weights by kind of memory."""
