@@ -390,12 +390,12 @@ class Runtime:
 
         `fraction` of the expert slots that were planned, from 0 to 1, is released; what a token
         needs at least stays. The same share of idle conversations in `sequence_pool`s goes, those
-        idle longest first, and what ended ones left in memory (not counted). 0 takes all slots into use again and reads hot experts anew in the
-        background; until then a governor does not take them either. A running answer goes on with
-        the same tokens, more slowly: slots go between two of its layers, `timeout` seconds is the
-        most this waits for that. Returns the bytes released by this call. Weights of a resident
-        model all stay, every token needs all of them. Raises UsageError for other fractions or a
-        closed runtime.
+        idle longest first, and what ended ones left in memory (not counted). 0 takes all slots into
+        use again and reads hot experts anew in the background; until then a governor does not take
+        them either. A running answer goes on with the same tokens, more slowly: slots go between
+        two of its layers, `timeout` seconds is the most this waits for that. Returns the bytes
+        released by this call. Weights of a resident model all stay, every token needs all of them.
+        Raises UsageError for other fractions or a closed runtime.
         """
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
             raise UsageError(f"trim({fraction!r})", "give the share to release, from 0 to 1")
