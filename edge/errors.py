@@ -13,6 +13,8 @@ MimoEdgeError
 ├── BackendError           a backend that is missing, unsupported or failed
 ├── CacheError             a KV cache asked for what it no longer holds
 │   └── ContextLengthError more tokens than the context holds
+├── SnapshotError          a saved session or snapshot that is damaged or cannot be written
+│   └── SnapshotMismatchError  one of another model, cache format or version
 ├── GenerationError        a generation that cannot go on (NaN logits)
 └── Cancelled              work given up half-way because the caller asked for it
 
@@ -84,6 +86,14 @@ class CacheError(MimoEdgeError):
 
 class ContextLengthError(CacheError):
     """More tokens than the context holds."""
+
+
+class SnapshotError(MimoEdgeError):
+    """A saved session or snapshot that is damaged, incomplete, or cannot be read or written."""
+
+
+class SnapshotMismatchError(SnapshotError):
+    """A snapshot that is whole, but of another model, cache format, backend or version."""
 
 
 class GenerationError(MimoEdgeError):

@@ -8,7 +8,9 @@ left, as transformers' logits processors do.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +68,19 @@ class Sampler:
         self.params = params
         self._banned = banned if banned is not None and bool(banned.any()) else None
         self._rng = np.random.default_rng(params.seed)
+
+    def state(self) -> dict[str, Any]:
+        """Where the random stream is, JSON-ready."""
+        return dict(self._rng.bit_generator.state)
+
+    def resume(self, state: dict[str, Any], said: Sequence[int]) -> None:
+        """Go on from `state`, after the answer's tokens `said`. Raises ValueError when it is no
+        state of such a stream."""
+        del said
+        try:
+            self._rng.bit_generator.state = state
+        except (TypeError, KeyError, OverflowError) as error:
+            raise ValueError(f"no state of a random stream: {error}") from None
 
     def sample(self, logits: F32) -> int:
         """The next token for logits [V]. Raises GenerationError on NaN."""
