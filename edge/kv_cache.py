@@ -363,7 +363,8 @@ class ModelCache:
 def _packed(values: F32, slots: Positions) -> NDArray[np.uint8]:
     """values [G, S, D] at `slots` as rows of bytes, little-endian: u8 [n, 4 * G * D]."""
     rows = values[:, slots].transpose(1, 0, 2).astype("<f4")
-    return np.ascontiguousarray(rows).reshape(len(slots), -1).view(np.uint8)
+    flat = np.ascontiguousarray(rows).view(np.uint8)
+    return flat.reshape(len(slots), 4 * values.shape[0] * values.shape[2])
 
 
 def _unpacked(rows: NDArray[np.uint8], like: F32) -> F32:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mimo_edge.cache_rows import CacheLayout, LayerRows, RowFormat
+from mimo_edge.cache_rows import CacheLayout, LayerRows, RowFormat, check_rows, checked
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError
@@ -49,7 +49,9 @@ class FakeCache:
     def restore(self, length: int, rows: Iterable[LayerRows]) -> None:
         assert not self.closed
         assert not self.tokens
-        trunk, *blocks = [(one.first, one.keys.view("<i4")[:, 0].tolist()) for one in rows]
+        taken = list(checked(self.layout, rows))
+        check_rows(self.layout, length, [(one.first, len(one.keys)) for one in taken])
+        trunk, *blocks = [(one.first, one.keys.view("<i4")[:, 0].tolist()) for one in taken]
         self.tokens, self.highest = trunk[1], length
         for depth, (first, tokens) in enumerate(blocks):
             self.mtp.update({(depth, first + i): token for i, token in enumerate(tokens)})

@@ -8,6 +8,7 @@ sliding layers (they move in step); masks are made from it, so a stale slot is n
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from mimo_edge.cache_rows import CacheLayout, LayerRows, check_rows, checked
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
 from mimo_edge.kv_format import ring_type
-from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0
+from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0, TensorStruct
 from mimo_edge.runtimes.ggml.device import Device, Region
 from mimo_edge.runtimes.ggml.graph import Context, Tensor
 
@@ -195,8 +196,8 @@ class KvTensors:
         self.row_bytes = key.nb[1] + value.nb[1]
 
     def memory(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Keys u8 [rows, bytes of a row] and values, as they lie in memory."""
-        keys, values = (t.bytes().reshape(self.rows, -1) for t in (self.key, self.value))
+        """Keys u8 [rows, bytes of a row] and values, as they lie in memory, whatever their type."""
+        keys, values = (_memory(tensor, self.rows) for tensor in (self.key, self.value))
         return keys, values
 
 
@@ -425,6 +426,12 @@ class GgmlCache:
     def close(self) -> None:
         """Free everything. Twice is harmless; using it afterwards is refused."""
         self._finalizer()
+
+
+def _memory(tensor: Tensor, rows: int) -> NDArray[np.uint8]:
+    struct = TensorStruct.from_address(tensor.pointer)
+    memory = (ctypes.c_uint8 * (rows * tensor.nb[1])).from_address(struct.data)
+    return np.ctypeslib.as_array(memory).reshape(rows, tensor.nb[1])
 
 
 def _is_large(key: object) -> bool:
