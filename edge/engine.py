@@ -63,8 +63,15 @@ class Prefixes(Protocol):
         """Whether a beginning of that many tokens is worth keeping."""
         ...
 
-    def load(self, engine: Engine, sequence: Sequence, prefix: Ids[int], drafting: bool) -> bool:
-        """Make `sequence` what it is after `prefix`, if that is kept."""
+    def load(
+        self,
+        engine: Engine,
+        sequence: Sequence,
+        prefix: Ids[int],
+        drafting: bool,
+        cancel: Cancel | None = None,
+    ) -> bool:
+        """Make `sequence` what it is after `prefix`, if that is kept. Raises Cancelled."""
         ...
 
     def keep(self, engine: Engine, sequence: Sequence) -> None:
@@ -424,7 +431,9 @@ class Generation:
         with engine.turn(self._cancel):
             engine.idle.make_room(sequence)
             start = engine.clock()
-            at = self.stats.reused_tokens = sequence.adopt(prompt, drafting, self._border)
+            at = self.stats.reused_tokens = sequence.adopt(
+                prompt, drafting, self._border, self._cancel
+            )
             engine.idle.settle(sequence)
             self.stats.prefill_ms += (engine.clock() - start) * 1e3
         while True:

@@ -98,7 +98,9 @@ class Sequence:
         if self.drafter is not None and self.drafter.length != len(self.tokens):
             self.reset()
 
-    def adopt(self, prompt: Ids[int], drafting: bool, border: int = 0) -> int:
+    def adopt(
+        self, prompt: Ids[int], drafting: bool, border: int = 0, cancel: Cancel | None = None
+    ) -> int:
         """Keep what `prompt` shares with the processed tokens; how many tokens that is. When that
         is nothing, its first `border` tokens come from a snapshot if there is one.
 
@@ -131,8 +133,10 @@ class Sequence:
                 return keep
             self.reset()
         prefixes = engine.prefixes
-        if border and prefixes and prefixes.load(engine, self, prompt[:border], drafting):
-            return border
+        if border and prefixes is not None:
+            prefix = prompt[:border]
+            if prefixes.load(engine, self, prefix, drafting, cancel):
+                return border
         self._start(drafting)
         return 0
 

@@ -93,6 +93,17 @@ class Drafter:
         hidden = np.stack(self._hidden) if self._hidden else np.empty((0, width), np.float32)
         return DrafterState(self._length, tuple(self._final), hidden)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether all blocks see a window, so that rows left behind stop to matter."""
+        return self.limit > 0 and self._window is not None
+
+    def skip(self, length: int) -> None:
+        """Begin behind `length` positions that were not observed: windowed blocks propose again
+        once their window lies behind there."""
+        self._hidden.clear()
+        self._length, self._final = length, [0] * self.limit
+
     def resume(self, state: DrafterState) -> None:
         """Go on from `state`, over a cache that holds what it held then. Raises ValueError when the
         state is not one of such a drafter."""

@@ -42,9 +42,13 @@ class FakeCache:
         assert not self.closed
         yield token_rows(0, self.tokens)
         for depth in range(3):
-            known = sorted(row for k, row in self.mtp if k == depth and row < self.length)
-            first = known[0] if known else 0
-            yield token_rows(first, [self.mtp[depth, row] for row in known])
+            end = max(
+                (row + 1 for k, row in self.mtp if k == depth and row < self.length), default=0
+            )
+            first = end
+            while (depth, first - 1) in self.mtp:  # what lies before a hole is of no use
+                first -= 1
+            yield token_rows(first, [self.mtp[depth, row] for row in range(first, end)])
 
     def restore(self, length: int, rows: Iterable[LayerRows]) -> None:
         assert not self.closed

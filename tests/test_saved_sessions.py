@@ -166,10 +166,15 @@ def test_mtp_blocks_that_are_not_loaded(tmp_path: Path) -> None:
     trunk = GgmlBackend(packed(bare, "F16"), threads=1)
     want = opened(full).session().generate(PROMPT, max_tokens=TOKENS).token_ids
     assert opened(trunk).session().generate(PROMPT, max_tokens=TOKENS).token_ids == want
-    said, _ = interrupted(opened(full, 3).session(), tmp_path / "s", 4)
-    assert (*said, *ids(opened(trunk).restore(tmp_path / "s").resume())) == want
-    said, _ = interrupted(opened(trunk).session(), tmp_path / "s", 4)
-    assert (*said, *ids(opened(full, 3).restore(tmp_path / "s").resume())) == want
+    for saved, restored, drafts in ((full, trunk, 0), (trunk, full, 3), (full, full, 3)):
+        one = opened(saved, 0 if restored is full else 3)
+        said, _ = interrupted(one.session(), tmp_path / "s", 4)
+        session = opened(restored, drafts).restore(tmp_path / "s")
+        assert (*said, *ids(session.resume())) == want
+        reply = session.last_reply
+        assert reply is not None
+        assert reply.stats.reused_tokens == len(PROMPT) + len(said) - 1
+        assert (sum(reply.stats.drafted_by_depth) > 0) == (drafts > 0)
     full.close()
     trunk.close()
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence as Ids
 
 import numpy as np
 
+from mimo_edge.cancel import Cancel
 from mimo_edge.engine import Engine
-from mimo_edge.errors import MimoEdgeError, SnapshotError
+from mimo_edge.errors import SnapshotError
 from mimo_edge.sequence import Sequence
 from mimo_edge.snapshots.file import as_bytes, encode_header
 from mimo_edge.snapshots.sequence import capture, place
@@ -38,8 +39,16 @@ class PrefixSnapshots:
         """Whether a beginning of that many tokens is worth keeping."""
         return border >= MIN_TOKENS
 
-    def load(self, engine: Engine, sequence: Sequence, prefix: Ids[int], drafting: bool) -> bool:
-        """Make `sequence` what it is after `prefix`, if that is kept; else it is as it was."""
+    def load(
+        self,
+        engine: Engine,
+        sequence: Sequence,
+        prefix: Ids[int],
+        drafting: bool,
+        cancel: Cancel | None = None,
+    ) -> bool:
+        """Make `sequence` what it is after `prefix`, if that is kept; else it is as it was. Raises
+        Cancelled."""
         key = self._key(engine, prefix, drafting)
         found = self.store.open(key)
         if found is None:
@@ -49,11 +58,11 @@ class PrefixSnapshots:
             try:
                 if found.kind != KIND or found.model != self._model:
                     raise SnapshotError(f"{found.path} is a {found.kind} of another model")
-                place(engine, fresh, found.state, found)
+                place(engine, fresh, found.state, found, cancel)
                 if fresh.tokens != list(prefix) or (fresh.drafter is None) == drafting:
                     fresh.reset()
                     raise SnapshotError(f"{found.path} holds other tokens")
-            except MimoEdgeError as error:
+            except SnapshotError as error:
                 self.store.damaged(key, error)
                 self.store.stats.misses += 1
                 return False

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mimo_edge.cache_rows import CacheLayout, LayerRows
+from mimo_edge.cancel import Cancel, check_cancel
 from mimo_edge.engine import Engine
 from mimo_edge.errors import CacheError, SnapshotMismatchError
 from mimo_edge.sequence import Sequence
@@ -62,11 +63,17 @@ def read_tokens(state: dict[str, Any], file: SnapshotFile) -> list[int]:
     return found
 
 
-def place(engine: Engine, sequence: Sequence, state: dict[str, Any], file: SnapshotFile) -> None:
+def place(
+    engine: Engine,
+    sequence: Sequence,
+    state: dict[str, Any],
+    file: SnapshotFile,
+    cancel: Cancel | None = None,
+) -> None:
     """Make an empty sequence what was captured. The caller has the turn.
 
     Raises SnapshotError (damage), SnapshotMismatchError (a cache of another layout),
-    ContextLengthError; the sequence is then as it was.
+    ContextLengthError, Cancelled between two layers; the sequence is then as it was.
     """
     tokens = read_tokens(state, file)
     vocab = engine.backend.config.vocab_size
@@ -82,16 +89,20 @@ def place(engine: Engine, sequence: Sequence, state: dict[str, Any], file: Snaps
         same_mtp = check_layout(held["layout"], cache.layout, file)
         rows = list(pairs(held["rows"], file, "rows"))
         try:
-            cache.restore(len(tokens), _layer_rows(cache.layout, rows, same_mtp, file))
+            cache.restore(len(tokens), _layer_rows(cache.layout, rows, same_mtp, file, cancel))
         except CacheError as error:
             # More tokens than the context is no damage, and keeps its own error.
             if type(error) is not CacheError:
                 raise
             file.fail(error.message)
-        drafter = None
+        drafter: Drafter | None = Drafter(engine.backend, cache)
+        assert drafter is not None
         if held["drafter"] is not None and same_mtp:
-            drafter = Drafter(engine.backend, cache)
             _resume(engine, drafter, len(tokens), held["drafter"], file)
+        elif engine.draft != 0 and drafter.windowed:
+            drafter.skip(len(tokens))
+        else:
+            drafter = None
     except BaseException:
         cache.close()
         raise
@@ -116,10 +127,15 @@ def check_layout(stored: Any, layout: CacheLayout, file: SnapshotFile) -> bool:
 
 
 def _layer_rows(
-    layout: CacheLayout, rows: list[tuple[int, int]], mtp: bool, file: SnapshotFile
+    layout: CacheLayout,
+    rows: list[tuple[int, int]],
+    mtp: bool,
+    file: SnapshotFile,
+    cancel: Cancel | None,
 ) -> Iterator[LayerRows]:
     """Rows of every layer, read one after the other; without `mtp` its blocks get none."""
     for index, one in enumerate(layout.all):
+        check_cancel(cancel)
         if index >= len(layout.layers) and not mtp:
             none = [np.empty((0, n), np.uint8) for n in (one.key_bytes, one.value_bytes)]
             yield LayerRows(0, *none)

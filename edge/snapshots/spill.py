@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from mimo_edge.engine import Engine
-from mimo_edge.errors import MimoEdgeError, SnapshotError
+from mimo_edge.errors import SnapshotError
 from mimo_edge.sequence import Sequence
 from mimo_edge.snapshots.file import SnapshotFile, encode_header
 from mimo_edge.snapshots.sequence import capture, place
@@ -48,7 +48,7 @@ class SpilledSequence:
                 place(self._engine, fresh, file.state, file)
             if fresh.tokens != sequence.tokens:
                 raise SnapshotError(f"{self._spilled.path} holds other tokens")
-        except MimoEdgeError as error:
+        except SnapshotError as error:
             _log.warning("%s; %d tokens are processed again", error, len(sequence.tokens))
             self._store.stats.damaged += 1
             return False
