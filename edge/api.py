@@ -20,20 +20,23 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from mimo_edge.agent import MAX_STEPS, Agent, Step, make_tools
-from mimo_edge.answer_reader import THINK_OPEN, AnswerReader, Fragment
+from mimo_edge.answer_options import AnswerOptions
+from mimo_edge.answer_reader import THINK_CLOSE, THINK_OPEN, AnswerReader, Fragment
 from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
+from mimo_edge.deadline import Deadline
 from mimo_edge.engine import PREFILL_CHUNK, Engine, Generation, GenerationStats, token_list
 from mimo_edge.errors import ContextLengthError, SnapshotError, TokenizerError, UsageError
 from mimo_edge.identity import vocabulary_identity
 from mimo_edge.idle import IdleCaches
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
+from mimo_edge.logprobs import TokenLogprob
 from mimo_edge.machine import peak_rss_bytes, usable_cores
 from mimo_edge.model_source import Model, open_model
 from mimo_edge.prompt_border import PromptBorders
 from mimo_edge.runtimes.base import F32
-from mimo_edge.sampling import Mask, Sampler, SamplingParams
+from mimo_edge.sampling import Constraint, Mask, Sampler
 from mimo_edge.sequence import Sequence as TokenSequence
 from mimo_edge.sequence_pool import SequencePool
 from mimo_edge.snapshots.prefixes import PrefixSnapshots
@@ -47,7 +50,8 @@ from mimo_edge.snapshots.session import (
 from mimo_edge.snapshots.spill import SpillToDisk
 from mimo_edge.snapshots.store import DEFAULT_BYTES, SnapshotStore
 from mimo_edge.speculative import DraftSetting
-from mimo_edge.tokenizer import Tokenizer, check_unicode
+from mimo_edge.structured.wanted import Wanted
+from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.tool_calls import Malformed, ToolCall, tool_schemas
 from mimo_edge.tool_functions import Tool
 from mimo_edge.units import parse_bytes
@@ -56,7 +60,10 @@ if TYPE_CHECKING:
     # A tenth of the time to start, and only `astream` needs it.
     import asyncio
 
-FinishReason = Literal["stop", "length", "tool_calls", "repetition", "cancelled"]
+    from mimo_edge.structured.answers import Thinking
+    from mimo_edge.structured.grammars import Grammars
+
+FinishReason = Literal["stop", "length", "tool_calls", "repetition", "deadline", "cancelled"]
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 
@@ -76,12 +83,14 @@ class Piece:
     finish_reason: FinishReason | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reply:
     """A whole answer. `malformed` lists tool calls that could not be read; their text is in
-    `text`. `token_ids` holds every generated id, the stop token included."""
+    `text`. `token_ids` holds every generated id, the stop token included; `logprobs`, when asked
+    for, has one entry for each."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -90,6 +99,7 @@ class Reply:
     stats: GenerationStats
     reasoning: str = ""
     malformed: tuple[Malformed, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass
@@ -143,6 +153,7 @@ class Runtime:
         self._totals = _Totals()
         # Re-entrant: adding may let the collector close a forgotten stream, which adds as well.
         self._totals_lock = threading.RLock()
+        self._grammars: Grammars | None = None
         self._banned: Mask | None = None
         self._borders: PromptBorders | None = None
         if model.tokenizer is not None:
@@ -271,16 +282,33 @@ class Runtime:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
         pool: SequencePool | None = None,
+        constrain_tools: bool = True,
     ) -> Session:
         """A new conversation. `enable_thinking` None leaves it to the chat template. With a `pool`
         its first prompt goes on from what an earlier session of that pool processed; `close` the
         session to give that back.
 
+        Text is free, but a tool call, once begun, can be read, names one of the `tools`, and its
+        arguments fit their schemas; without `constrain_tools` it is whatever the model makes of it.
+
         Raises UsageError on malformed tools, TokenizerError when texts are given to a model
         without a tokenizer.
         """
         self._engine.check_open()
-        return Session(self, system, tools or (), enable_thinking, pool)
+        return Session(self, system, tools or (), enable_thinking, pool, constrain_tools)
+
+    @property
+    def grammars(self) -> Grammars:
+        """Compiled grammars of structured answers. Raises TokenizerError without a tokenizer."""
+        if self._grammars is None:
+            from mimo_edge.structured.grammars import Grammars
+
+            if self.tokenizer is None:
+                raise TokenizerError(
+                    f"{self.name} has no tokenizer: its answers cannot be held to a form"
+                )
+            self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self._model.eos_ids)
+        return self._grammars
 
     def restore(self, path: str | Path, *, recompute: bool = False) -> Session:
         """The session that was saved to `path`: it goes on with exactly the tokens it would have
@@ -299,7 +327,13 @@ class Runtime:
             self._engine.idle.settle(sequence)
         try:
             messages = check_messages(chat.messages)
-            session = Session(self, None, chat.tools, chat.enable_thinking)
+            session = Session(
+                self,
+                None,
+                chat.tools,
+                chat.enable_thinking,
+                constrain_tools=chat.constrain_tools,
+            )
             session._take_up(messages, chat, sequence)
         except (UsageError, TokenizerError) as error:
             raise SnapshotError(f"{path} is damaged: {error.message}") from None
@@ -341,14 +375,18 @@ class Runtime:
         max_steps: int = MAX_STEPS,
         enable_thinking: bool | None = None,
         on_step: Callable[[Step], None] | None = None,
+        constrain_tools: bool = True,
     ) -> Agent:
         """A new conversation in which the model calls `tools`, Python functions, by itself:
-        `agent.run("...")`. `max_steps` bounds its answers in one run; `on_step` hears of each call.
+        `agent.run("...")`. `max_steps` bounds its answers in one run; `on_step` hears of each call;
+        `constrain_tools` as in `session`.
 
         Raises UsageError on a function that makes no tool, and what `session` raises.
         """
         made = make_tools(tools)
-        session = self.session(system, [t.spec for t in made], enable_thinking)
+        session = self.session(
+            system, [t.spec for t in made], enable_thinking, constrain_tools=constrain_tools
+        )
         return Agent(session, made, max_steps, on_step)
 
     def logits(self, token_ids: Sequence[int]) -> F32:
@@ -475,13 +513,13 @@ def _open_store(folder: str | Path | None, limit_bytes: int | str | None) -> Sna
 
 @dataclass(frozen=True)
 class _Open:
-    """An answer that is not finished. `said` grows; `state` is where the sampler is after it."""
+    """An answer that is not finished. `said` grows, and `sampler` is behind it."""
 
     messages: list[dict[str, Any]] | None
     prompt: list[int]
     said: list[int]
-    options: dict[str, Any]
-    state: Callable[[], dict[str, Any]]
+    options: AnswerOptions
+    sampler: Sampler
 
 
 class Session:
@@ -494,6 +532,7 @@ class Session:
         tools: Sequence[Mapping[str, Any]],
         enable_thinking: bool | None,
         pool: SequencePool | None = None,
+        constrain_tools: bool = True,
     ) -> None:
         if runtime.tokenizer is None and (system is not None or tools):
             raise TokenizerError(
@@ -504,6 +543,7 @@ class Session:
         self._runtime = runtime
         self._tools = tuple(tools)
         self._enable_thinking = enable_thinking
+        self._constrain_tools = constrain_tools
         self._sequence = runtime._engine.sequence()
         self._pool = pool
         self._pooled = False  # whether the sequence is one the pool counts
@@ -540,10 +580,18 @@ class Session:
         min_p: float = 0.0,
         top_k: int = 0,
         seed: int | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logprobs: int | None = None,
         stop: Sequence[str] = (),
         json_schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
         stop_repeats: int = 0,
         max_prompt_tokens: int | None = None,
+        timeout_s: float | None = None,
         prefix_tokens: int = 0,
     ) -> Iterator[Piece]:
         """Answer `prompt`, piece by piece; `max_tokens` None goes on to the context's end.
@@ -551,25 +599,39 @@ class Session:
         of a prompt of token ids how many at its start other prompts share: they are kept as a
         snapshot, as system text and tools of messages are.
 
+        Tokens are chosen as `SamplingParams` says; `logprobs` N reports each token's
+        log-probability and the N likeliest ones of its place. `json_schema` or `regex` (Rust's
+        syntax, matching the whole answer) is what the text after any reasoning must be.
+        `tool_choice` is "auto", "none", "required" or the name of the tool to call,
+        `parallel_tool_calls` whether there may be several calls.
+
         `stop_repeats` N ends an answer that says the same N times in a row (1 to 256 tokens, again
-        and again) with the finish reason "repetition"; 0 lets it go on.
-        Everything is checked before this returns: UsageError, TokenizerError,
-        ContextLengthError when the prompt does not fit. Leaving the iterator early keeps what
-        was generated. A stream left unfinished is closed by the next one.
+        and again) with the finish reason "repetition"; 0 lets it go on. `timeout_s` seconds from
+        now the answer ends within a layer, with the finish reason "deadline".
+        Everything is checked before this returns: UsageError (its ConstraintError for forms that
+        cannot be enforced), TokenizerError, ContextLengthError when the prompt does not fit.
+        Leaving the iterator early keeps what was generated. A stream left unfinished is closed by
+        the next one.
         """
-        if json_schema is not None:
-            raise UsageError("json_schema: structured output is not in this build")
-        options = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "min_p": min_p,
-            "top_k": top_k,
-            "seed": seed,
-            "stop": list(_checked_stops(stop)),
-            "stop_repeats": stop_repeats,
-        }
-        _sampling(options)
+        deadline = Deadline(self._cancel, timeout_s)
+        options = AnswerOptions(
+            max_tokens,
+            temperature,
+            top_p,
+            min_p,
+            top_k,
+            seed,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            logprobs,
+            stop,
+            json_schema,
+            regex,
+            tool_choice,
+            parallel_tool_calls,
+            stop_repeats,
+        )
         self._close_active()
         messages, ids = self._prepare(prompt)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
@@ -578,32 +640,42 @@ class Session:
                 "use a shorter prompt",
             )
         border = prefix_tokens if messages is None else self._border(messages, ids)
-        return self._begin(messages, ids, options, border=border)
+        return self._begin(messages, ids, options, deadline, border=border)
 
-    def resume(self) -> Iterator[Piece]:
+    def resume(self, timeout_s: float | None = None) -> Iterator[Piece]:
         """Go on with the answer that was not finished when the session was saved, with the options
         it was asked with: its further pieces. `last_reply` then holds the whole of it, its `stats`
-        what was done since. A new prompt leaves it as it is. Raises UsageError when there is none.
+        and log-probabilities what was done since. A new prompt leaves it as it is. Raises
+        UsageError when there is none.
         """
         if self._open is None or self._active is not None:
             raise UsageError("there is no answer to go on with", "give a prompt")
         begun = self._open
-        return self._begin(begun.messages, begun.prompt, begun.options, begun)
+        deadline = Deadline(self._cancel, timeout_s)
+        return self._begin(begun.messages, begun.prompt, begun.options, deadline, begun)
 
     def _begin(
         self,
         messages: list[dict[str, Any]] | None,
         ids: list[int],
-        options: dict[str, Any],
+        options: AnswerOptions,
+        deadline: Deadline,
         begun: _Open | None = None,
         border: int = 0,
     ) -> Iterator[Piece]:
         """The answer to the prompt `ids`, or what is missing of one that was begun."""
         said = [] if begun is None else begun.said
-        runtime, reader = self._runtime, self._reader(messages, ids, options)
-        sampler = Sampler(_sampling(options), runtime._banned)
+        runtime = self._runtime
+        reader, constraint = self._reader(messages, ids, options)
+        sampler = Sampler(
+            options.sampling,
+            runtime._banned,
+            prompt=ids,
+            constraint=constraint,
+            top_logprobs=options.logprobs,
+        )
         if begun is not None:
-            sampler.resume(begun.state(), said)
+            sampler.resume(begun.sampler.state(), said)
         self._cancel.clear()
         if self._pool is not None and not self._pooled:
             self._sequence = self._pool.take(ids)
@@ -612,28 +684,43 @@ class Session:
             self._sequence,
             [*ids, *said],
             sampler,
-            max_tokens=options["max_tokens"],
+            max_tokens=options.max_tokens,
             is_last=reader.add,
             cancel=self._cancel,
-            stop_repeats=options["stop_repeats"],
+            stop_repeats=options.stop_repeats,
             border=border,
             answered=len(said),
         )
-        opened = _Open(messages, ids, list(said), options, sampler.state)
-        pieces = self._run(generation, reader, opened)
+        opened = _Open(messages, ids, list(said), options, sampler)
+        pieces = self._run(generation, reader, opened, deadline)
         self._active = pieces
         return pieces
 
     def _reader(
-        self, messages: list[dict[str, Any]] | None, ids: list[int], options: dict[str, Any]
-    ) -> AnswerReader:
-        model = self._runtime._model
-        thinking = bool(
-            model.tokenizer is not None
-            and messages is not None
-            and ids[-1] == model.tokenizer.special.get(THINK_OPEN)
+        self, messages: list[dict[str, Any]] | None, ids: list[int], options: AnswerOptions
+    ) -> tuple[AnswerReader, Constraint | None]:
+        """What reads the answer to a prompt, and what it must keep to. Raises UsageError."""
+        model, tools = self._runtime._model, self._tools
+        thinking = self._thinking(messages, ids)
+        wanted = Wanted.of(
+            options.json_schema,
+            options.regex,
+            options.tool_choice,
+            options.parallel_tool_calls,
+            not self._constrain_tools,
         )
-        return AnswerReader(model.tokenizer, model.eos_ids, options["stop"], self._tools, thinking)
+        constraint = None
+        if wanted.needs_grammars(tools):
+            constraint = wanted.constraint(self._runtime.grammars, tools, thinking)
+        reader = AnswerReader(
+            model.tokenizer,
+            model.eos_ids,
+            options.stop,
+            () if options.tool_choice == "none" else tools,
+            thinking == "open",
+            calls_first=wanted.value is not None,
+        )
+        return reader, constraint
 
     def save(self, path: str | Path) -> None:
         """Write the conversation and everything that was processed to a file, whole or not at all.
@@ -650,10 +737,13 @@ class Session:
             self.messages,
             list(self._tools),
             self._enable_thinking,
+            self._constrain_tools,
             [*(self._token_ids or ())] if on_ids else None,
         )
         if answer is not None and answer.said:
-            chat.answer = OpenAnswer(answer.prompt, answer.said, answer.options, answer.state())
+            chat.answer = OpenAnswer(
+                answer.prompt, answer.said, answer.options.to_json(), answer.sampler.state()
+            )
         names = runtime._names
         with runtime._engine.turn():
             idle = runtime._engine.idle
@@ -712,22 +802,26 @@ class Session:
     # --- inside -------------------------------------------------------------------------
 
     def _run(
-        self, generation: Generation, reader: AnswerReader, opened: _Open
+        self, generation: Generation, reader: AnswerReader, opened: _Open, deadline: Deadline
     ) -> Generator[Piece, None, None]:
         before = (self.messages, self._token_ids)
         messages, token_ids = opened.messages, opened.said
         if messages is not None:
             self.messages = messages
-        self._open = opened
+        self._open, sampler = opened, opened.sampler
+        logprobs: list[TokenLogprob] = []
         whole = Fragment()
         whole.add(reader.take())  # what was said before the session was saved
         failed = True
         try:
-            for gained in generation:
-                token_ids += gained
-                part = reader.take()
-                whole.add(part)
-                yield _piece(part, gained, None)
+            with deadline:
+                for gained in generation:
+                    token_ids += gained
+                    part = reader.take()
+                    whole.add(part)
+                    said = sampler.take_logprobs()
+                    logprobs += said
+                    yield _piece(part, gained, None, said)
             failed = False
         except (GeneratorExit, KeyboardInterrupt):
             failed = False  # the user has had enough: what was said stays
@@ -739,7 +833,7 @@ class Session:
             else:
                 rest = reader.finish()
                 whole.add(rest)
-                reason = _finish_reason(generation, reader, whole)
+                reason = _finish_reason(generation, reader, whole, deadline)
                 self._keep(reader, whole, messages, opened.prompt, token_ids)
                 self._last = Reply(
                     whole.text,
@@ -749,10 +843,11 @@ class Session:
                     generation.stats,
                     whole.reasoning,
                     tuple(whole.malformed),
+                    tuple(logprobs),
                 )
                 with self._runtime._totals_lock:
                     self._runtime._totals.add(generation.stats)
-        yield _piece(rest, [], reason)
+        yield _piece(rest, [], reason, ())
 
     def _take_up(
         self, messages: list[dict[str, Any]], chat: ChatState, sequence: TokenSequence
@@ -761,21 +856,20 @@ class Session:
         self.messages, self._token_ids, self._sequence = messages, chat.history, sequence
         answer = chat.answer
         if answer is not None:
-            state, options = answer.sampler, answer.options
-            if set(options) != _OPTIONS:
-                raise UsageError(f"an answer with the options {sorted(options)}")
-            _checked_stops(options["stop"])
+            options = AnswerOptions.from_json(answer.options)
+            sampler = Sampler(options.sampling)
             try:
-                Sampler(_sampling(options)).resume(state, ())
+                sampler.resume(answer.sampler, ())
             except ValueError as error:
                 raise UsageError(str(error)) from None
             told = None if chat.history is not None else messages
-            self._open = _Open(told, answer.prompt, answer.said, options, lambda: state)
+            self._open = _Open(told, answer.prompt, answer.said, options, sampler)
 
     def _leave_open(self, begun: _Open) -> None:
         """An answer that was not finished when the session was saved, and is not gone on with,
         stays in the history as far as it got."""
-        reader, whole = self._reader(begun.messages, begun.prompt, begun.options), Fragment()
+        reader, _ = self._reader(begun.messages, begun.prompt, begun.options)
+        whole = Fragment()
         for token in begun.said:
             reader.add(token)
         whole.add(reader.take())
@@ -828,6 +922,17 @@ class Session:
             model.tokenizer, messages, self._tools, enable_thinking=self._enable_thinking
         )
 
+    def _thinking(self, messages: list[dict[str, Any]] | None, prompt: list[int]) -> Thinking:
+        """Where the answer to a prompt begins; one to raw ids brings no reasoning of its own."""
+        tokenizer = self._runtime.tokenizer
+        if (
+            tokenizer is None
+            or messages is None
+            or prompt[-1] == tokenizer.special.get(THINK_CLOSE)
+        ):
+            return "over"
+        return "open" if prompt[-1] == tokenizer.special.get(THINK_OPEN) else "possible"
+
     def _check_texts(self) -> None:
         if self._runtime.tokenizer is None:
             raise TokenizerError(
@@ -851,21 +956,22 @@ class Session:
             self._leave_open(begun)
 
 
-_SAMPLING = ("temperature", "top_p", "min_p", "top_k", "seed")
-_OPTIONS = frozenset((*_SAMPLING, "max_tokens", "stop", "stop_repeats"))
+def _piece(
+    part: Fragment,
+    token_ids: Sequence[int],
+    reason: FinishReason | None,
+    logprobs: tuple[TokenLogprob, ...],
+) -> Piece:
+    calls = tuple(part.tool_calls)
+    return Piece(part.text, tuple(token_ids), reason, part.reasoning, calls, logprobs)
 
 
-def _sampling(options: Mapping[str, Any]) -> SamplingParams:
-    """What options of `Session.stream` say about the choice of tokens. Raises UsageError."""
-    return SamplingParams(**{name: options[name] for name in _SAMPLING})
-
-
-def _piece(part: Fragment, token_ids: Sequence[int], reason: FinishReason | None) -> Piece:
-    return Piece(part.text, tuple(token_ids), reason, part.reasoning, tuple(part.tool_calls))
-
-
-def _finish_reason(generation: Generation, reader: AnswerReader, whole: Fragment) -> FinishReason:
+def _finish_reason(
+    generation: Generation, reader: AnswerReader, whole: Fragment, deadline: Deadline
+) -> FinishReason:
     reason = generation.finish_reason or "cancelled"
+    if reason == "cancelled" and deadline.passed:
+        return "deadline"
     if reason == "stop" and whole.tool_calls and not reader.hit_stop:
         return "tool_calls"
     return reason
@@ -893,14 +999,3 @@ def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
     except (IndexError, TypeError, KeyError):
         return False
     return not isinstance(first, (str, Mapping)) and hasattr(first, "__index__")
-
-
-def _checked_stops(stop: Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(stop, Sequence):
-        raise UsageError(f"stop = {stop!r} is not a list of texts")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    for text in stops:
-        if not isinstance(text, str) or not text:
-            raise UsageError(f"stop = {text!r} is not a text")
-        check_unicode(text)
-    return stops

@@ -164,13 +164,14 @@ class Drafter:
         self,
         tokens: Sequence[int],
         count: int,
-        best: Callable[[F32], int],
+        propose: Callable[[F32], int | None],
         cancel: Cancel | None = None,
     ) -> list[int]:
         """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
 
-        `best` picks from logits [V]. Fewer, down to none, come back while the H rows that the
-        newest row's window covers are not all at hand (after a cut deeper than is kept).
+        `propose` picks from logits [V], or says None when nothing can follow. Fewer, down to none,
+        come back then, and while the H rows that the newest row's window covers are not all at
+        hand (after a cut deeper than is kept).
         """
         p = self._length - 1
         if len(tokens) != p + 2:
@@ -187,10 +188,13 @@ class Drafter:
             # One verify commits up to count + 1 rows; depth more were stale.
             self.steady = self.steady and p - first <= 2 * MAX_DRAFT + 1
             logits = self._run(depth, known, first, p + 1, offset, cancel)
-            drafts.append(best(logits))
-            known.append(drafts[-1])
             # Rows up to p - depth took tokens that stand; the newer ones took drafts.
             self._final[depth] = max(first, p - depth + 1)
+            token = propose(logits)
+            if token is None:
+                break
+            drafts.append(token)
+            known.append(token)
         return drafts
 
     def truncate(self, length: int, known: int) -> None:

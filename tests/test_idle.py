@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 from fake_backend import FakeBackend
-from test_exact_rows import packed
+from test_ggml_backend import packed
 
 from mimo_edge.api import Runtime, Session
 from mimo_edge.budget import Budget, Line

@@ -16,7 +16,7 @@ import pytest
 import scripted
 import tiny
 from fake_backend import FakeBackend
-from test_exact_rows import packed
+from test_ggml_backend import packed
 
 from mimo_edge.api import Reply, Runtime
 from mimo_edge.chat_template import ChatTemplate
@@ -80,7 +80,7 @@ def test_found_or_processed_the_answer_is_the_same(
 ) -> None:
     if draft > backend.config.num_mtp_layers:
         return
-    options = {"temperature": 1.3, "seed": 4} if sampled else {}
+    options: dict[str, Any] = {"temperature": 1.3, "seed": 4} if sampled else {}
     first = opened(backend, tmp_path, draft)
     for number, rest in enumerate(([7, 8], [9] * 30, [1])):
         processed = ask(opened(backend, tmp_path / str(number), draft), rest, **options)

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -135,7 +136,7 @@ class TestQueue:
                 except Cancelled:
                     pass
 
-        run(*(lambda n=n: work(n) for n in range(6)))  # type: ignore[misc]
+        run(*(partial(work, n) for n in range(6)))
         assert (most, inside) == ([1], [0])
         assert not queue.held
         assert queue.waiting == 0

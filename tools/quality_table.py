@@ -134,13 +134,28 @@ class _NoRows:
 
     length = 0
     capacity = CONTEXT
+    layout = CacheLayout((), (), True)
 
     def rollback(self, n: int) -> None:
         """Nothing to undo."""
 
+    def rows(self) -> tuple[LayerRows, ...]:
+        """Nothing is held."""
+        return ()
+
+    def restore(self, length: int, rows: Iterable[LayerRows]) -> None:
+        """Nothing is restored."""
+
     def nbytes(self) -> int:
         """Nothing is held."""
         return 0
+
+    def held_bytes(self) -> int:
+        """Nothing is held."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Remembered:

@@ -54,6 +54,7 @@ class ChatState:
     messages: list[dict[str, Any]] = field(default_factory=list)
     tools: list[Mapping[str, Any]] = field(default_factory=list)
     enable_thinking: bool | None = None
+    constrain_tools: bool = True
     history: list[int] | None = None
     answer: OpenAnswer | None = None
 
@@ -79,6 +80,7 @@ def save_session(path: Path, names: ModelNames, chat: ChatState, sequence: Seque
         "messages": chat.messages,
         "tools": list(chat.tools),
         "enable_thinking": chat.enable_thinking,
+        "constrain_tools": chat.constrain_tools,
         "on_ids": chat.history is not None,
         "answer": answer,
         "sequence": captured.state,
@@ -145,13 +147,16 @@ def _read_chat(file: SnapshotFile) -> ChatState:
         "messages": list,
         "tools": list,
         "enable_thinking": (bool, type(None)),
+        "constrain_tools": bool,
         "on_ids": bool,
         "answer": (dict, type(None)),
     }
     for key, kind in wanted.items():
         if key not in state or not isinstance(state[key], kind):
             file.fail(f"{key} of the conversation is missing or malformed")
-    chat = ChatState(state["messages"], state["tools"], state["enable_thinking"])
+    chat = ChatState(
+        state["messages"], state["tools"], state["enable_thinking"], state["constrain_tools"]
+    )
     if not all(isinstance(one, dict) for one in (*chat.messages, *chat.tools)):
         file.fail("messages or tools are no objects")
     if state["on_ids"]:
