@@ -19,6 +19,7 @@ from mimo_edge.errors import CacheError
 from mimo_edge.kv_format import KV_FORMATS, ring_type
 
 U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,19 @@ def checked(layout: CacheLayout, rows: Iterable[LayerRows]) -> Iterable[LayerRow
         yield one
     if next(formats, None) is not None:
         raise CacheError("rows of fewer layers than the model has")
+
+
+def pack_rows(values: F32, slots: NDArray[np.int64]) -> U8:
+    """values f32 [G, S, D] at `slots` [n] as rows of an f32 layer: u8 [n, 4 * G * D]."""
+    rows = np.ascontiguousarray(values[:, slots].transpose(1, 0, 2).astype("<f4"))
+    return rows.view(np.uint8).reshape(len(slots), 4 * values.shape[0] * values.shape[2])
+
+
+def unpack_rows(rows: U8, like: F32) -> F32:
+    """Rows of an f32 layer as f32 [G, n, D], G and D those of `like` [G, S, D]."""
+    groups, _, dim = like.shape
+    values = np.ascontiguousarray(rows).view("<f4").reshape(len(rows), groups, dim)
+    return values.transpose(1, 0, 2).astype(np.float32)
 
 
 def _row_json(one: RowFormat) -> list[Any]:

@@ -20,7 +20,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mimo_edge.cache_rows import CacheLayout, LayerRows, check_rows, checked
+from mimo_edge.cache_rows import (
+    CacheLayout,
+    LayerRows,
+    check_rows,
+    checked,
+    pack_rows,
+    unpack_rows,
+)
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
 from mimo_edge.runtimes.base import VERIFY_ROWS
@@ -118,12 +125,12 @@ class FullCache:
 
     def rows(self) -> LayerRows:
         held = np.arange(self._length)
-        return LayerRows(0, _packed(self._keys, held), _packed(self._values, held))
+        return LayerRows(0, pack_rows(self._keys, held), pack_rows(self._values, held))
 
     def place(self, rows: LayerRows) -> None:
         self._grow(rows.end)
-        self._keys[:, : rows.end] = _unpacked(rows.keys, self._keys)
-        self._values[:, : rows.end] = _unpacked(rows.values, self._values)
+        self._keys[:, : rows.end] = unpack_rows(rows.keys, self._keys)
+        self._values[:, : rows.end] = unpack_rows(rows.values, self._values)
         self._length = rows.end
 
     def nbytes(self) -> int:
@@ -223,14 +230,14 @@ class SlidingCache:
     def rows(self) -> LayerRows:
         first = min(self._oldest(), self._length)
         slots = np.arange(first, self._length) % self._rows
-        return LayerRows(first, _packed(self._keys, slots), _packed(self._values, slots))
+        return LayerRows(first, pack_rows(self._keys, slots), pack_rows(self._values, slots))
 
     def place(self, rows: LayerRows) -> None:
         first = max(rows.first, rows.end - self._rows)
         kept = np.arange(first, rows.end, dtype=np.int64)
         slots = kept % self._rows
-        self._keys[:, slots] = _unpacked(rows.keys[first - rows.first :], self._keys)
-        self._values[:, slots] = _unpacked(rows.values[first - rows.first :], self._values)
+        self._keys[:, slots] = unpack_rows(rows.keys[first - rows.first :], self._keys)
+        self._values[:, slots] = unpack_rows(rows.values[first - rows.first :], self._values)
         self._positions[slots] = kept
         self._start, self._length, self._high = first, rows.end, rows.end
 
@@ -358,20 +365,6 @@ class ModelCache:
     def close(self) -> None:
         """Forget everything."""
         self.layers, self.mtp, self._length = [], [], 0
-
-
-def _packed(values: F32, slots: Positions) -> NDArray[np.uint8]:
-    """values [G, S, D] at `slots` as rows of bytes, little-endian: u8 [n, 4 * G * D]."""
-    rows = values[:, slots].transpose(1, 0, 2).astype("<f4")
-    flat = np.ascontiguousarray(rows).view(np.uint8)
-    return flat.reshape(len(slots), 4 * values.shape[0] * values.shape[2])
-
-
-def _unpacked(rows: NDArray[np.uint8], like: F32) -> F32:
-    """Rows of bytes as f32 [G, n, D], G and D those of `like`."""
-    groups, _, dim = like.shape
-    values = np.ascontiguousarray(rows).view("<f4").reshape(len(rows), groups, dim)
-    return values.transpose(1, 0, 2).astype(np.float32)
 
 
 def _layer_cache(config: MimoConfig, spec: LayerSpec, context: int, verify_rows: int) -> LayerCache:

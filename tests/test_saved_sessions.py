@@ -331,7 +331,20 @@ def test_a_hostile_header_is_a_typed_error(file: Path) -> None:
     """Every value of the header replaced by every strange one, under a checksum that is right."""
     whole = file.read_bytes()
     header, _ = _header(whole)
-    strange: list[Any] = [None, True, -1, 1 << 62, 1.5, "", "x" * 99, [], [[]], {}, {"a": [1]}, [1, 2, 3]]
+    strange: list[Any] = [
+        None,
+        True,
+        -1,
+        1 << 62,
+        1.5,
+        "",
+        "x" * 99,
+        [],
+        [[]],
+        {},
+        {"a": [1]},
+        [1, 2, 3],
+    ]
     runtime = opened(FakeBackend(V2), 2)
 
     def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -79,7 +79,12 @@ class PrefixSnapshots:
         self.store.keep(key, header, captured.sections)
 
     def _key(self, engine: Engine, tokens: Ids[int], drafting: bool) -> str:
-        about = {"model": self._model, "layout": engine.layout.to_json(), "drafting": drafting}
+        about = {
+            "model": self._model,
+            "backend": engine.backend.name,  # rows of each are rounded otherwise
+            "layout": engine.layout.to_json(),
+            "drafting": drafting,
+        }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         digest.update(as_bytes(np.asarray(tokens, np.int64), "<i4").data)
         return digest.hexdigest()
