@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from importlib.util import find_spec
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from mimo_edge.errors import ConstraintError
