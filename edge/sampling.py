@@ -126,10 +126,14 @@ class Sampler:
         self._proposed: list[int] = []
         self._top_logprobs = top_logprobs
         self._logprobs: list[TokenLogprob] = []
+        # Nothing is counted, followed or reported: the logits are all there is.
+        self._plain = self._penalties is None and constraint is None and top_logprobs is None
 
     def sample(self, logits: F32) -> int:
         """The next token for logits [V]. Raises GenerationError on NaN, and when nothing that is
         allowed is left."""
+        if self._plain and self.params.temperature == 0:
+            return self._likeliest(logits)
         usable = self._usable(logits)
         if self.params.temperature == 0:
             token = self._best(self._penalised(usable))
@@ -150,6 +154,8 @@ class Sampler:
     def propose(self, logits: F32) -> int | None:
         """A draft for the place after the newest token and the proposals so far: the likeliest
         token that may stand there, or None when the answer has ended."""
+        if self._plain:
+            return self._likeliest(logits)
         if self._constraint is not None and self._constraint.ended:
             return None
         token = self._best(self._penalised(self._usable(logits)))
@@ -211,6 +217,18 @@ class Sampler:
             p[p < params.min_p * p.max()] = 0.0
             p /= p.sum()
         return p
+
+    def _likeliest(self, logits: F32) -> int:
+        """The likeliest token that is not banned. Raises GenerationError on NaN."""
+        # NaN wins every maximum. A finite one that is not banned is the answer, without a look at
+        # the ids one by one; a small model's step is as short as ten of those.
+        top = int(logits.argmax())
+        banned = self._banned is not None and (
+            len(self._banned) != len(logits) or bool(self._banned[top])
+        )
+        if banned or not math.isfinite(logits[top]):
+            return int(np.argmax(self._usable(logits)))
+        return top
 
     def _usable(self, logits: F32) -> F32:
         """Logits with banned ids at -inf. NaN and +inf mean the model's numbers are broken."""
