@@ -11,15 +11,21 @@ import typer
 
 from mimo_edge.cli.interrupts import Interrupts, cancelled_by_interrupts
 from mimo_edge.cli.options import (
+    SNAPSHOT_BYTES,
+    SNAPSHOTS,
     BackendName,
     Draft,
     Ep,
     Governor,
+    IdleBytes,
     KvType,
     Pin,
     Profile,
     Ram,
+    SnapshotBytes,
+    Snapshots,
     Threads,
+    kept,
 )
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import MimoEdgeError, UsageError
@@ -78,6 +84,9 @@ def run(
     kv_type: KvType = None,
     pin: Pin = 0,
     governor: Governor = None,
+    snapshots: Snapshots = SNAPSHOTS,
+    snapshot_bytes: SnapshotBytes = SNAPSHOT_BYTES,
+    idle_bytes: IdleBytes = None,
     trace: Annotated[
         Path | None, typer.Option(help="Record which experts every token uses, in this file.")
     ] = None,
@@ -113,6 +122,7 @@ def run(
         pin=pin,
         trace=trace,
         governor=governor,
+        **kept(snapshots, snapshot_bytes, idle_bytes, out),
     ) as runtime:
         from mimo_edge.nano.commands import DEMO_TOOLS, is_nano_template
 

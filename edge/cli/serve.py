@@ -8,15 +8,21 @@ from typing import Annotated
 import typer
 
 from mimo_edge.cli.options import (
+    SNAPSHOT_BYTES,
+    SNAPSHOTS,
     BackendName,
     Draft,
     Ep,
     Governor,
+    IdleBytes,
     KvType,
     Pin,
     Profile,
     Ram,
+    SnapshotBytes,
+    Snapshots,
     Threads,
+    kept,
 )
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import BUILT_IN, parse_draft
@@ -77,6 +83,9 @@ def serve(
     kv_type: KvType = None,
     pin: Pin = 0,
     governor: Governor = None,
+    snapshots: Snapshots = SNAPSHOTS,
+    snapshot_bytes: SnapshotBytes = SNAPSHOT_BYTES,
+    idle_bytes: IdleBytes = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object once it listens.")
     ] = False,
@@ -111,6 +120,7 @@ def serve(
             kv_type=kv_type,
             pin=pin,
             governor=governor,
+            **kept(snapshots, snapshot_bytes, idle_bytes, out),
         ) as runtime:
             room = runtime.planned_conversations or Limits.conversations
             if concurrent is None:
