@@ -18,7 +18,7 @@ from arm.environment import make_environment
 from arm.paths import check_programs
 from arm.try_kit import try_kit
 
-_QUICK_COMMANDS, _ALL_COMMANDS = (2, 2), (12, 40)  # compared at f32, at int4
+_QUICK_COMMANDS, _ALL_COMMANDS = (3, 8), (12, 60)  # compared at f32, at int4
 
 
 def main() -> None:
@@ -40,11 +40,13 @@ def main() -> None:
     at_f32, at_int4 = _QUICK_COMMANDS if wanted.quick else _ALL_COMMANDS
     results = [
         try_kit(int4, cpus[0]),
-        same_tokens(python, exact, cpus, at_f32),
-        same_matches(python, int4, cpus, at_int4),
+        same_tokens(python, exact, cpus, at_f32, wanted.jobs),
+        same_matches(python, int4, cpus, at_int4, wanted.jobs),
     ]
     files = list(suite.QUICK) if wanted.quick else suite.all_files()
     results += [suite.run_suite(python, cpu, files, wanted.jobs) for cpu in cpus]
+    small = suite.SMALL_SYSTEM
+    results.append(suite.run_suite(python, cpus[-1], suite.ON_SMALL_SYSTEM, wanted.jobs, small))
     print(f"{'passed' if all(results) else 'FAILED'} after {time.monotonic() - began:.0f} s")
     sys.exit(not all(results))
 
