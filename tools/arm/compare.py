@@ -61,7 +61,9 @@ def _compare(
     want = answers(sys.executable, model, commands, kv_type, draft)
     passed = len(want) == commands
     with ThreadPoolExecutor(jobs) as pool:  # of processes: each is one thread wide
-        told = pool.map(lambda cpu: answers(python, model, commands, kv_type, draft, cpu), cpus)
+        told = list(
+            pool.map(lambda cpu: answers(python, model, commands, kv_type, draft, cpu), cpus)
+        )
     for cpu, found in zip(cpus, told, strict=True):
         same = [a[what] == b[what] for a, b in zip(want, found, strict=True)]
         equal = sum(a["tokens"] == b["tokens"] for a, b in zip(want, found, strict=True))
