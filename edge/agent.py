@@ -24,7 +24,8 @@ from mimo_edge.tool_calls import Malformed, ToolCall
 from mimo_edge.tool_functions import ArgumentError, Tool, tool
 
 if TYPE_CHECKING:
-    from mimo_edge.api import Reply, Session
+    from mimo_edge.api import Reply
+    from mimo_edge.conversation import Conversation, Opened
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Agent:
 
     def __init__(
         self,
-        session: Session,
+        session: Conversation,
         tools: Sequence[Tool],
         max_steps: int = MAX_STEPS,
         on_step: Callable[[Step], None] | None = None,
@@ -93,8 +94,10 @@ class Agent:
             if reply.finish_reason != "tool_calls" and not (
                 reply.finish_reason == "stop" and reply.malformed
             ):
-                late = reply.finish_reason == "cancelled" and _is_over(end)
-                reason: AgentEnd = "time" if late else reply.finish_reason
+                ended = reply.finish_reason
+                late = ended == "deadline" or (ended == "cancelled" and _is_over(end))
+                assert ended != "broken"  # raised as an error
+                reason: AgentEnd = "time" if late or ended == "deadline" else ended
                 return AgentResult(reply.text, reason, tuple(steps), reply)
             turn = None
             calls: list[ToolCall | Malformed] = [*reply.tool_calls, *reply.malformed]
@@ -114,7 +117,7 @@ class Agent:
 
     def _answer(self, turn: str | None, end: float | None, options: Mapping[str, Any]) -> Reply:
         """One generation, cancelled within a layer when its time is over."""
-        with _cancelled_at(self.session, end):
+        with cancelled_at(self.session, end):
             for _ in self.session.stream(turn, **options):
                 if _is_over(end):  # the timer may have been too early for this stream
                     self.session.cancel()
@@ -138,6 +141,20 @@ class Agent:
             _log.warning("tool %s failed", call.name, exc_info=True)
             result, failed = _failure(f"{type(error).__name__}: {error}"), True
         return Step(call, result, failed, time.monotonic() - start)
+
+
+def make_agent(
+    runtime: Opened,
+    tools: Sequence[Tool | Callable[..., Any]],
+    system: str | None,
+    max_steps: int,
+    enable_thinking: bool | None,
+    on_step: Callable[[Step], None] | None,
+) -> Agent:
+    """An agent in a new conversation of `runtime`. Raises UsageError."""
+    made = make_tools(tools)
+    session = runtime.session(system, [t.spec for t in made], enable_thinking)
+    return Agent(session, made, max_steps, on_step)
 
 
 def make_tools(tools: Sequence[Tool | Callable[..., Any]]) -> list[Tool]:
@@ -166,7 +183,7 @@ def _is_over(end: float | None) -> bool:
 
 
 @contextmanager
-def _cancelled_at(session: Session, end: float | None) -> Iterator[None]:
+def cancelled_at(session: Conversation, end: float | None) -> Iterator[None]:
     """Cancel the session at `end` (monotonic seconds)."""
     if end is None:
         yield

@@ -281,6 +281,12 @@ class Sequence:
         """Bytes of the cache."""
         return self.cache.nbytes() if self.cache is not None else 0
 
+    def shared(self, prompt: Ids[int]) -> int:
+        """How many tokens of `prompt` are processed already, if it goes on from all of them; a
+        prompt that leaves them earlier may have to start over, and counts as new."""
+        known = len(self.tokens)
+        return known if known < len(prompt) and list(prompt[:known]) == self.tokens else 0
+
     def recover(self) -> None:
         """After a step that failed half-way: back to the tokens that stand. When rows that the
         next token needs are gone, everything is forgotten."""

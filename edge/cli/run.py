@@ -75,7 +75,7 @@ def run(
     out = Output(json=json, verbose=verbose)
     if json and prompt is None:
         raise UsageError("--json needs a prompt", "add -p")
-    tool_list = _read_tools(tools) if tools is not None else None
+    tool_list = read_tools(tools) if tools is not None else None
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -293,7 +293,8 @@ def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
     }
 
 
-def _read_tools(path: Path) -> list[Any]:
+def read_tools(path: Path) -> list[Any]:
+    """A list of tools from a JSON file. Raises UsageError."""
     import json
 
     try:

@@ -55,12 +55,12 @@ _NEUTRAL_COMPLETION: dict[str, Any] = {**_NEUTRAL, "best_of": 1, "echo": False, 
 
 @dataclass(frozen=True)
 class Call:
-    """One request: `prompt` messages (chat), or a text or token ids (completion).
+    """One request: `prompt` messages (chat, response), or a text or token ids (completion).
 
     `options` are those of `Session.stream`. `thinking` None leaves it to the server.
     """
 
-    kind: Literal["chat", "completion"]
+    kind: Literal["chat", "completion", "response"]
     model: str
     prompt: list[dict[str, Any]] | str | list[int]
     options: dict[str, Any]
@@ -68,38 +68,48 @@ class Call:
     thinking: bool | None = None
     stream: bool = False
     include_usage: bool = False
+    usage_so_far: bool = False
 
 
 def read_chat(raw: Mapping[str, Any], models: tuple[str, ...]) -> Call:
     """A /v1/chat/completions body; `models` are the names this server goes by, the first its own.
     Raises Refusal."""
     fields = Fields(raw)
-    model = _model(fields, models)
+    model = read_model(fields, models)
     messages = _messages(fields)
-    tools = _tools(fields)
+    tools = read_tools(fields)
     thinking = _thinking(fields)
-    stream, include_usage = _streaming(fields)
-    options = _options(fields, ("max_completion_tokens", "max_tokens"))
+    stream, include_usage, so_far = _streaming(fields)
+    options = read_options(fields, ("max_completion_tokens", "max_tokens"))
     _check_format(fields)
     fields.finish(_HARMLESS, _NEUTRAL_CHAT)
-    return Call("chat", model, messages, options, tools, thinking, stream, include_usage)
+    return Call("chat", model, messages, options, tools, thinking, stream, include_usage, so_far)
 
 
 def read_completion(raw: Mapping[str, Any], models: tuple[str, ...]) -> Call:
     """A /v1/completions body, as `read_chat`."""
     fields = Fields(raw)
-    model = _model(fields, models)
+    model = read_model(fields, models)
     prompt = _prompt(fields)
-    stream, include_usage = _streaming(fields)
-    options = _options(fields, ("max_tokens",))
+    stream, include_usage, so_far = _streaming(fields)
+    options = read_options(fields, ("max_tokens",))
     if options["max_tokens"] is None:
         options["max_tokens"] = COMPLETION_TOKENS
     _check_format(fields)
     fields.finish(_HARMLESS, _NEUTRAL_COMPLETION)
-    return Call("completion", model, prompt, options, stream=stream, include_usage=include_usage)
+    return Call(
+        "completion",
+        model,
+        prompt,
+        options,
+        stream=stream,
+        include_usage=include_usage,
+        usage_so_far=so_far,
+    )
 
 
-def _model(fields: Fields, models: tuple[str, ...]) -> str:
+def read_model(fields: Fields, models: tuple[str, ...]) -> str:
+    """The model a request names, which must be here. Raises Refusal 404."""
     name = fields.text("model")
     if name is not None and name not in models:
         raise Refusal(
@@ -139,7 +149,8 @@ def _check_message(message: dict[str, Any], where: str) -> None:
     rest.finish(frozenset({"refusal", "annotations"}))
 
 
-def _tools(fields: Fields) -> tuple[Mapping[str, Any], ...]:
+def read_tools(fields: Fields) -> tuple[Mapping[str, Any], ...]:
+    """`tools` as far as `tool_choice` leaves them. Raises Refusal."""
     tools, choice = fields.take("tools", []), fields.take("tool_choice", "auto")
     if not isinstance(tools, list):
         raise fields.wrong("tools", tools, "a list")
@@ -182,19 +193,24 @@ def _thinking(fields: Fields) -> bool | None:
     return wanted
 
 
-def _streaming(fields: Fields) -> tuple[bool, bool]:
+def _streaming(fields: Fields) -> tuple[bool, bool, bool]:
+    """Whether to stream, with usage at the end, and with usage in every chunk (as vLLM has it)."""
     stream = bool(fields.flag("stream"))
     inner = fields.inner("stream_options")
     if inner is None:
-        return stream, False
+        return stream, False, False
     if not stream:
         raise Refusal(400, "stream_options needs stream", param="stream_options")
     include_usage = bool(inner.flag("include_usage"))
+    so_far = bool(inner.flag("continuous_usage_stats"))
+    if so_far and not include_usage:
+        raise Refusal(400, "continuous_usage_stats needs include_usage", param="stream_options")
     inner.finish(frozenset({"include_obfuscation"}))
-    return stream, include_usage
+    return stream, include_usage, so_far
 
 
-def _options(fields: Fields, max_names: tuple[str, ...]) -> dict[str, Any]:
+def read_options(fields: Fields, max_names: tuple[str, ...]) -> dict[str, Any]:
+    """Options of `Session.stream`; the most tokens go by one of `max_names`. Raises Refusal."""
     options: dict[str, Any] = {
         "temperature": fields.number("temperature", 0.0),
         "top_p": fields.number("top_p", 1.0),
