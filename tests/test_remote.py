@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import pytest
 from scripted import END, runtime
 from serving import Served, scripted, serving, until
+from test_leaks import MIB, held
 
 from mimo_edge.api import Piece, Runtime
 from mimo_edge.errors import ContextLengthError, RemoteStatusError, TokenizerError, UsageError
@@ -311,3 +313,56 @@ def test_the_built_in_model_on_another_machine() -> None:
         )
         assert tuple(c for p in pieces for c in p.tool_calls) == want.tool_calls
         assert want.tool_calls
+
+
+@pytest.mark.parametrize(
+    ("count", "rss"), [(60, 8 * MIB), pytest.param(4000, 12 * MIB, marks=pytest.mark.slow)]
+)
+def test_a_soak_of_cancellations(count: int, rss: int) -> None:
+    """Given up in the queue, while the prompt is read, inside the answer, by cancel and by leaving:
+    neither side keeps anything."""
+    limits = Limits(concurrent=2, queued=50, conversations=4)
+    with (
+        scripted(["word " * 400], limits=limits, draft=0) as (served, _),
+        Runtime.connect(served.url) as rt,
+    ):
+
+        def one(number: int) -> None:
+            rng = random.Random(number)
+            session = rt.session()
+            timer = threading.Timer(rng.random() * 0.03, session.cancel)
+            timer.start()
+            for n, _ in enumerate(session.stream(f"question {number % 7}", max_tokens=None)):
+                if number % 3 == 0 and n > number % 50:
+                    session.stop()
+                    break
+            timer.cancel()
+            timer.join()
+            reply = session.last_reply
+            assert reply is None or reply.finish_reason in ("cancelled", "length")
+
+        def batch(first: int, size: int) -> None:
+            errors: list[BaseException] = []
+
+            def some(start: int) -> None:
+                try:
+                    for number in range(start, first + size, 4):
+                        one(number)
+                except BaseException as error:
+                    errors.append(error)
+
+            threads = [threading.Thread(target=some, args=(first + n,)) for n in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert not errors
+            served.settled()
+
+        batch(0, 60)
+        before = held()
+        batch(60, count)
+        until(lambda: held().files <= before.files + 4 and held().threads <= before.threads + 4)
+        after = held()
+        assert after.rss <= before.rss + rss, (before, after)
+        assert served.metric("abandoned_total") > count / 2

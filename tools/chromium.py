@@ -1,4 +1,4 @@
-"""A headless Chromium for tests; they are skipped where there is none."""
+"""A headless Chromium, for the tests of the chat page and its picture."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import pytest
-
-pytest.importorskip("selenium", reason="needs the extra dev")
-
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 
 FLAGS = [
     "--headless",
@@ -31,19 +23,25 @@ FLAGS = [
 ]
 
 
+def is_here() -> bool:
+    """Whether Chromium and its driver are installed (Debian: chromium, chromium-driver)."""
+    return shutil.which("chromium") is not None and shutil.which("chromedriver") is not None
+
+
 @contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
-    """A driver of a fresh Chromium with its data in `profile`."""
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        pytest.skip("needs Chromium and its driver (Debian: chromium, chromium-driver)")
+    """A selenium driver of a fresh Chromium with its data in `profile`."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
     options = Options()
-    options.binary_location = browser
+    options.binary_location = shutil.which("chromium") or ""
     for flag in [*FLAGS, f"--user-data-dir={profile}"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    made = webdriver.Chrome(options=options, service=Service(driver))
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
-        yield made
+        yield driver
     finally:
-        made.quit()
+        driver.quit()
