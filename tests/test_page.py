@@ -59,14 +59,14 @@ def answered(browser: Any) -> None:
     until(lambda: not texts(browser, ".waiting") and bool(texts(browser, ".assistant, .error")))
 
 
-def held_at(backend: Scripted, tokens: int) -> threading.Event:
+def held_at(backend: Scripted, count: int) -> threading.Event:
     """The model goes on beyond so many tokens once the event is set."""
     whole, go_on = backend.next_logits, threading.Event()
 
-    def held(seen: list[int]) -> Any:
-        if len(seen) > tokens:
+    def held(tokens: list[int]) -> Any:
+        if len(tokens) > count:
             assert go_on.wait(60)
-        return whole(seen)
+        return whole(tokens)
 
     backend.next_logits = held  # type: ignore[method-assign]
     return go_on
