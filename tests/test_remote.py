@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import threading
 from collections.abc import Iterator
@@ -318,9 +319,11 @@ def test_the_built_in_model_on_another_machine() -> None:
 @pytest.mark.parametrize(
     ("count", "rss"), [(60, 8 * MIB), pytest.param(4000, 12 * MIB, marks=pytest.mark.slow)]
 )
-def test_a_soak_of_cancellations(count: int, rss: int) -> None:
+def test_a_soak_of_cancellations(count: int, rss: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given up in the queue, while the prompt is read, inside the answer, by cancel and by leaving:
     neither side keeps anything."""
+    # asyncio remarks on every client that left, and pytest would keep the remarks in memory.
+    monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.ERROR)
     limits = Limits(concurrent=2, queued=50, conversations=4)
     with (
         scripted(["word " * 400], limits=limits, draft=0) as (served, _),

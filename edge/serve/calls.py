@@ -144,8 +144,13 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
 
 def _check_message(message: dict[str, Any], where: str) -> None:
     rest = Fields(message, where)
-    for known in ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"):
+    for known in ("role", "content", "reasoning_content"):
         rest.take(known)
+    for known in ("name", "tool_call_id"):
+        rest.text(known)
+    calls = rest.take("tool_calls", [])
+    if not isinstance(calls, list):
+        raise rest.wrong("tool_calls", calls, "a list")
     rest.finish(frozenset({"refusal", "annotations"}))
 
 

@@ -63,13 +63,18 @@ _SAMPLING: Schema = {
     "stop_repeats": {"anyOf": [{"const": 0}, {"type": "integer", "minimum": 2}]},
 }
 _MOST: Schema = {"type": "integer", "minimum": 1}
+# Passed over unread.
 _PASSED_OVER: Schema = {
-    "user": _TEXT,
-    "metadata": {"type": "object"},
-    "store": _FLAG,
-    "service_tier": _TEXT,
-    "safety_identifier": _TEXT,
-    "prompt_cache_key": _TEXT,
+    name: {}
+    for name in (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    )
 }
 _STREAMING: Schema = {
     "stream": _FLAG,
@@ -364,7 +369,7 @@ def _refusals(*statuses: str) -> Schema:
 
 
 def _asked(summary: str, request: str, answer: str) -> Schema:
-    good = {**_json(_ref(answer)), "text/event-stream": {"schema": _TEXT}}
+    good = {**_json(_ref(answer)), "text/event-stream": {}}
     refusals = _refusals("400", "401", "403", "404", "408", "413", "415", "429", "503")
     return {
         "post": {
