@@ -56,6 +56,8 @@ class Opened(Protocol):
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
+        *options: Any,
+        **more_options: Any,
     ) -> Conversation:
         """A new conversation."""
         ...

@@ -2,6 +2,7 @@
 
 MimoEdgeError
 ├── UsageError             wrong call: bad argument, unknown name
+│   └── ConstraintError    a schema, regular expression or tool that cannot be enforced
 ├── ConfigError            a model or run configuration we refuse
 ├── CheckpointError        a Hugging Face checkpoint that is damaged, incomplete or inconsistent
 ├── QuantError             data that cannot be quantised or dequantised (NaN scale, bad shape)
@@ -13,6 +14,8 @@ MimoEdgeError
 ├── BackendError           a backend that is missing, unsupported or failed
 ├── CacheError             a KV cache asked for what it no longer holds
 │   └── ContextLengthError more tokens than the context holds
+├── SnapshotError          a saved session or snapshot that is damaged or cannot be written
+│   └── SnapshotMismatchError  one of another model, cache format or version
 ├── GenerationError        a generation that cannot go on (NaN logits)
 ├── RemoteError            a server that answers in our stead did not
 │   ├── RemoteConnectError   no connection: refused, unknown name, TLS
@@ -46,6 +49,10 @@ class UsageError(MimoEdgeError):
     """A wrong call: bad argument, unknown name."""
 
     exit_code = 2
+
+
+class ConstraintError(UsageError):
+    """A schema, regular expression or tool that cannot be enforced while answering."""
 
 
 class ConfigError(MimoEdgeError):
@@ -90,6 +97,14 @@ class CacheError(MimoEdgeError):
 
 class ContextLengthError(CacheError):
     """More tokens than the context holds."""
+
+
+class SnapshotError(MimoEdgeError):
+    """A saved session or snapshot that is damaged, incomplete, or cannot be read or written."""
+
+
+class SnapshotMismatchError(SnapshotError):
+    """A snapshot that is whole, but of another model, cache format, backend or version."""
 
 
 class GenerationError(MimoEdgeError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, BundleError, DeviceError, UsageError
 from mimo_edge.experts.trace import TraceWriter
+from mimo_edge.identity import files_identity, manifest_identity
 from mimo_edge.kv_format import DEFAULT_KV_TYPE, fitting_kv_type
 from mimo_edge.manifest import MANIFEST_NAME
 from mimo_edge.runtimes.base import Backend, RouteSink, Weights
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from mimo_edge.runtimes.ggml.device import Device
     from mimo_edge.runtimes.ggml.expert_source import CachedExperts
 
-BACKENDS = ("auto", "reference", "ggml")
+BACKENDS = ("auto", "reference", "ggml", "onnx")
+EPS = ("auto", "cpu", "qnn")
 BUILT_IN = "mimo-nano"
 # Python, NumPy and our own code, before any weight; a little above what is measured.
 _PROCESS_BYTES = 128 << 20
@@ -38,7 +41,7 @@ _THREADED_WIDTH = 1024
 class Model:
     """An opened model. `tokenizer` is None when it works on token ids only. `experts` is set
     when routed experts are read from flash, `budget` when the backend plans its memory, `trace`
-    when routes are recorded."""
+    when routes are recorded. `identity` names the weights, see `mimo_edge.identity`."""
 
     name: str
     backend: Backend
@@ -48,6 +51,7 @@ class Model:
     experts: CachedExperts | None = None
     budget: memory.Budget | None = None
     trace: TraceWriter | None = None
+    identity: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class _Source:
     weights: Weights
     tokenizer: Tokenizer | None
     template: str | None
+    identity: Callable[[], str]
     bundle: Bundle | None = None  # the packed files behind `weights`, if there are any
 
 
@@ -73,19 +78,24 @@ def open_model(
     pin: int = 0,
     trace: Path | None = None,
     mtp: bool = True,
+    ep: str = "auto",
+    idle_bytes: int = 0,
 ) -> Model:
     """Open a bundle folder, a GGUF file or a checkpoint folder; "mimo-nano" is the built-in one.
 
-    Backend "auto" is ggml for bundles and GGUF files, the reference for checkpoints. With less
-    `ram` than it would need the ggml backend reads routed experts from flash. `kv_type` is the
+    Backend "auto" is ggml for bundles and GGUF files (onnx for a bundle with nothing else), the
+    reference for checkpoints. `ep` is the execution provider of the onnx backend. With less
+    `ram` than they would need ggml and onnx read routed experts from flash. `kv_type` is the
     format of its KV cache (None: `prefer_kv_type` where the model allows it), `pin` how many
     hottest experts of every layer stay in memory; without `mtp` its MTP blocks are not loaded.
     `trace` is the file routes are recorded in while the model runs; whoever uses the model closes
-    it. Raises UsageError, BundleError, CheckpointError, BackendError, or DeviceError when the model
-    does not fit `ram`.
+    it. `idle_bytes` are reserved for conversations that wait. Raises UsageError, BundleError,
+    CheckpointError, BackendError, or DeviceError when the model does not fit `ram`.
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
+    if ep not in EPS:
+        raise UsageError(f"execution provider {ep!r}", f"use {', '.join(EPS)}")
     if threads is not None:
         _check_threads(threads)
     if isinstance(pin, bool) or not isinstance(pin, int) or pin < 0:
@@ -94,6 +104,8 @@ def open_model(
     if backend == "auto":
         # What devices run wherever it can; a checkpoint's FP8 blocks only the reference reads.
         backend = "reference" if source.bundle is None else "ggml"
+        if source.bundle is not None and not source.bundle.resident_in_gguf:
+            backend = "onnx"
     writer: TraceWriter | None = None
     try:
         config = source.weights.config
@@ -106,10 +118,21 @@ def open_model(
             writer = TraceWriter.of_model(trace, config, source.name)
         routes = None if writer is None else writer.record
         experts, budget = None, None
-        if backend == "ggml":
+        if backend != "onnx":
+            _check_gguf(source, backend, ep)
+        if backend == "onnx":
+            if kv_type not in (None, "f32"):
+                raise UsageError(
+                    f"the onnx backend keeps its KV cache in f32, not {kv_type}",
+                    "use --backend ggml, or leave --kv-type out",
+                )
+            opened, experts, budget = _open_onnx(
+                source, ram, context, threads, ep, pin, routes, mtp, idle_bytes
+            )
+        elif backend == "ggml":
             kind = fitting_kv_type(prefer_kv_type, config) if kv_type is None else kv_type
             opened, experts, budget = _open_ggml(
-                source, ram, context, threads, kind, pin, routes, mtp
+                source, ram, context, threads, kind, pin, routes, mtp, idle_bytes
             )
         else:
             if kv_type not in (None, "f32"):
@@ -117,7 +140,7 @@ def open_model(
                     f"the reference backend keeps its KV cache in f32, not {kv_type}",
                     "use --backend ggml, or leave --kv-type out",
                 )
-            opened = _open_reference(source, ram, context, threads, routes)
+            opened = _open_reference(source, ram, context, threads, routes, idle_bytes)
     except BaseException:
         source.weights.close()
         if writer is not None:
@@ -127,7 +150,16 @@ def open_model(
     if source.tokenizer is not None:
         eos |= source.tokenizer.eos_ids
     return Model(
-        source.name, opened, source.tokenizer, template, frozenset(eos), experts, budget, writer
+        source.name,
+        opened,
+        source.tokenizer,
+        template,
+        frozenset(eos),
+        experts,
+        budget,
+        writer,
+        # The ONNX form of a bundle has weights of its own.
+        partial(_onnx_identity, source.identity) if backend == "onnx" else source.identity,
     )
 
 
@@ -137,6 +169,7 @@ def _open_reference(
     context: int,
     threads: int | None,
     routes: RouteSink | None,
+    idle_bytes: int,
 ) -> Backend:
     from mimo_edge.runtimes.reference import ReferenceBackend
 
@@ -147,7 +180,7 @@ def _open_reference(
         with suppress(BackendError):  # a speed-up only: nobody asked for it
             set_blas_threads(1)
     if ram is not None:
-        _check_ram(config, ram, context)
+        _check_ram(config, ram - idle_bytes, context)
     return ReferenceBackend(source.weights, routes=routes)
 
 
@@ -160,6 +193,7 @@ def _open_ggml(
     pin: int,
     routes: RouteSink | None,
     mtp: bool,
+    idle_bytes: int,
 ) -> tuple[Backend, CachedExperts | None, memory.Budget]:
     """The ggml backend: all weights resident, or routed experts on flash when `ram` demands it.
     It takes over the files behind `source`."""
@@ -178,6 +212,7 @@ def _open_ggml(
         ram,
         process_bytes=memory.resident_bytes(),
         kv_type=kv_type,
+        idle_bytes=idle_bytes,
     )
     from mimo_edge.experts.table import ExpertTable
     from mimo_edge.runtimes.ggml.backend import GgmlBackend
@@ -209,6 +244,78 @@ def _open_ggml(
     return backend, (made[0] if made else None), budget
 
 
+def _check_gguf(source: _Source, backend: str, ep: str) -> None:
+    """Raise unless a backend that reads GGUF files or checkpoints can open this."""
+    if ep != "auto":
+        raise UsageError(
+            f"the {backend} backend has no execution provider {ep}", "use --backend onnx"
+        )
+    if source.bundle is not None and not source.bundle.resident_in_gguf:
+        raise BackendError(
+            f"{source.bundle.path} holds its resident tensors in ONNX form alone",
+            "use --backend onnx, or export with --format both",
+        )
+
+
+def _open_onnx(
+    source: _Source,
+    ram: int | None,
+    context: int,
+    threads: int | None,
+    ep: str,
+    pin: int,
+    routes: RouteSink | None,
+    mtp: bool,
+    idle_bytes: int,
+) -> tuple[Backend, CachedExperts | None, memory.Budget]:
+    """The ONNX backend over a bundle; routed experts in as many slots as `ram` allows. It takes
+    over the files behind `source`."""
+    from mimo_edge import onnx_budget
+    from mimo_edge.runtimes.onnx.backend import OnnxBackend
+    from mimo_edge.runtimes.onnx.package import onnx_form
+    from mimo_edge.runtimes.onnx.providers import choose
+
+    if source.bundle is None:
+        raise BackendError(
+            "the onnx backend runs bundles, not checkpoints",
+            "export it first (mimo-edge export --format both), or use --backend reference",
+        )
+    bundle, config = source.bundle, source.weights.config
+    manifest = onnx_form(bundle)
+    choose(ep)
+    if not mtp:
+        config = replace(config, num_mtp_layers=0)
+    budget = onnx_budget.plan(
+        config,
+        manifest,
+        bundle.tensors,
+        context,
+        ram,
+        process_bytes=memory.resident_bytes(),
+        idle_bytes=idle_bytes,
+    )
+    from mimo_edge.experts.table import ExpertTable
+    from mimo_edge.runtimes.ggml.expert_source import CachedExperts
+
+    made: list[CachedExperts] = []
+
+    def experts(device: Device) -> CachedExperts:
+        made.append(CachedExperts(device, ExpertTable.from_bundle(bundle), budget.slots, pin=pin))
+        return made[0]
+
+    backend = OnnxBackend(
+        bundle,
+        config=config,
+        threads=threads,
+        chunk=budget.chunk,
+        experts=experts if budget.slots else None,
+        routes=routes,
+    )
+    for one in made:
+        one.warm_up()  # not earlier: loading weights needs the memory of empty slots
+    return backend, (made[0] if made else None), budget
+
+
 def _open_source(path: str | Path) -> _Source:
     place = Path(path)
     if not path_exists(place):
@@ -229,7 +336,14 @@ def _open_source(path: str | Path) -> _Source:
     bundle = Bundle.open(place)
     try:
         tokenizer = _bundle_tokenizer(bundle.tokenizer_path, bundle.metadata)
-        return _Source(bundle.name, bundle.weights(), tokenizer, bundle.chat_template, bundle)
+        return _Source(
+            bundle.name,
+            bundle.weights(),
+            tokenizer,
+            bundle.chat_template,
+            partial(_bundle_identity, bundle),
+            bundle,
+        )
     except BaseException:
         bundle.close()
         raise
@@ -247,10 +361,27 @@ def _open_checkpoint(folder: Path, name: str | None) -> _Source:
         path = files.get("tokenizer.json") or files.get("tokenizer.model")
         tokenizer = open_tokenizer(path) if path is not None else None
         template = read_chat_template(files, checkpoint.chat_template)
-        return _Source(name or checkpoint.name, CheckpointWeights(checkpoint), tokenizer, template)
+        weights = [folder / name for name in checkpoint.files]
+        return _Source(
+            name or checkpoint.name,
+            CheckpointWeights(checkpoint),
+            tokenizer,
+            template,
+            partial(files_identity, checkpoint.config, weights),
+        )
     except BaseException:
         checkpoint.close()
         raise
+
+
+def _onnx_identity(bundle: Callable[[], str]) -> str:
+    return f"onnx:{bundle()}"
+
+
+def _bundle_identity(bundle: Bundle) -> str:
+    if bundle.manifest is not None:
+        return manifest_identity(bundle.manifest)
+    return files_identity(bundle.config, bundle.files)
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:

@@ -51,6 +51,16 @@ def check_draft(draft: DraftSetting, config: MimoConfig) -> None:
         )
 
 
+@dataclass(frozen=True)
+class DrafterState:
+    """What a Drafter knows besides the rows of its blocks in the cache: positions observed, rows of
+    every block that are final, and the H rows at hand, f32 [n, M], the newest last."""
+
+    length: int
+    final: tuple[int, ...]
+    hidden: F32
+
+
 class Drafter:
     """Proposes tokens for one sequence and keeps its MTP rows in step with the target.
 
@@ -76,6 +86,43 @@ class Drafter:
     def length(self) -> int:
         """Positions observed."""
         return self._length
+
+    def state(self) -> DrafterState:
+        """What `resume` needs, with the cache of now."""
+        width = self._backend.config.hidden_size
+        hidden = np.stack(self._hidden) if self._hidden else np.empty((0, width), np.float32)
+        return DrafterState(self._length, tuple(self._final), hidden)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether all blocks see a window, so that rows left behind stop to matter."""
+        return self.limit > 0 and self._window is not None
+
+    def skip(self, length: int) -> None:
+        """Begin behind `length` positions that were not observed: windowed blocks propose again
+        once their window lies behind there."""
+        self._hidden.clear()
+        self._length, self._final = length, [0] * self.limit
+
+    def resume(self, state: DrafterState) -> None:
+        """Go on from `state`, over a cache that holds what it held then. Raises ValueError when the
+        state is not one of such a drafter."""
+        enough = (
+            self._window is not None
+            or not self.limit
+            or (len(state.hidden) >= state.length - min(state.final, default=0))
+        )
+        if (
+            len(state.final) != self.limit
+            or not all(0 <= final <= state.length for final in state.final)
+            or len(state.hidden) > state.length
+            or not enough
+        ):
+            raise ValueError("the state of a drafter does not fit")
+        self._hidden.clear()
+        self._hidden.extend(np.asarray(state.hidden, np.float32))
+        self._length = state.length
+        self._final = list(state.final)
 
     def wanted_rows(self, rows: int, following: int = 0) -> int:
         """How many H rows, the last ones, to ask of a pass of `rows` tokens when `following` more
@@ -117,13 +164,14 @@ class Drafter:
         self,
         tokens: Sequence[int],
         count: int,
-        best: Callable[[F32], int],
+        propose: Callable[[F32], int | None],
         cancel: Cancel | None = None,
     ) -> list[int]:
         """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
 
-        `best` picks from logits [V]. Fewer, down to none, come back while the H rows that the
-        newest row's window covers are not all at hand (after a cut deeper than is kept).
+        `propose` picks from logits [V], or says None when nothing can follow. Fewer, down to none,
+        come back then, and while the H rows that the newest row's window covers are not all at
+        hand (after a cut deeper than is kept).
         """
         p = self._length - 1
         if len(tokens) != p + 2:
@@ -140,10 +188,13 @@ class Drafter:
             # One verify commits up to count + 1 rows; depth more were stale.
             self.steady = self.steady and p - first <= 2 * MAX_DRAFT + 1
             logits = self._run(depth, known, first, p + 1, offset, cancel)
-            drafts.append(best(logits))
-            known.append(drafts[-1])
             # Rows up to p - depth took tokens that stand; the newer ones took drafts.
             self._final[depth] = max(first, p - depth + 1)
+            token = propose(logits)
+            if token is None:
+                break
+            drafts.append(token)
+            known.append(token)
         return drafts
 
     def truncate(self, length: int, known: int) -> None:

@@ -216,7 +216,7 @@ def test_what_was_said_is_not_taken_back() -> None:
 def test_a_local_deadline_ends_the_answer() -> None:
     with both("local-only", ["<think></think>" + "word " * 280]) as (rt, _):
         reply = rt.session().generate("x", timeout_s=1e-3, max_tokens=None)
-        assert reply.finish_reason == "cancelled"
+        assert reply.finish_reason == "deadline"
 
 
 def test_leaving_a_stream_keeps_what_was_said() -> None:

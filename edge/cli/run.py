@@ -10,7 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mimo_edge.cli.interrupts import Interrupts, cancelled_by_interrupts
-from mimo_edge.cli.options import BackendName, Draft, KvType, Pin, Profile, Ram, Threads
+from mimo_edge.cli.options import (
+    SNAPSHOT_BYTES,
+    SNAPSHOTS,
+    BackendName,
+    Draft,
+    Ep,
+    IdleBytes,
+    KvType,
+    Pin,
+    Profile,
+    Ram,
+    SnapshotBytes,
+    Snapshots,
+    Threads,
+    kept,
+)
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import MimoEdgeError, UsageError
 
@@ -62,9 +77,13 @@ def run(
     ram: Ram = None,
     profile: Profile = None,
     backend: BackendName = "auto",
+    ep: Ep = "auto",
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
+    snapshots: Snapshots = SNAPSHOTS,
+    snapshot_bytes: SnapshotBytes = SNAPSHOT_BYTES,
+    idle_bytes: IdleBytes = None,
     trace: Annotated[
         Path | None, typer.Option(help="Record which experts every token uses, in this file.")
     ] = None,
@@ -93,11 +112,13 @@ def run(
         ram=ram,
         context=context,
         backend=backend,
+        ep=ep,
         threads=threads,
         draft=parse_draft(draft),
         kv_type=kv_type,
         pin=pin,
         trace=trace,
+        **kept(snapshots, snapshot_bytes, idle_bytes, out),
     ) as runtime:
         from mimo_edge.nano.commands import DEMO_TOOLS, is_nano_template
 

@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
-from mimo_edge.cli.options import BackendName, Draft, KvType, Pin, Profile, Ram, Threads
+from mimo_edge.cli.options import (
+    SNAPSHOT_BYTES,
+    SNAPSHOTS,
+    BackendName,
+    Draft,
+    Ep,
+    IdleBytes,
+    KvType,
+    Pin,
+    Profile,
+    Ram,
+    SnapshotBytes,
+    Snapshots,
+    Threads,
+    kept,
+)
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import BUILT_IN, parse_draft, read_tools
 from mimo_edge.errors import UsageError
@@ -65,9 +80,13 @@ def serve(
     ram: Ram = None,
     profile: Profile = None,
     backend: BackendName = "auto",
+    ep: Ep = "auto",
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
+    snapshots: Snapshots = SNAPSHOTS,
+    snapshot_bytes: SnapshotBytes = SNAPSHOT_BYTES,
+    idle_bytes: IdleBytes = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object once it listens.")
     ] = False,
@@ -98,10 +117,12 @@ def serve(
             ram=ram,
             context=context,
             backend=backend,
+            ep=ep,
             threads=threads,
             draft=parse_draft(draft),
             kv_type=kv_type,
             pin=pin,
+            **kept(snapshots, snapshot_bytes, idle_bytes, out),
         ) as runtime:
             room = runtime.planned_conversations or Limits.conversations
             if concurrent is None:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mimo_edge.answer_options import AnswerOptions
 from mimo_edge.chat_template import Message
 from mimo_edge.errors import UsageError
-from mimo_edge.sampling import SamplingParams
 from mimo_edge.tool_calls import OPEN, Malformed, ToolCall, parse_tool_calls
 
 # The name of a call that could not be read, in a history: servers want one.
@@ -16,43 +16,51 @@ _UNREADABLE = "unreadable"
 
 
 def request_body(
-    model: str,
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]],
     thinking: bool | None,
-    *,
-    max_tokens: int | None,
-    params: SamplingParams,
-    stop: Sequence[str],
-    json_schema: Mapping[str, Any] | None,
-    stop_repeats: int,
+    options: AnswerOptions,
 ) -> dict[str, Any]:
-    """The body of a streamed chat completion. Options are those of `Session.stream`."""
+    """The body of a streamed chat completion, without its model. Raises UsageError for
+    log-probabilities, which are told of token ids."""
+    if options.logprobs is not None:
+        raise UsageError("logprobs are for local models: a server names tokens by their text")
     body: dict[str, Any] = {
-        "model": model,
         "messages": list(messages),
         "stream": True,
         "stream_options": {"include_usage": True},
-        "temperature": params.temperature,
-        "top_p": params.top_p,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
     }
-    # OpenAI's own format lacks these: they are sent only when they change something.
-    extra = {"min_p": params.min_p, "top_k": params.top_k, "stop_repeats": stop_repeats}
-    body |= {name: value for name, value in extra.items() if value}
-    if params.seed is not None:
-        body["seed"] = params.seed
-    if max_tokens is not None:
-        body["max_tokens"] = max_tokens
-    if stop:
-        body["stop"] = list(stop)
+    # What is not given is not sent: servers refuse what they do not know. OpenAI's own format
+    # lacks min_p, top_k, repetition_penalty, regex and stop_repeats.
+    usual = {
+        "min_p": 0.0,
+        "top_k": 0,
+        "seed": None,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "max_tokens": None,
+        "regex": None,
+        "stop_repeats": 0,
+        "parallel_tool_calls": True,
+    }
+    body |= {name: value for name in usual if (value := getattr(options, name)) != usual[name]}
+    if options.stop:
+        body["stop"] = list(options.stop)
     if tools:
         body["tools"] = [_wrapped(tool) for tool in tools]
+    if options.tool_choice in ("none", "required"):
+        body["tool_choice"] = options.tool_choice
+    elif options.tool_choice != "auto":
+        body["tool_choice"] = {"type": "function", "function": {"name": options.tool_choice}}
     if thinking is not None:
         body["chat_template_kwargs"] = {"enable_thinking": thinking}
-    if json_schema is not None:
+    if options.json_schema is not None:
         body["response_format"] = {
             "type": "json_schema",
-            "json_schema": {"name": "answer", "schema": dict(json_schema), "strict": True},
+            "json_schema": {"name": "answer", "schema": dict(options.json_schema), "strict": True},
         }
     return body
 

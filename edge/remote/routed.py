@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mappin
 from types import TracebackType
 from typing import Any
 
-from mimo_edge.agent import MAX_STEPS, Agent, Step, cancelled_at, make_agent
+from mimo_edge.agent import MAX_STEPS, Agent, Step, make_agent
 from mimo_edge.api import DEFAULT_MAX_TOKENS, Piece, Prompt, Reply, Runtime, Session
 from mimo_edge.async_stream import in_threads
 from mimo_edge.chat_template import check_messages
@@ -80,9 +80,10 @@ class RoutedRuntime:
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
+        constrain_tools: bool = True,
     ) -> RoutedSession:
         """A new conversation, as `Runtime.session`."""
-        return RoutedSession(self, system, tools or (), enable_thinking)
+        return RoutedSession(self, system, tools or (), enable_thinking, constrain_tools)
 
     def agent(
         self,
@@ -92,9 +93,11 @@ class RoutedRuntime:
         max_steps: int = MAX_STEPS,
         enable_thinking: bool | None = None,
         on_step: Callable[[Step], None] | None = None,
+        constrain_tools: bool = True,
     ) -> Agent:
         """As `Runtime.agent`; every answer of a run may come from another place."""
-        return make_agent(self, tools, system, max_steps, enable_thinking, on_step)
+        session_options = {"enable_thinking": enable_thinking, "constrain_tools": constrain_tools}
+        return make_agent(self, tools, system, max_steps, on_step, **session_options)
 
     def stats(self) -> dict[str, Any]:
         """JSON-ready: how many answers came from where, and the totals of both."""
@@ -142,13 +145,16 @@ class RoutedSession:
         system: str | None,
         tools: Sequence[Mapping[str, Any]],
         enable_thinking: bool | None,
+        constrain_tools: bool = True,
     ) -> None:
         self._runtime = runtime
         self._tools = tuple(tools)
         self._local: Session | None = None
         self._remote: RemoteSession | None = None
         if runtime.local is not None:
-            self._local = runtime.local.session(system, tools, enable_thinking)
+            self._local = runtime.local.session(
+                system, tools, enable_thinking, constrain_tools=constrain_tools
+            )
         if runtime.remote is not None:
             self._remote = runtime.remote.session(system, tools, enable_thinking)
         self._active: Generator[Piece, None, None] | None = None
@@ -244,11 +250,10 @@ class RoutedSession:
         session = self._local if place == "local" else self._remote
         assert session is not None
         self._bring(session)
-        if isinstance(session, Session):
-            return _until(session, session.stream(prompt, **options), end)
-        # What is left of the time; a little even when nothing is, so that it ends the same way.
-        left = None if end is None else max(1e-3, end - time.monotonic())
-        return session.stream(prompt, timeout_s=left, **options)
+        if end is not None:
+            # What is left of the time; a little even when nothing is, so that it ends the same way.
+            options = {**options, "timeout_s": max(1e-3, end - time.monotonic())}
+        return session.stream(prompt, **options)
 
     def _run(
         self,
@@ -308,9 +313,3 @@ class RoutedSession:
             raise UsageError(
                 "this session is generating in another thread", "cancel it or use another session"
             ) from None
-
-
-def _until(session: Session, pieces: Iterator[Piece], end: float | None) -> Iterator[Piece]:
-    """The pieces of a local answer, cancelled at `end`, monotonic seconds."""
-    with cancelled_at(session, end):
-        yield from pieces

@@ -88,8 +88,11 @@ class RemoteRuntime:
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
+        constrain_tools: bool = True,
     ) -> RemoteSession:
-        """A new conversation, as `Runtime.session`. Raises UsageError on malformed tools."""
+        """A new conversation, as `Runtime.session`. `constrain_tools` is there for programs that
+        run on either: what a server does is its own choice. Raises UsageError on malformed tools.
+        """
         self.wire.check_open()
         return RemoteSession(self, system, tools or (), enable_thinking)
 
@@ -101,9 +104,10 @@ class RemoteRuntime:
         max_steps: int = MAX_STEPS,
         enable_thinking: bool | None = None,
         on_step: Callable[[Step], None] | None = None,
+        constrain_tools: bool = True,
     ) -> Agent:
         """As `Runtime.agent`: the model runs there, the tools run here."""
-        return make_agent(self, tools, system, max_steps, enable_thinking, on_step)
+        return make_agent(self, tools, system, max_steps, on_step, enable_thinking=enable_thinking)
 
     def stats(self) -> dict[str, Any]:
         """JSON-ready totals as seen from here: times include the network, tokens are those the

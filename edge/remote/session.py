@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mimo_edge.answer_options import AnswerOptions
 from mimo_edge.answer_reader import Fragment
 from mimo_edge.api import (
     DEFAULT_MAX_TOKENS,
@@ -13,7 +14,6 @@ from mimo_edge.api import (
     Piece,
     Prompt,
     Reply,
-    checked_stops,
     messages_of,
 )
 from mimo_edge.async_stream import in_threads
@@ -24,7 +24,7 @@ from mimo_edge.errors import Cancelled, RemoteBrokenError, UsageError
 from mimo_edge.remote.chunks import DONE, ChunkReader
 from mimo_edge.remote.request import request_body, to_openai
 from mimo_edge.remote.wire import Late
-from mimo_edge.sampling import SamplingParams
+from mimo_edge.repetition import check_stop_repeats
 from mimo_edge.tool_calls import tool_schemas
 
 if TYPE_CHECKING:
@@ -93,38 +93,56 @@ class RemoteSession:
         min_p: float = 0.0,
         top_k: int = 0,
         seed: int | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logprobs: int | None = None,
         stop: Sequence[str] = (),
         json_schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
         stop_repeats: int = 0,
         timeout_s: float | None = None,
     ) -> Iterator[Piece]:
-        """Answer `prompt`, piece by piece; options as those of `Session.stream`.
+        """Answer `prompt`, piece by piece; options as those of `Session.stream`. `logprobs` are
+        for local models; whether a schema, a regular expression or a choice of tools is kept to is
+        the server's affair.
 
         Options are checked before this returns; RemoteError, and ContextLengthError when the
         server says so, come with the pieces. `timeout_s` seconds after this call the answer ends,
         with the finish reason "deadline".
         """
+        options = AnswerOptions(
+            max_tokens,
+            temperature,
+            top_p,
+            min_p,
+            top_k,
+            seed,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            logprobs,
+            stop,
+            json_schema,
+            regex,
+            tool_choice,
+            parallel_tool_calls,
+            stop_repeats,
+        )
         if max_tokens is not None and (
             isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1
         ):
             raise UsageError(f"max_tokens = {max_tokens!r}", "ask for at least one")
+        check_stop_repeats(stop_repeats)
         if timeout_s is not None and not timeout_s > 0:
             raise UsageError(f"timeout_s = {timeout_s!r}", "use more than 0 seconds, or None")
         end = None if timeout_s is None else time.monotonic() + timeout_s
         self._runtime.wire.check_open()
         self._close_active()
-        messages = messages_of(self.messages, prompt)
-        body = request_body(
-            "",  # known once the server was asked
-            to_openai(messages, self._tools),
-            self._tools,
-            self._enable_thinking,
-            max_tokens=max_tokens,
-            params=SamplingParams(temperature, top_p, min_p, top_k, seed),
-            stop=checked_stops(stop),
-            json_schema=json_schema,
-            stop_repeats=stop_repeats,
-        )
+        messages = to_openai(messages_of(self.messages, prompt), self._tools)
+        body = request_body(messages, self._tools, self._enable_thinking, options)
         self._cancel.clear()
         pieces = self._run(body, end)
         self._active = pieces

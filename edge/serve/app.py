@@ -263,7 +263,7 @@ class _Answering:
     def __init__(self, service: Service, call: Call) -> None:
         self._service = service
         self._call = call
-        self._answer: Answer | ResponseAnswer = Answer(call)
+        self._answer: Answer | ResponseAnswer = Answer(call, service.runtime.tokenizer)
         if call.kind == "response":
             self._answer = ResponseAnswer(call, service.count)
 
@@ -298,8 +298,7 @@ class _Answering:
     async def _reply(self, job: Job) -> Reply:
         async for piece in job.pieces(self._service.limits.keep_alive_s):
             if piece is not None:
-                for _ in self._answer.chunks(piece):
-                    pass
+                self._answer.see(piece)
         assert job.reply is not None
         return job.reply
 

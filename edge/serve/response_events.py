@@ -41,6 +41,11 @@ class ResponseAnswer:
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._response("in_progress", None))
 
+    def see(self, piece: Piece) -> None:
+        """Take note of a piece of a response that is told whole."""
+        for _ in self.chunks(piece):
+            pass
+
     def chunks(self, piece: Piece, progress: GenerationStats | None = None) -> Iterator[bytes]:
         """A piece as events."""
         if piece.reasoning:
@@ -62,13 +67,13 @@ class ResponseAnswer:
         yield self._event(f"response.{whole['status']}", response=whole)
 
     def whole(self, reply: Reply) -> dict[str, Any]:
-        """The response, after `chunks` of all its pieces."""
+        """The response, after all its pieces."""
         for _ in self._close():
             pass
         if not self._output:  # an empty answer is one as well
             for _ in (*self._grow("message", ""), *self._close()):
                 pass
-        cut = reply.finish_reason in ("length", "repetition")
+        cut = reply.finish_reason in ("length", "repetition", "deadline")
         return self._response("incomplete" if cut else "completed", reply)
 
     def error(self, refusal: Refusal) -> bytes:

@@ -12,7 +12,14 @@ from typing import Any
 from mimo_edge.chat_template import check_messages
 from mimo_edge.errors import MimoEdgeError
 from mimo_edge.serve.body import Fields
-from mimo_edge.serve.calls import Call, read_model, read_options, read_tools
+from mimo_edge.serve.calls import (
+    Call,
+    check_format,
+    read_model,
+    read_options,
+    read_tool_options,
+    read_tools,
+)
 from mimo_edge.serve.refusal import Refusal, refusal_of
 
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
@@ -31,7 +38,6 @@ _HARMLESS = frozenset(
 )
 _NEUTRAL: dict[str, Any] = {
     "background": False,
-    "parallel_tool_calls": True,
     "top_logprobs": 0,
     "truncation": "disabled",
 }
@@ -56,8 +62,8 @@ def read_response(raw: Mapping[str, Any], models: tuple[str, ...]) -> Call:
     inner = fields.inner("stream_options")
     if inner is not None:
         inner.finish(frozenset({"include_obfuscation"}))
-    _check_text(fields)
     options = read_options(fields, ("max_output_tokens",))
+    options |= _choice(fields, tools) | _format(fields)
     fields.finish(_HARMLESS, _NEUTRAL)
     return Call("response", model, messages, options, tools, thinking, stream)
 
@@ -83,23 +89,38 @@ def _thinking(fields: Fields) -> bool | None:
     return None if effort is None else effort != "none"
 
 
-def _check_text(fields: Fields) -> None:
+def _choice(fields: Fields, tools: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
+    """`tool_choice`, whose function is named one level higher than in a chat."""
+    choice = fields.take("tool_choice", "auto")
+    if isinstance(choice, dict) and "function" not in choice:
+        choice = {"type": choice.get("type"), "function": {"name": choice.get("name")}}
+    rest = {"tool_choice": choice, "parallel_tool_calls": fields.flag("parallel_tool_calls")}
+    return read_tool_options(Fields(rest), tools)
+
+
+def _format(fields: Fields) -> dict[str, Any]:
+    """`text.format`: text, json_object, or json_schema with the schema beside its type."""
     inner = fields.inner("text")
-    if inner is None:
-        return
-    form = inner.inner("format")
-    if form is not None:
-        kind = form.text("type")
-        if kind != "text":
-            raise Refusal(
-                400,
-                f"text.format {(kind or '')[:40]!r} is not supported here: "
-                "/v1/chat/completions has response_format",
-                param="text",
-                code="unsupported",
-            )
-        form.finish()
-    inner.finish(frozenset({"verbosity"}))
+    schema: Any = None
+    if inner is not None:
+        form = inner.inner("format")
+        if form is not None:
+            kind = form.text("type")
+            if kind == "json_object":
+                schema = {"type": "object"}
+            elif kind == "json_schema":
+                schema = form.take("schema")
+                if schema is None:
+                    raise Refusal(400, "text.format has no schema", param="text")
+            elif kind != "text":
+                raise Refusal(
+                    400,
+                    f"text.format {(kind or '')[:40]!r} is none of text, json_object, json_schema",
+                    param="text",
+                )
+            form.finish(frozenset({"name", "description", "strict"}))
+        inner.finish(frozenset({"verbosity"}))
+    return check_format(schema, None, "text")
 
 
 def _input(given: Any) -> list[dict[str, Any]]:

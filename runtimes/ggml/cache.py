@@ -8,18 +8,20 @@ sliding layers (they move in step); masks are made from it, so a stale slot is n
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mimo_edge.cache_rows import CacheLayout, LayerRows, check_rows, checked
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
 from mimo_edge.kv_format import ring_type
-from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0
+from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0, TensorStruct
 from mimo_edge.runtimes.ggml.device import Device, Region
 from mimo_edge.runtimes.ggml.graph import Context, Tensor
 
@@ -193,6 +195,11 @@ class KvTensors:
         self.rows = rows
         self.row_bytes = key.nb[1] + value.nb[1]
 
+    def memory(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Keys u8 [rows, bytes of a row] and values, as they lie in memory, whatever their type."""
+        keys, values = (_memory(tensor, self.rows) for tensor in (self.key, self.value))
+        return keys, values
+
 
 class RingCopy(NamedTuple):
     """The sliding layers of a cache: positions, and keys and values of one layer after the other
@@ -220,6 +227,8 @@ class GgmlCache:
         self.config = config
         self.device = device
         self.verify_rows = verify_rows
+        # Values are scaled behind the output projection, as in llama.cpp.
+        self.layout = CacheLayout.of(config, kv_type, scaled_values=False)
         self._capacity = context
         self._length = 0
         window = config.sliding_window
@@ -316,6 +325,52 @@ class GgmlCache:
             index.truncate(length)
         self._length = length
 
+    def rows(self) -> Iterable[LayerRows]:
+        """See `runtimes.base.Cache`: views of global layers, copies of rings."""
+        for index, kv in self._places():
+            keys, values = kv.memory()
+            if isinstance(index, FullIndex):
+                yield LayerRows(0, keys[: index.length], values[: index.length])
+            else:
+                first = min(index.oldest(), index.length)
+                slots = np.arange(first, index.length) % index.rows
+                yield LayerRows(first, keys[slots], values[slots])
+
+    def restore(self, length: int, rows: Iterable[LayerRows]) -> None:
+        """See `runtimes.base.Cache`."""
+        if self._length or self.closed:
+            raise CacheError(f"this cache holds {self._length} tokens or is closed")
+        if length > self._capacity:
+            raise ContextLengthError(
+                f"{length} tokens exceed the context of {self._capacity}", "use a larger context"
+            )
+        placed: list[tuple[int, int]] = []
+        starts: dict[int, int] = {}  # by index, of which layers share theirs
+        for (index, kv), one in zip(self._places(), checked(self.layout, rows), strict=True):
+            if one.end > length:
+                raise CacheError(f"rows up to {one.end} of {length} tokens")
+            first = one.first if isinstance(index, FullIndex) else max(one.first, one.end - kv.rows)
+            slots: Any = slice(first, one.end)
+            if one.end > kv.rows:
+                slots = np.arange(first, one.end) % kv.rows
+            for target, source in zip(kv.memory(), (one.keys, one.values), strict=True):
+                target[slots] = source[first - one.first :]
+            placed.append((one.first, len(one.keys)))
+            starts[id(index)] = max(first, starts.get(id(index), 0))
+        check_rows(self.layout, length, placed)
+        for (index, _), (begin, count) in zip(self._places(), placed, strict=True):
+            first = starts[id(index)]
+            index.store(first, begin + count - first)
+        self._length = length
+
+    def _places(self) -> list[tuple[Index, KvTensors]]:
+        """Which rows every layer holds, and where, then every MTP block."""
+        trunk: list[tuple[Index, KvTensors]] = [
+            (self.ring if self.config.layer(i).sliding else self.full, kv)
+            for i, kv in enumerate(self.layers)
+        ]
+        return [*trunk, *zip(self.mtp_index, self.mtp, strict=True)]
+
     def nbytes(self) -> int:
         """Bytes of KV held now: rings whole, global rows as far as they were ever written."""
         total = 0
@@ -335,6 +390,10 @@ class GgmlCache:
     def graph_bytes(self) -> int:
         """Bytes of the graphs kept for reuse, inputs included."""
         return sum(graph.nbytes for graph in self._graphs.values())
+
+    def held_bytes(self) -> int:
+        """See `runtimes.base.Cache`."""
+        return self.nbytes() + self.graph_bytes()
 
     def graph(self, key: object) -> Reusable | None:
         """A graph kept under `key` that is still valid."""
@@ -367,6 +426,12 @@ class GgmlCache:
     def close(self) -> None:
         """Free everything. Twice is harmless; using it afterwards is refused."""
         self._finalizer()
+
+
+def _memory(tensor: Tensor, rows: int) -> NDArray[np.uint8]:
+    struct = TensorStruct.from_address(tensor.pointer)
+    memory = (ctypes.c_uint8 * (rows * tensor.nb[1])).from_address(struct.data)
+    return np.ctypeslib.as_array(memory).reshape(rows, tensor.nb[1])
 
 
 def _is_large(key: object) -> bool:

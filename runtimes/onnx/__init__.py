@@ -1,0 +1,1 @@
+"""The ONNX Runtime backend: imported only when chosen. The entry point is `backend`."""
