@@ -134,7 +134,9 @@ class Runtime:
         self._store = store
         spill = None if store is None else SpillToDisk(self._engine, store)
         self._engine.idle = IdleCaches(idle_bytes, spill)
-        self._prefixes = None if store is None else PrefixSnapshots(store, self._names.weights)
+        self._prefixes: PrefixSnapshots | None = None
+        if store is not None and model.identity is not None:  # else nothing names what they are of
+            self._prefixes = PrefixSnapshots(store, self._names.weights)
         self._engine.prefixes = self._prefixes
 
     @classmethod

@@ -42,7 +42,8 @@ def plan(
     idle_bytes: int = 0,
 ) -> Budget:
     """The budget of a bundle's ONNX form for conversations of `context` tokens; `tensors` are those
-    of its GGUF files, `idle_bytes` are reserved for conversations that wait. Raises DeviceError with the table when `ram` is too small."""
+    of its GGUF files, `idle_bytes` are reserved for conversations that wait. Raises DeviceError
+    with the table when `ram` is too small."""
     context = min(context, config.max_position_embeddings)
     base = memory.PROCESS_BYTES if process_bytes is None else process_bytes
     layers, mtp, largest, sessions = _graph_bytes(config, manifest)

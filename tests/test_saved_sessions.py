@@ -67,6 +67,16 @@ def backends() -> Iterator[Callable[[str], Backend]]:
         backend.close()
 
 
+@pytest.fixture(scope="module")
+def onnx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    from onnx_models import make_bundle, onnx_backend
+
+    path, _ = make_bundle(tmp_path_factory.mktemp("onnx"), tokenizer=False)
+    with onnx_backend(path) as backend:
+        yield backend
+
+
 def opened(backend: Backend, draft: Any = 0, context: int = 300, weights: str = "w") -> Runtime:
     model = Model("m", backend, None, ChatTemplate(), frozenset(), identity=lambda: weights)
     return Runtime(model, context, draft)
@@ -123,6 +133,22 @@ def test_it_goes_on_as_if_nothing_had_been(
     saved.save(path)  # between two turns now
     again = opened(backend, draft).restore(path)
     assert again.generate(TURN, max_tokens=TOKENS, **options).token_ids == second.token_ids
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_onnx_goes_on_as_well(onnx: Backend, tmp_path: Path, draft: int, sampled: bool) -> None:
+    test_it_goes_on_as_if_nothing_had_been(lambda _: onnx, tmp_path, "onnx", draft, sampled)
+
+
+def test_onnx_and_ggml_know_each_others_rows_but_not_weights(onnx: Backend, tmp_path: Path) -> None:
+    """Both scale values in the output projection; the names of the weights keep them apart."""
+    other = GgmlBackend(packed(onnx.config, "F32"), threads=1, kv_type="f32")
+    assert onnx.new_cache(9).layout == other.new_cache(9).layout
+    interrupted(opened(onnx, weights="onnx:w").session(), tmp_path / "s", 3)
+    with pytest.raises(SnapshotMismatchError, match="other weights"):
+        opened(other).restore(tmp_path / "s")
+    other.close()
 
 
 @pytest.mark.parametrize("name", ["reference", "ggml q8_0", "ggml f16 7b"])

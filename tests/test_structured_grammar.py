@@ -384,10 +384,10 @@ def test_values_of_parameters(schema: Any, text: str, good: bool) -> None:
 
 
 def test_definitions_are_found() -> None:
-    defs = {"Level": {"type": "integer", "maximum": 3}, "Tree": {"type": "array"}}
+    defs: dict[str, Any] = {"Level": {"type": "integer", "maximum": 3}, "Tree": {"type": "array"}}
     defs["Tree"]["items"] = {"$ref": "#/$defs/Tree"}
     parameters = {"p": {"$ref": "#/$defs/Level"}, "q": {"$ref": "#/$defs/Tree"}}
-    tools = [tool(parameters, **{"$defs": defs})]
+    tools = [tool(parameters, (), **{"$defs": defs})]
     for values, good in (
         ((("p", "3"),), True),
         ((("p", "4"),), False),
@@ -629,8 +629,9 @@ def test_a_compiled_grammar_is_kept_and_its_followers_are_apart() -> None:
 def test_the_text_of_a_schema_is_read_again() -> None:
     """Strings with every kind of character survive the way into the grammar."""
     odd = ['quote " and \\', "line\nbreak\ttab", "灯 😀 \u2028", "/slash/", "</tool>"]
-    schema = {"type": "object", "properties": {name: {"const": name} for name in odd}}
-    schema |= {"required": odd, "additionalProperties": False}
+    properties = {name: {"const": name} for name in odd}
+    schema: dict[str, Any] = {"type": "object", "properties": properties, "required": odd}
+    schema["additionalProperties"] = False
     assert fits(schema, json.dumps({name: name for name in odd}, ensure_ascii=False))
     assert fits({"const": "DEL\x7f"}, json.dumps("DEL\x7f").replace("\x7f", "\\u007f"))
     named = ['quote " and \\', "灯 😀", "/slash/", "DEL\x7f"]

@@ -147,11 +147,13 @@ def states_table(seed: int, repeats: int) -> str:
         rows.append(
             [name, *(f"{statistics.median(x):.3f}" for x in (questions, masks, steps)), allowed]
         )
-    return markdown(rows) + (
-        f"\n{len(tools)} tools, {VOCAB:,} logits, medians of {repeats}. Once per model: {first:.0f} "
-        f"ms to index the vocabulary. Once per grammar: {compiled['calls']:.1f} ms for all tools, "
-        f"{compiled['schema']:.1f} ms for the schema.\n"
-    )
+    notes = [
+        f"{len(tools)} tools, {VOCAB:,} logits, medians of {repeats}.",
+        f"Once per model: {first:.0f} ms to index the vocabulary.",
+        f"Once per grammar: {compiled['calls']:.1f} ms for all tools,",
+        f"{compiled['schema']:.1f} ms for the schema.",
+    ]
+    return markdown(rows) + "\n" + " ".join(notes) + "\n"
 
 
 def _ms(call: Callable[[], Any]) -> float:

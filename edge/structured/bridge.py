@@ -35,4 +35,6 @@ def make_vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[in
 
     if not eos_ids:
         raise ConstraintError("the model has no end-of-text token: no answer could be complete")
-    return llguidance.LLTokenizer(_Vocabulary(tokenizer, vocab_size, min(eos_ids)))
+    # The library looks for attributes; its own class would only pass them on.
+    wrapper: Any = _Vocabulary(tokenizer, vocab_size, min(eos_ids))
+    return llguidance.LLTokenizer(wrapper)

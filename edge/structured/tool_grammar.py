@@ -23,10 +23,8 @@ MAX_TOOLS = 256
 MAX_PARAMETERS = 64
 # What a name cannot hold: the tag around it would end there.
 _NAME = re.compile(r"[^>\n\s]([^>\n]*[^>\n\s])?")
-_KNOWN = frozenset(
-    ("type", "properties", "required", "additionalProperties", "title", "description", "default")
-    + ("examples", "strict", "$schema", "$id", "$comment", "$defs", "definitions")
-)
+_KNOWN = {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
+_KNOWN |= {"title", "description", "default", "examples", "strict", "$schema", "$id", "$comment"}
 
 
 def call_rule(lark: Lark, tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:

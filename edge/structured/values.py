@@ -19,10 +19,8 @@ from mimo_edge.tool_calls import JSON_TYPES, cast_value, referred, unescape
 # Every value ends with this, in the same terminal: the tag is then never taken for text.
 END = literal("</parameter>\n")
 
-_ANNOTATIONS = frozenset(
-    ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "name")
-    + ("$comment", "$schema", "$id", "$defs", "definitions")
-)
+_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "name", "$comment"}
+_ANNOTATIONS |= {"readOnly", "writeOnly", "$schema", "$id", "$defs", "definitions"}
 _INTEGER = r"-?(0|[1-9][0-9]{0,17})"
 # Longer numbers and exponents than these are no longer what a float can hold.
 _NUMBER = _INTEGER + r"(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,2})?"

@@ -144,9 +144,11 @@ class OnnxCache:
             )
 
     def grow(self, first: int, last: int, rows: int, used: int) -> None:
-        """Let global layers among blocks first..last - 1 hold `rows` rows, `used` of them kept."""
+        """Let global layers among blocks first..last - 1 hold `rows` rows, `used` of them kept.
+        Fewer than before, when a verify that reached into the next block was undone: graphs attend
+        to whole arrays, and a token to as many columns as it would without drafts."""
         for index in range(first, last):
-            if not self.config.layer(index).sliding and self.kv[index].rows < rows:
+            if not self.config.layer(index).sliding and self.kv[index].rows != rows:
                 self.kv[index] = self.kv[index].grown(rows, used)
                 self.generation += 1
 
@@ -233,7 +235,7 @@ class OnnxCache:
         return sum(kv.nbytes for kv in self.kv)
 
     def held_bytes(self) -> int:
-        """See `runtimes.base.Cache`; what sessions of passes take is in the plan, not known here."""
+        """See `runtimes.base.Cache`; what passes take is in the plan, and not known here."""
         return self.nbytes()
 
     # --- passes made for this cache ---
