@@ -365,7 +365,8 @@ def test_a_soak_of_cancellations(count: int, rss: int, monkeypatch: pytest.Monke
         batch(0, 60)
         before = held()
         batch(60, count)
-        until(lambda: held().files <= before.files + 4 and held().threads <= before.threads + 4)
+        # Kept connections have two ends here, and pools of threads grow to their size.
+        until(lambda: held().files <= before.files + 8 and held().threads <= before.threads + 8)
         after = held()
         assert after.rss <= before.rss + rss, (before, after)
         assert served.metric("abandoned_total") > count / 2
