@@ -102,13 +102,16 @@ def _signature(name: str, member: Any) -> str:
 
 
 def _parameters(parameters: list[inspect.Parameter]) -> Iterator[str]:
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     keyword = False
     for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword:
             keyword = True
             yield "*"
-        text = stars.get(parameter.kind, "") + parameter.name
+        text = parameter.name
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            text = f"*{text}"
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            text = f"**{text}"
         if parameter.annotation is not parameter.empty:
             text += f": {_type(parameter.annotation)}"
         if parameter.default is not parameter.empty:
