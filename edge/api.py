@@ -167,7 +167,8 @@ class Runtime:
         flash when they do not fit, the reference backend refuses. `context` is the most tokens of
         a conversation (default 4,096 or what the model has), `draft` 0 to 3 or "auto"; with 0 the
         ggml backend leaves MTP blocks on flash. `kv_type` is the format of the KV cache of global
-        layers on the ggml backend: "f16" (default), "q8_0" (about half), "f32". `pin` hottest
+        layers on the ggml backend: "f16" (default, but "f32" where that takes little), "q8_0"
+        (about half of f16), "f32". `pin` hottest
         experts of every layer, by the bundle's heat, are never given up when experts come from
         flash. `trace` is a file for the experts every layer chooses for every token (`mimo-edge
         trace` reads it). `snapshots` is a folder for what was processed (system texts and tools,
@@ -279,14 +280,15 @@ class Runtime:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
         pool: SequencePool | None = None,
-        constrain_tools: bool = True,
+        constrain_tools: bool | None = None,
     ) -> Session:
         """A new conversation. `enable_thinking` None leaves it to the chat template. With a `pool`
         its first prompt goes on from what an earlier session of that pool processed; `close` the
         session to give that back.
 
         Text is free, but a tool call, once begun, can be read, names one of the `tools`, and its
-        arguments fit their schemas; without `constrain_tools` it is whatever the model makes of it.
+        arguments fit their schemas. `constrain_tools` False leaves it to the model; None does so,
+        with a warning in the log, only where llguidance is not installed.
 
         Raises UsageError on malformed tools, TokenizerError when texts are given to a model
         without a tokenizer.
@@ -372,7 +374,7 @@ class Runtime:
         max_steps: int = MAX_STEPS,
         enable_thinking: bool | None = None,
         on_step: Callable[[Step], None] | None = None,
-        constrain_tools: bool = True,
+        constrain_tools: bool | None = None,
     ) -> Agent:
         """A new conversation in which the model calls `tools`, Python functions, by itself:
         `agent.run("...")`. `max_steps` bounds its answers in one run; `on_step` hears of each call;
@@ -526,7 +528,7 @@ class Session:
         tools: Sequence[Mapping[str, Any]],
         enable_thinking: bool | None,
         pool: SequencePool | None = None,
-        constrain_tools: bool = True,
+        constrain_tools: bool | None = None,
     ) -> None:
         if runtime.tokenizer is None and (system is not None or tools):
             raise TokenizerError(
@@ -714,7 +716,7 @@ class Session:
             options.regex,
             options.tool_choice,
             options.parallel_tool_calls,
-            not self._constrain_tools,
+            self._constrain_tools,
         )
         constraint = None
         if wanted.needs_grammars(tools):

@@ -595,6 +595,39 @@ def test_a_repetition_is_noticed_over_the_gap(tmp_path: Path) -> None:
     assert (*said, *ids(restored.resume())) == whole.token_ids
 
 
+@pytest.mark.parametrize("draft", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.6},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.7, "temperature": 1.1, "seed": 3},
+    ],
+)
+def test_penalties_count_over_the_gap(tmp_path: Path, options: dict[str, Any], draft: int) -> None:
+    backend = FakeBackend(V2)
+    want = opened(backend).session().generate(PROMPT, max_tokens=TOKENS, **options).token_ids
+    plain = {**options, "repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0}
+    assert opened(backend).session().generate(PROMPT, max_tokens=TOKENS, **plain).token_ids != want
+    said, _ = interrupted(opened(backend, draft).session(), tmp_path / "s", 15, **options)
+    assert (*said, *ids(opened(backend, draft).restore(tmp_path / "s").resume())) == want
+
+
+def test_a_form_is_kept_to_over_the_gap(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"regex": "[a-z]{3} [a-z]{4} [0-9]{12}", "max_tokens": 60}
+    runtime = chat()
+    whole = runtime.session().generate("hello", **options)
+    assert whole.finish_reason == "stop"
+    for after in (1, 4, 9):
+        session = runtime.session()
+        stream = session.stream("hello", **options)
+        said = ids(islice(stream, after))
+        session.save(tmp_path / "s")
+        restored = runtime.restore(tmp_path / "s")
+        assert (*said, *ids(restored.resume())) == whole.token_ids
+        assert restored.last_reply is not None
+        assert restored.last_reply.text == whole.text
+
+
 def test_not_while_it_generates_elsewhere(tmp_path: Path) -> None:
     failures: list[BaseException] = []
     session: Session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 import jsonschema
@@ -15,6 +16,7 @@ from mimo_edge.api import Reply, Runtime
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.errors import ConstraintError, TokenizerError, UsageError
 from mimo_edge.model_source import Model
+from mimo_edge.structured.wanted import _say_once
 from mimo_edge.tool_calls import tool_schemas
 
 POINT = {
@@ -256,6 +258,27 @@ def test_wrong_wishes() -> None:
             rt.session(tools=[odd]).generate("x")
         assert rt.session(tools=[{**odd, "strict": False}]).generate("x").text == "x"
         assert rt.session(tools=[odd], constrain_tools=False).generate("x").text == "x"
+
+
+def test_without_the_library_calls_are_free_and_forms_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    _say_once.cache_clear()
+    bad = "<think></think><tool_call>\n<function=fly>\n</function>\n</tool_call>"
+    rt, _ = runtime([bad + END])
+    with rt:
+        assert rt.session(tools=TOOLS).generate("x").malformed
+        rt.session(tools=TOOLS).generate("x")
+        assert caplog.text.count("llguidance is not installed") == 1
+        none = rt.session(tools=TOOLS).generate("x", tool_choice="none", max_tokens=60)
+        assert "<tool_call>" not in none.text  # needs no grammar
+        for options in ({"regex": "a"}, {"json_schema": {}}, {"tool_choice": "required"}):
+            with pytest.raises(ConstraintError, match="pip install llguidance"):
+                rt.session(tools=TOOLS).generate("x", **options)
+        with pytest.raises(ConstraintError, match="not installed"):
+            rt.session(tools=TOOLS, constrain_tools=True).generate("x")
+    _say_once.cache_clear()
 
 
 def test_strict_is_not_shown_to_the_model() -> None:

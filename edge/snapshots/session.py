@@ -54,7 +54,7 @@ class ChatState:
     messages: list[dict[str, Any]] = field(default_factory=list)
     tools: list[Mapping[str, Any]] = field(default_factory=list)
     enable_thinking: bool | None = None
-    constrain_tools: bool = True
+    constrain_tools: bool | None = None
     history: list[int] | None = None
     answer: OpenAnswer | None = None
 
@@ -147,7 +147,7 @@ def _read_chat(file: SnapshotFile) -> ChatState:
         "messages": list,
         "tools": list,
         "enable_thinking": (bool, type(None)),
-        "constrain_tools": bool,
+        "constrain_tools": (bool, type(None)),
         "on_ids": bool,
         "answer": (dict, type(None)),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from mimo_edge.errors import ConstraintError
@@ -16,6 +17,11 @@ from mimo_edge.structured.follow import Follower, first_line
 from mimo_edge.tokenizer import Tokenizer
 
 _KEPT = 32
+
+
+def can_compile() -> bool:
+    """Whether llguidance is installed; small devices may do without it."""
+    return find_spec("llguidance") is not None
 
 
 class Grammars:
@@ -75,7 +81,12 @@ class Grammars:
 
     def _matcher(self, grammar: str) -> Any:
         """A matcher at the beginning of `grammar`. Raises ConstraintError when it is too complex,
-        or nothing fits it."""
+        nothing fits it, or llguidance is not installed."""
+        if not can_compile():
+            raise ConstraintError(
+                "llguidance is not installed: answers cannot be held to a form",
+                "pip install llguidance",
+            )
         import llguidance
 
         with self._lock:
