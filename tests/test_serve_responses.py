@@ -158,3 +158,31 @@ def test_the_built_in_model() -> None:
         (call,) = answer.output
         assert call.name == "set_guest_wifi"
         assert json.loads(call.arguments) == {"state": "on", "duration": 2, "unit": "hours"}
+
+
+def test_forms_and_choices_of_the_built_in_model() -> None:
+    """What a chat can ask for: a schema for the text, a certain tool."""
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"state": {"enum": ["on", "off"]}},
+        "required": ["state"],
+        "additionalProperties": False,
+    }
+    tools: Any = [{"type": "function", **tool["function"]} for tool in DEMO_TOOLS]
+    with serving(Runtime.open("mimo-nano"), thinking=False) as served, client(served) as ai:
+        answer = ai.responses.create(
+            model="mimo-nano",
+            input="is it on?",
+            text={"format": {"type": "json_schema", "name": "state", "schema": schema}},
+        )
+        assert json.loads(answer.output_text)["state"] in ("on", "off")
+        answer = ai.responses.create(
+            model="mimo-nano",
+            input="lights on in the guest room",
+            tools=tools,
+            tool_choice={"type": "function", "name": "set_alarm"},
+        )
+        assert [item.name for item in answer.output if item.type == "function_call"][:1] == [
+            "set_alarm"
+        ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mimo_edge import __version__
+from mimo_edge.logprobs import MAX_TOP
 from mimo_edge.serve.calls import MAX_STOP_CHARACTERS, MAX_STOPS
 
 Schema = dict[str, Any]
@@ -45,7 +46,7 @@ def _or_null(schema: Schema) -> Schema:
 
 
 _SAMPLING: Schema = {
-    "temperature": {"type": "number", "minimum": 0, "maximum": 1e6, "default": 0},
+    "temperature": {"type": "number", "minimum": 0, "default": 0},
     "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     "min_p": {"type": "number", "minimum": 0, "maximum": 1},
     "top_k": _COUNT,
@@ -61,7 +62,38 @@ _SAMPLING: Schema = {
         ]
     },
     "stop_repeats": {"anyOf": [{"const": 0}, {"type": "integer", "minimum": 2}]},
+    "repetition_penalty": {"type": "number", "minimum": 0.01, "maximum": 100},
+    "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "timeout_s": {"type": "number", "exclusiveMinimum": 0},
 }
+# What is no schema, or cannot be held to, is refused by its content.
+_JSON_SCHEMA: Schema = {"description": "a JSON schema"}
+_RESPONSE_FORMAT: Schema = {
+    "anyOf": [
+        _object(("type",), closed=True, type={"enum": ["text", "json_object"]}),
+        _object(
+            ("type", "json_schema"),
+            closed=True,
+            type={"const": "json_schema"},
+            json_schema=_object(
+                ("schema",), closed=True, schema=_JSON_SCHEMA, name={}, description={}, strict={}
+            ),
+        ),
+    ]
+}
+_CHOICE: Schema = {
+    "anyOf": [
+        {"enum": ["auto", "none", "required"]},
+        _object(
+            ("type", "function"),
+            closed=True,
+            type={"const": "function"},
+            function=_object(("name",), closed=True, name=_TEXT),
+        ),
+    ]
+}
+_TOP: Schema = {"type": "integer", "minimum": 0, "maximum": MAX_TOP}
 _MOST: Schema = {"type": "integer", "minimum": 1}
 # Passed over unread.
 _PASSED_OVER: Schema = {
@@ -148,7 +180,12 @@ _SCHEMAS: Schema = {
         model=_TEXT,
         messages={"type": "array", "minItems": 1, "items": _ref("Message")},
         tools={"type": "array", "items": _ref("Tool")},
-        tool_choice={"enum": ["auto", "none"]},
+        tool_choice=_CHOICE,
+        parallel_tool_calls=_FLAG,
+        response_format=_RESPONSE_FORMAT,
+        regex=_TEXT,
+        logprobs=_FLAG,
+        top_logprobs=_TOP,
         max_tokens=_MOST,
         max_completion_tokens=_MOST,
         chat_template_kwargs=_object(closed=True, enable_thinking=_FLAG),
@@ -194,6 +231,9 @@ _SCHEMAS: Schema = {
             ]
         },
         max_tokens=_MOST,
+        response_format=_RESPONSE_FORMAT,
+        regex=_TEXT,
+        logprobs=_TOP,
         **_SAMPLING,
         **_STREAMING,
         **_PASSED_OVER,
@@ -231,7 +271,31 @@ _SCHEMAS: Schema = {
                 "allOf": [_FUNCTION, _object(("type",), type={"const": "function"})],
             },
         },
-        tool_choice={"enum": ["auto", "none"]},
+        tool_choice={
+            "anyOf": [
+                {"enum": ["auto", "none", "required"]},
+                _object(("type", "name"), type={"const": "function"}, name=_TEXT),
+            ]
+        },
+        parallel_tool_calls=_FLAG,
+        text=_object(
+            closed=True,
+            format={
+                "anyOf": [
+                    _object(("type",), closed=True, type={"enum": ["text", "json_object"]}),
+                    _object(
+                        ("type", "schema"),
+                        closed=True,
+                        type={"const": "json_schema"},
+                        schema=_JSON_SCHEMA,
+                        name={},
+                        description={},
+                        strict={},
+                    ),
+                ]
+            },
+            verbosity={},
+        ),
         max_output_tokens=_MOST,
         reasoning=_object(
             effort={"enum": ["none", "minimal", "low", "medium", "high"]}, closed=True
