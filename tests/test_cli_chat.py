@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from scripted import END, runtime
 
+from mimo_edge.api import Runtime, Session
 from mimo_edge.cli.chat import Chat, live_line
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import UsageError
+from mimo_edge.nano.commands import DEMO_TOOLS
 
 CALL = "<tool_call>\n<function=dim>\n<parameter=by>3</parameter>\n</function>\n</tool_call>"
 DIM = {"name": "dim", "parameters": {"type": "object", "properties": {"by": {"type": "integer"}}}}
@@ -68,13 +71,21 @@ def test_results_go_on_after_the_last_call() -> None:
 
 
 def test_a_conversation_is_saved_forgotten_and_gone_on_with(tmp_path: Path) -> None:
-    chat = made(["<think></think>one" + END, "<think></think>two" + END])
-    chat.session.generate("a")
-    chat.prompt_of(f"/save {tmp_path / 'chat'}")
-    chat.prompt_of("/new")
-    assert chat.session.messages == []
-    chat.prompt_of(f"/restore {tmp_path / 'chat'}")
-    assert chat.session.generate("b").text == "two"
+    with Runtime.open("mimo-nano") as rt:
+
+        def start() -> Session:
+            return rt.session(tools=DEMO_TOOLS, enable_thinking=False)
+
+        chat = Chat(Output(), rt, start, DEMO_TOOLS, {})
+        (call,) = chat.session.generate("turn on guest wifi for two hours").tool_calls
+        before = list(chat.session.messages)
+        chat.prompt_of(f"/save {tmp_path / 'chat'}")
+        chat.prompt_of("/new")
+        assert chat.session.messages == []
+        chat.prompt_of(f"/restore {tmp_path / 'chat'}")
+        assert chat.session.messages == before
+        chat.session.tool_result('{"status": "ok"}', call.name)
+        assert chat.session.generate(None).text == "Done."
 
 
 def test_live_figures() -> None:
@@ -115,6 +126,9 @@ def test_in_a_terminal() -> None:
         wait_for("Done.")
         os.write(ours, b"/quit\n")
         assert process.wait(60) == 0
+        with suppress(OSError):  # how the end of a pseudo-terminal reads
+            while more := os.read(ours, 4096):
+                seen += more.decode("utf-8", "replace")
     finally:
         process.kill()
         process.wait()
