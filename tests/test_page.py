@@ -78,7 +78,7 @@ def complaints(browser: Any) -> list[str]:
 
 def test_mimo_nano_dims_the_light(browser: Any, tmp_path: Path) -> None:
     export_bundle("mimo-nano", tmp_path / "nano").close()
-    rt = Runtime.open(tmp_path / "nano", ram="400MiB")
+    rt = Runtime.open(tmp_path / "nano", ram="2GiB")
     limits = Limits(concurrent=1, conversations=rt.planned_conversations or 1)
     with serving(rt, limits=limits, thinking=False, tools=DEMO_TOOLS) as served:
         opened(browser, served)
@@ -100,7 +100,7 @@ def test_mimo_nano_dims_the_light(browser: Any, tmp_path: Path) -> None:
         assert float(text(browser, "tps")) > 0
         assert float(text(browser, "accepted")) > 0
         assert text(browser, "first").endswith(" ms")
-        assert text(browser, "ram").endswith(" of 400 MiB")
+        assert text(browser, "ram").endswith(" of 2.00 GiB")
         assert text(browser, "hits") == "all in RAM" or text(browser, "hits").endswith(" %")
         assert not texts(browser, ".error")
         assert complaints(browser) == []
