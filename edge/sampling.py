@@ -126,7 +126,7 @@ class Sampler:
         self._proposed: list[int] = []
         self._top_logprobs = top_logprobs
         self._logprobs: list[TokenLogprob] = []
-        # Nothing but the logits decides, and nobody wants to know more.
+        # Nothing is counted, followed or reported: the logits are all there is.
         self._plain = self._penalties is None and constraint is None and top_logprobs is None
 
     def state(self) -> dict[str, Any]:
@@ -146,12 +146,8 @@ class Sampler:
     def sample(self, logits: F32) -> int:
         """The next token for logits [V]. Raises GenerationError on NaN, and when nothing that is
         allowed is left."""
-        if self._plain:
-            return (
-                self.best(logits)
-                if not self.params.temperature
-                else self.draw(self._probabilities(self._usable(logits)))
-            )
+        if self._plain and self.params.temperature == 0:
+            return self._likeliest(logits)
         usable = self._usable(logits)
         if self.params.temperature == 0:
             token = self._best(self._penalised(usable))
@@ -173,7 +169,7 @@ class Sampler:
         """A draft for the place after the newest token and the proposals so far: the likeliest
         token that may stand there, or None when the answer has ended."""
         if self._plain:
-            return self.best(logits)
+            return self._likeliest(logits)
         if self._constraint is not None and self._constraint.ended:
             return None
         token = self._best(self._penalised(self._usable(logits)))
@@ -197,19 +193,6 @@ class Sampler:
         """Log-probabilities of the tokens sampled since the last call."""
         taken, self._logprobs = tuple(self._logprobs), []
         return taken
-
-    def best(self, logits: F32) -> int:
-        """The most likely token that is not banned: what greedy decoding takes, and a draft block
-        proposes, where neither penalties nor a form have a say. Raises GenerationError on NaN."""
-        # NaN wins every maximum. A finite one that is not banned is the answer, without a look at
-        # the ids one by one; a small model's step is as short as ten of those.
-        top = int(logits.argmax())
-        banned = self._banned is not None and (
-            len(self._banned) != len(logits) or bool(self._banned[top])
-        )
-        if banned or not math.isfinite(logits[top]):
-            return int(np.argmax(self._usable(logits)))
-        return top
 
     def draw(self, p: F64) -> int:
         """One id from a distribution [V], by inversion of its cumulative sum."""
@@ -248,6 +231,18 @@ class Sampler:
             p[p < params.min_p * p.max()] = 0.0
             p /= p.sum()
         return p
+
+    def _likeliest(self, logits: F32) -> int:
+        """The likeliest token that is not banned. Raises GenerationError on NaN."""
+        # NaN wins every maximum. A finite one that is not banned is the answer, without a look at
+        # the ids one by one; a small model's step is as short as ten of those.
+        top = int(logits.argmax())
+        banned = self._banned is not None and (
+            len(self._banned) != len(logits) or bool(self._banned[top])
+        )
+        if banned or not math.isfinite(logits[top]):
+            return int(np.argmax(self._usable(logits)))
+        return top
 
     def _usable(self, logits: F32) -> F32:
         """Logits with banned ids at -inf. NaN and +inf mean the model's numbers are broken."""

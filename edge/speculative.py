@@ -272,11 +272,11 @@ class Drafter:
         self._final[:count] = final
         drafts: list[int] = []
         for token, row in zip(chosen, logits, strict=True):
-            own = propose(row)
-            if own is None:
+            wanted = propose(row)
+            if wanted is None:
                 break
-            drafts.append(own)
-            if own != token:  # one that is never drawn: what follows is not its continuation
+            drafts.append(wanted)
+            if wanted != token:  # one that cannot come: what follows is not its continuation
                 break
         return drafts
 

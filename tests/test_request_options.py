@@ -83,7 +83,7 @@ def test_penalties_equal_their_definition(
     np.testing.assert_array_equal(logits, before)
     # f32 against f64: a difference of numbers up to 32 keeps the rounding of both.
     want = slowly(logits, prompt, said, params)
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=32 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=32 * 1.2e-7)
     assert (params.penalties(prompt) is None) == ((repetition, presence, frequency) == (1, 0, 0))
 
 

@@ -273,7 +273,8 @@ def test_without_the_library_calls_are_free_and_forms_refused(
         assert caplog.text.count("llguidance is not installed") == 1
         none = rt.session(tools=TOOLS).generate("x", tool_choice="none", max_tokens=60)
         assert "<tool_call>" not in none.text  # needs no grammar
-        for options in ({"regex": "a"}, {"json_schema": {}}, {"tool_choice": "required"}):
+        forms: list[dict[str, Any]] = [{"regex": "a"}, {"json_schema": {}}]
+        for options in [*forms, {"tool_choice": "required"}]:
             with pytest.raises(ConstraintError, match="pip install llguidance"):
                 rt.session(tools=TOOLS).generate("x", **options)
         with pytest.raises(ConstraintError, match="not installed"):

@@ -99,14 +99,11 @@ class SnapshotStore:
         try:
             with suppress(OSError):
                 os.utime(path)
-            if not path.exists():
-                self.stats.misses += 1
-                return None
             return SnapshotFile(path)
-        except OSError as error:
-            _log.warning("snapshot %s cannot be read: %s", path, error.strerror)
         except SnapshotError as error:
-            self.damaged(key, error)
+            # Another process may delete it at any time; what is not there is not damaged.
+            if not isinstance(error.__cause__, FileNotFoundError):
+                self.damaged(key, error)
         self.stats.misses += 1
         return None
 
