@@ -184,7 +184,7 @@ class OnnxBackend:
         full_rows = 0
         if not all(c.hybrid_layer_pattern):
             full_rows = kv_rows(position + total)
-            cache.grow(0, c.num_hidden_layers, full_rows, position)
+            cache.resize(0, c.num_hidden_layers, full_rows, position)
         shape = TrunkShape(total, full_rows, gathered)
         trunk = self._trunk(cache, shape, exact)
         embedding = self._embedding(ids)
@@ -299,7 +299,7 @@ class OnnxBackend:
     ) -> F32:
         block, total = self.config.num_hidden_layers + depth, len(ids)
         if isinstance(index, FullIndex):
-            cache.grow(block, block + 1, kv_rows(position + total), position)
+            cache.resize(block, block + 1, kv_rows(position + total), position)
         key = (depth, total)
         found = cache.found(key)
         if not isinstance(found, MtpPass):

@@ -48,15 +48,15 @@ class Kv:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def grown(self, rows: int, used: int) -> Kv:
-        """A longer one with the first `used` rows of this."""
+    def resized(self, rows: int, used: int) -> Kv:
+        """One of `rows` rows with the first `used` of this."""
 
-        def longer(old: F32) -> F32:
+        def copied(old: F32) -> F32:
             new = np.zeros((*old.shape[:2], rows, old.shape[3]), np.float32)
             new[:, :, :used] = old[:, :, :used]
             return new
 
-        return Kv(longer(self.keys), longer(self.values))
+        return Kv(copied(self.keys), copied(self.values))
 
 
 class Reusable(Protocol):
@@ -132,11 +132,12 @@ class OnnxCache:
                 "use a larger context or a shorter prompt",
             )
 
-    def grow(self, first: int, last: int, rows: int, used: int) -> None:
-        """Let global layers among blocks first..last - 1 hold `rows` rows, `used` of them kept."""
+    def resize(self, first: int, last: int, rows: int, used: int) -> None:
+        """Let global layers among blocks first..last - 1 have `rows` rows, `used` of them kept.
+        Also fewer, after a rollback: a row attends to as many columns as it would have before."""
         for index in range(first, last):
-            if not self.config.layer(index).sliding and self.kv[index].rows < rows:
-                self.kv[index] = self.kv[index].grown(rows, used)
+            if not self.config.layer(index).sliding and self.kv[index].rows != rows:
+                self.kv[index] = self.kv[index].resized(rows, used)
                 self.generation += 1
 
     def commit(self, tokens: int) -> None:
