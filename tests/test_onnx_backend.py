@@ -321,20 +321,19 @@ def test_a_cancelled_pass_leaves_the_tokens_that_were_complete(
             if before:
                 backend.forward(ids[:before], cache)
             cancel = Cancel()
-            experts = backend._source
-            assert experts is not None
+            experts: Any = backend._source
             groups = experts.groups
 
             def interrupted(*args: Any, groups: Any = groups, cancel: Cancel = cancel) -> Any:
                 cancel.set()
                 return groups(*args)
 
-            experts.groups = interrupted  # type: ignore[method-assign]
+            experts.groups = interrupted
             try:
                 with pytest.raises(Cancelled):
                     backend.forward(ids[before : before + count], cache, cancel=cancel)
             finally:
-                experts.groups = groups  # type: ignore[method-assign]
+                experts.groups = groups
             assert cache.length == before
             cache.rollback(0)
             found = backend.forward(ids[before : before + count], cache).logits
@@ -351,7 +350,7 @@ def test_wrong_calls(pair: tuple[OnnxBackend, ReferenceBackend]) -> None:
     with pytest.raises(UsageError, match="outside"):
         backend.forward(np.array([97]), cache)
     with pytest.raises(UsageError, match="integers"):
-        backend.forward(np.array([1.5]), cache)  # type: ignore[arg-type]
+        backend.forward(np.array([1.5]), cache)
     with pytest.raises(UsageError, match="logits_rows"):
         backend.forward(ids, cache, logits_rows=11)
     with pytest.raises(ContextLengthError):
@@ -433,7 +432,11 @@ def test_arrays_that_cannot_be_bound(flash: tuple[Path, DictWeights]) -> None:
 
 
 def test_a_bound_on_memory_streams_experts_or_is_refused(tmp_path: Path) -> None:
-    wide = {"hidden_size": 256, "moe_intermediate_size": 768, "n_routed_experts": 16}
+    wide: dict[str, Any] = {
+        "hidden_size": 256,
+        "moe_intermediate_size": 768,
+        "n_routed_experts": 16,
+    }
     source, _ = write_checkpoint(tmp_path / "source", "flash_bf16", **wide)
     export_bundle(source, tmp_path / "out", recipe="f32", formats=("both",)).close()
     ids = ids_of(60).tolist()
