@@ -619,3 +619,32 @@ def test_backends_that_cannot(tmp_path: Path) -> None:
     export_bundle(source, tmp_path / "plain").close()
     with pytest.raises(BackendError, match="has no ONNX form"):
         Runtime.open(tmp_path / "plain", backend="onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", ["both", "onnx"])
+def test_memory_stays_bounded_at_real_width(tmp_path: Path, formats: str) -> None:
+    """Three layers of MiMo-V2-Flash's width (2.1 GB as f32, head and table included) with few
+    experts: the peak does not depend on how many layers there are, or on the largest matrix."""
+    tool = Path(__file__).parents[1] / "tools" / "make_random_checkpoint.py"
+    source = tmp_path / "source"
+    options = ["--layers", "3", "--experts", "8", "--vocab", "32768"]
+    subprocess.run([sys.executable, str(tool), str(source), *options], check=True)
+    code = (
+        "import resource, sys; from mimo_edge.export.pipeline import export_bundle\n"
+        f"export_bundle({str(source)!r}, {str(tmp_path / 'out')!r}, formats=({formats!r},),"
+        " recipe='q4_0', threads=2).close()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # pages of mapped files count here, and there is memory for them
+    assert int(done.stdout) < 700 << 10, f"{done.stdout} KiB"
+    for file in graphs(tmp_path / "out"):
+        onnx.checker.check_model(str(file), full_check=True)
+    with onnx_backend(tmp_path / "out", threads=2) as backend:
+        cache = backend.new_cache(200)
+        ids = np.random.default_rng(0).integers(0, 32768, 150).astype(np.int32)
+        result = backend.forward(ids, cache, logits_rows=1, hidden_rows=1)
+        assert np.isfinite(result.logits).all()
+        assert cache.length == 150
