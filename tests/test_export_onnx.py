@@ -20,9 +20,11 @@ from checkpoint_factory import KINDS, Kind, write_checkpoint
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx_models import make_bundle, onnx_backend
+from typer.testing import CliRunner
 
 from mimo_edge.api import Runtime
 from mimo_edge.bundle import Bundle
+from mimo_edge.cli.main import app
 from mimo_edge.errors import (
     BackendError,
     BundleError,
@@ -619,6 +621,15 @@ def test_backends_that_cannot(tmp_path: Path) -> None:
     export_bundle(source, tmp_path / "plain").close()
     with pytest.raises(BackendError, match="has no ONNX form"):
         Runtime.open(tmp_path / "plain", backend="onnx")
+
+
+def test_inspect_names_the_form(tmp_path: Path) -> None:
+    path, _ = make_bundle(tmp_path, "flash", "q8_0")
+    shown = CliRunner().invoke(app, ["inspect", str(path)])
+    assert "opset 24, 8 graphs for cpu; matrices: " in shown.stdout
+    told = json.loads(CliRunner().invoke(app, ["inspect", str(path), "--json"]).stdout)
+    assert told["onnx"]["components"] == {"cpu": 8}
+    assert set(told["onnx"]["formats"]) == {"int8"}
 
 
 @pytest.mark.slow

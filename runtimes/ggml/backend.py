@@ -11,11 +11,10 @@ import weakref
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
-from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
+from mimo_edge.errors import BackendError, CacheError, UsageError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE, check_kv_type
 from mimo_edge.machine import usable_cores
 from mimo_edge.runtimes.base import (
@@ -26,6 +25,7 @@ from mimo_edge.runtimes.base import (
     RouteSink,
     TokenIds,
 )
+from mimo_edge.runtimes.checks import check_finite, check_ids, check_mtp_rows, check_wanted
 from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.passes import (
@@ -137,11 +137,9 @@ class GgmlBackend:
         GenerationError (NaN or Inf), Cancelled, BundleError (a read), BackendError.
         """
         self._check_open()
-        ids = self._check_ids(token_ids)
+        ids = check_ids(token_ids, self.config)
         total = len(ids)
-        for label, rows in (("logits_rows", logits_rows), ("hidden_rows", hidden_rows)):
-            if not 0 <= rows <= total:
-                raise UsageError(f"{label} = {rows} of {total} new tokens")
+        check_wanted(total, logits_rows, hidden_rows)
         ours = self._check_cache(cache)
         ours.require(total)
         logits = np.empty((logits_rows, self.config.vocab_size), np.float32)
@@ -186,8 +184,8 @@ class GgmlBackend:
                     (trunk.logits_tensor, logits_rows),
                 )
             )
-            self._check_finite(hidden, "the residual stream", position + total - len(hidden))
-            self._check_finite(logits, "the output head", position + total - len(logits))
+            check_finite(hidden, "the residual stream", position + total - len(hidden))
+            check_finite(logits, "the output head", position + total - len(logits))
         except BaseException:
             cache.undo_write(saved)
             raise
@@ -224,23 +222,9 @@ class GgmlBackend:
         GenerationError (NaN or Inf), Cancelled.
         """
         self._check_open()
-        c = self.config
-        if not 0 <= depth < c.num_mtp_layers:
-            raise UsageError(f"MTP block {depth} of a model with {c.num_mtp_layers}")
-        ids = self._check_ids(token_ids)
-        hidden = np.asarray(hidden, np.float32)
-        if hidden.shape != (len(ids), c.hidden_size):
-            raise UsageError(
-                f"hidden states of shape {hidden.shape} for {len(ids)} tokens of width "
-                f"{c.hidden_size}"
-            )
+        ids = check_ids(token_ids, self.config)
         ours = self._check_cache(cache)
-        if not 0 <= position <= ours.length - len(ids):
-            raise CacheError(
-                f"MTP rows {position}..{position + len(ids) - 1}, but the target has processed "
-                f"{ours.length} tokens",
-                "a row needs the target's hidden state of its position",
-            )
+        hidden = check_mtp_rows(self.config, depth, len(ids), hidden, position, ours.length)
         index = ours.mtp_index[depth]
         index.check(position, len(ids), 1)
         if isinstance(index, RingIndex) and len(ids) > index.rows:
@@ -278,7 +262,7 @@ class GgmlBackend:
             found.compute()
             assert found.logits_tensor is not None
             logits: F32 = found.logits_tensor.array().reshape(-1).copy()
-            self._check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
+            check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
         except BaseException:
             index.truncate(position)
             raise
@@ -295,19 +279,6 @@ class GgmlBackend:
         if self.device.closed:
             raise BackendError("the backend is closed")
 
-    def _check_ids(self, token_ids: ArrayLike) -> TokenIds:
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise UsageError(
-                f"token ids of shape {ids.shape}, type {ids.dtype}", "give one or more integers"
-            )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise UsageError(
-                f"token id {low if low < 0 else high} is outside 0..{self.config.vocab_size - 1}"
-            )
-        return ids.astype(np.int32)
-
     def _check_cache(self, cache: Cache) -> GgmlCache:
         if not isinstance(cache, GgmlCache) or cache.config != self.config:
             raise CacheError("this cache belongs to another backend or model")
@@ -316,15 +287,6 @@ class GgmlBackend:
         if cache.closed:
             raise CacheError("this cache is closed")
         return cache
-
-    @staticmethod
-    def _check_finite(rows: F32, where: str, first: int) -> None:
-        finite = np.isfinite(rows).all(axis=-1)
-        if not finite.all():
-            raise GenerationError(
-                f"{where} gave NaN or Inf at position {first + int(np.argmin(finite))}",
-                "the weights, or the input, are damaged",
-            )
 
 
 def _release(
