@@ -44,7 +44,8 @@ _GUESS_NODES = 16
 # and how many more a row of a verify takes where ggml's router and attention do not give rows of
 # several the bits of one (runtimes/ggml/passes.py)
 _APART_NODES = 10
-_DIRECT_UNIT = 4096
+# What direct reads may have to be aligned to, where no file was asked yet.
+_DIRECT_UNIT = PAGE
 # The largest alignment for which FlashFile grows a bounce buffer, at both ends.
 _BOUNCE_SPARE = 2 * 65536
 _PARTS = ("gate", "up", "down")

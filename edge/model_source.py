@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -349,11 +350,14 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _bundle_tokenizer(path: Path | None, metadata: Mapping[str, Any]) -> Tokenizer | None:
-    if path is not None:
+    """The tokenizer of a bundle: its file, or what the GGUF's metadata says of the same tokenizer
+    where there is no file, or no package `tokenizers` to read it (on small devices)."""
+    in_metadata = metadata.get("tokenizer.ggml.model", "none")
+    if path is not None and not (
+        in_metadata == "gpt2" and path.suffix == ".json" and find_spec("tokenizers") is None
+    ):
         return open_tokenizer(path)
-    if metadata.get("tokenizer.ggml.model", "none") == "none":
-        return None
-    return Tokenizer.from_gguf(metadata)
+    return None if in_metadata == "none" else Tokenizer.from_gguf(metadata)
 
 
 # --- what the reference backend needs ---------------------------------------------------

@@ -20,8 +20,9 @@ from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
 from mimo_edge.kv_format import ring_type
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0
-from mimo_edge.runtimes.ggml.device import Device, Region
+from mimo_edge.runtimes.ggml.device import PAGE, Device, Region
 from mimo_edge.runtimes.ggml.graph import Context, Tensor
+from mimo_edge.units import round_up
 
 Positions = NDArray[np.int64]
 
@@ -375,17 +376,22 @@ def _is_large(key: object) -> bool:
 
 def _place(device: Device, tensors: Sequence[KvTensors]) -> Region:
     """Reserve memory for all tensors, each on pages of its own."""
-    g = device.ggml
-    offsets: list[tuple[Tensor, int]] = []
-    size = 0
-    for kv in tensors:
-        for tensor in (kv.key, kv.value):
-            offsets.append((tensor, size))
-            size += -(-int(g.ggml_nbytes(tensor.pointer)) // 4096) * 4096
+    parts = [tensor.pointer for kv in tensors for tensor in (kv.key, kv.value)]
+    offsets, size = page_offsets([int(device.ggml.ggml_nbytes(part)) for part in parts])
     region = Region(device, size)
-    for tensor, offset in offsets:
-        g.ggml_backend_tensor_alloc(region.buffer, tensor.pointer, region.address + offset)
+    for part, offset in zip(parts, offsets, strict=True):
+        device.ggml.ggml_backend_tensor_alloc(region.buffer, part, region.address + offset)
     return region
+
+
+def page_offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where parts of these sizes begin that lie one after the other on pages of the system, and
+    the size of all."""
+    starts, at = [], 0
+    for size in sizes:
+        starts.append(at)
+        at += round_up(size, PAGE)
+    return starts, at
 
 
 def _release(
