@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from mimo_edge.errors import BackendError, BundleError
 from mimo_edge.native_library import check_import
 
-LEAST_VERSION = (1, 28)
-INSTALL_HINT = "pip install 'onnxruntime>=1.28'"
+LEAST_VERSION = (1, 32)
+INSTALL_HINT = "pip install 'onnxruntime>=1.32'"
 Array = NDArray[Any]
 
 _TYPES: dict[str, np.dtype[Any]] = {
