@@ -23,7 +23,7 @@ from mimo_edge.gguf_file import GgufFile
 from mimo_edge.gguf_meta import text
 from mimo_edge.nano.commands import DEMO_TEXTS, DEMO_TOOLS
 from mimo_edge.row_reader import RowReader
-from mimo_edge.runtimes.ggml import cache
+from mimo_edge.runtimes.ggml import cache_memory
 from mimo_edge.runtimes.ggml.device import Device, Region
 from mimo_edge.units import round_up
 
@@ -135,8 +135,8 @@ def test_memory_is_laid_out_by_the_system_s_page(monkeypatch: pytest.MonkeyPatch
     assert pool.strides == tuple(round_up(n, mmap.PAGESIZE) for n in (5000, 4096, 70_000))
     pool.close()
     for page in (4096, 16384, 65536):
-        monkeypatch.setattr(cache, "PAGE", page)
-        assert [cache.page_offsets(sizes) for sizes in ([], [1], [page, 1, page + 1])] == [
+        monkeypatch.setattr(cache_memory, "PAGE", page)
+        assert [cache_memory.page_offsets(sizes) for sizes in ([], [1], [page, 1, page + 1])] == [
             ([], 0),
             ([0], page),
             ([0, page, 2 * page], 4 * page),

@@ -125,6 +125,7 @@ _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_permute": (P, (P, P, N, N, N, N)),
     "ggml_get_rows": (P, (P, P, P)),
     "ggml_set_rows": (P, (P, P, P, P)),
+    "ggml_argmax": (P, (P, P)),
     "ggml_argsort": (P, (P, P, N)),
     "ggml_rope_ext": (P, (P, P, P, P, N, N, N, F, F, F, F, F, F)),
     "ggml_flash_attn_ext": (P, (P, P, P, P, P, F, F, F)),

@@ -28,7 +28,8 @@ from mimo_edge.runtimes.base import (
     TokenIds,
 )
 from mimo_edge.runtimes.checks import check_finite, check_ids, check_mtp_rows, check_wanted
-from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex, kv_rows
+from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex
+from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 from mimo_edge.runtimes.onnx.cache import OnnxCache
@@ -71,6 +72,8 @@ class OnnxBackend:
             raise UsageError("this model has routed experts", "give a source of them")
         self._chunk = chunk
         self._routes = routes
+        self.prepared = 0
+        """Passes made so far: see `PreparingBackend`."""
         self._pid = os.getpid()
         count = threads if threads is not None else usable_cores()
         self.device = Device(count)
@@ -218,6 +221,7 @@ class OnnxBackend:
             found = TrunkPass(
                 cache, self.package.shards, self.package.layers, together, shape, experts
             )
+            self.prepared += 1
             cache.keep(key, found)
         return found
 
@@ -290,6 +294,7 @@ class OnnxBackend:
             if total > self._chunk:
                 cache.drop_large()
             found = MtpPass(cache, depth, self.package.mtp[depth], total)
+            self.prepared += 1
             cache.keep(key, found)
         try:
             index.store(position, total)
