@@ -60,8 +60,8 @@ def test_logits_are_the_reference_s(exact: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "labels", "kl", "against_ggml"),
     [
-        # The default recipe: 8 bits. Measured: 8e-5 (ggml 1.2e-4), logits 0.81 times as far off.
-        ((), {"int8"}, 3e-4, 1.0),
+        # The default recipe: 8 bits. Measured: 8e-5 (ggml 1.2e-4), logits as far off as ggml's.
+        ((), {"int8"}, 3e-4, 1.3),
         # Attention, FFN and head at 4 bits, which no recipe asks of a model this small. Measured:
         # 2.3e-3 (ggml 1.0e-3), 1.4 times as far off: blocks are twice as long as Q4_0's.
         (
@@ -99,7 +99,11 @@ def test_what_few_bits_cost(
             )
             logits[backend] = runtime.logits(prompt)
     source = logits.pop("reference")
-    far = {name: float(np.linalg.norm(found - source)) for name, found in logits.items()}
+    size = np.linalg.norm(source, axis=1)
+    far = {
+        name: float(np.median(np.linalg.norm(found - source, axis=1) / size))
+        for name, found in logits.items()
+    }
     assert far["onnx"] <= against_ggml * far["ggml"]
     report = evaluate_model(path, limit=16, backend="onnx", threads=1)
     assert report.commands is not None
