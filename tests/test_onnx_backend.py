@@ -252,7 +252,8 @@ with onnx_backend(sys.argv[1]) as backend:
     session = backend.package.layers[1]._session
     feed = {}
     for io in backend.package.layers[1].inputs:
-        shape = [d if isinstance(d, int) else 12 if d.startswith(("P", "C")) else 1 for d in io.shape]
+        free = {"T": 1}
+        shape = [d if isinstance(d, int) else free.get(d, 12) for d in io.shape]
         feed[io.name] = np.zeros(shape, io.dtype)
     session.run(None, feed)
 """
