@@ -19,19 +19,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from mimo_edge.agent import MAX_STEPS, Agent, Step, make_tools
-from mimo_edge.answer_reader import THINK_OPEN, AnswerReader, Fragment
+from mimo_edge.answer_reader import THINK_CLOSE, THINK_OPEN, AnswerReader, Fragment
 from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
+from mimo_edge.deadline import Deadline
 from mimo_edge.engine import PREFILL_CHUNK, Engine, Generation, GenerationStats, token_list
 from mimo_edge.errors import ContextLengthError, TokenizerError, UsageError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
+from mimo_edge.logprobs import MAX_TOP, TokenLogprob
 from mimo_edge.machine import peak_rss_bytes, usable_cores
 from mimo_edge.model_source import Model, open_model
 from mimo_edge.runtimes.base import F32
 from mimo_edge.sampling import Mask, Sampler, SamplingParams
 from mimo_edge.sequence_pool import SequencePool
 from mimo_edge.speculative import DraftSetting
+from mimo_edge.structured.wanted import Wanted
 from mimo_edge.tokenizer import Tokenizer, check_unicode
 from mimo_edge.tool_calls import Malformed, ToolCall, tool_schemas
 from mimo_edge.tool_functions import Tool
@@ -41,7 +44,10 @@ if TYPE_CHECKING:
     # A tenth of the time to start, and only `astream` needs it.
     import asyncio
 
-FinishReason = Literal["stop", "length", "tool_calls", "repetition", "cancelled"]
+    from mimo_edge.structured.answers import Thinking
+    from mimo_edge.structured.grammars import Grammars
+
+FinishReason = Literal["stop", "length", "tool_calls", "repetition", "deadline", "cancelled"]
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 
@@ -61,12 +67,14 @@ class Piece:
     finish_reason: FinishReason | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reply:
     """A whole answer. `malformed` lists tool calls that could not be read; their text is in
-    `text`. `token_ids` holds every generated id, the stop token included."""
+    `text`. `token_ids` holds every generated id, the stop token included; `logprobs`, when asked
+    for, has one entry for each."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -75,6 +83,7 @@ class Reply:
     stats: GenerationStats
     reasoning: str = ""
     malformed: tuple[Malformed, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass
@@ -120,6 +129,7 @@ class Runtime:
         self._totals = _Totals()
         # Re-entrant: adding may let the collector close a forgotten stream, which adds as well.
         self._totals_lock = threading.RLock()
+        self._grammars: Grammars | None = None
         self._banned: Mask | None = None
         if model.tokenizer is not None:
             self._banned = model.tokenizer.padding_mask(model.backend.config.vocab_size)
@@ -229,16 +239,34 @@ class Runtime:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
         pool: SequencePool | None = None,
+        constrain_tools: bool | None = None,
     ) -> Session:
         """A new conversation. `enable_thinking` None leaves it to the chat template. With a `pool`
         its first prompt goes on from what an earlier session of that pool processed; `close` the
         session to give that back.
 
+        Text is free, but a tool call, once begun, can be read, names one of the `tools`, and its
+        arguments fit their schemas. `constrain_tools` False leaves it to the model; None does so,
+        with a warning in the log, only where llguidance is not installed.
+
         Raises UsageError on malformed tools, TokenizerError when texts are given to a model
         without a tokenizer.
         """
         self._engine.check_open()
-        return Session(self, system, tools or (), enable_thinking, pool)
+        return Session(self, system, tools or (), enable_thinking, pool, constrain_tools)
+
+    @property
+    def grammars(self) -> Grammars:
+        """Compiled grammars of structured answers. Raises TokenizerError without a tokenizer."""
+        if self._grammars is None:
+            from mimo_edge.structured.grammars import Grammars
+
+            if self.tokenizer is None:
+                raise TokenizerError(
+                    f"{self.name} has no tokenizer: its answers cannot be held to a form"
+                )
+            self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self._model.eos_ids)
+        return self._grammars
 
     def sequence_pool(self, most: int) -> SequencePool:
         """A pool for sessions that end while what they processed should stay: at most `most`
@@ -269,14 +297,18 @@ class Runtime:
         max_steps: int = MAX_STEPS,
         enable_thinking: bool | None = None,
         on_step: Callable[[Step], None] | None = None,
+        constrain_tools: bool | None = None,
     ) -> Agent:
         """A new conversation in which the model calls `tools`, Python functions, by itself:
-        `agent.run("...")`. `max_steps` bounds its answers in one run; `on_step` hears of each call.
+        `agent.run("...")`. `max_steps` bounds its answers in one run; `on_step` hears of each call;
+        `constrain_tools` as in `session`.
 
         Raises UsageError on a function that makes no tool, and what `session` raises.
         """
         made = make_tools(tools)
-        session = self.session(system, [t.spec for t in made], enable_thinking)
+        session = self.session(
+            system, [t.spec for t in made], enable_thinking, constrain_tools=constrain_tools
+        )
         return Agent(session, made, max_steps, on_step)
 
     def logits(self, token_ids: Sequence[int]) -> F32:
@@ -375,6 +407,7 @@ class Session:
         tools: Sequence[Mapping[str, Any]],
         enable_thinking: bool | None,
         pool: SequencePool | None = None,
+        constrain_tools: bool | None = None,
     ) -> None:
         if runtime.tokenizer is None and (system is not None or tools):
             raise TokenizerError(
@@ -385,6 +418,7 @@ class Session:
         self._runtime = runtime
         self._tools = tuple(tools)
         self._enable_thinking = enable_thinking
+        self._constrain_tools = constrain_tools
         self._sequence = runtime._engine.sequence()
         self._pool = pool
         self._pooled = False  # whether the sequence is one the pool counts
@@ -420,24 +454,54 @@ class Session:
         min_p: float = 0.0,
         top_k: int = 0,
         seed: int | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logprobs: int | None = None,
         stop: Sequence[str] = (),
         json_schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
         stop_repeats: int = 0,
         max_prompt_tokens: int | None = None,
+        timeout_s: float | None = None,
     ) -> Iterator[Piece]:
         """Answer `prompt`, piece by piece; `max_tokens` None goes on to the context's end.
         `max_prompt_tokens` is a bound on the whole prompt below the context.
 
+        Tokens are chosen as `SamplingParams` says; `logprobs` N reports each token's
+        log-probability and the N likeliest ones of its place. `json_schema` or `regex` (Rust's
+        syntax, matching the whole answer) is what the text after any reasoning must be.
+        `tool_choice` is "auto", "none", "required" or the name of the tool to call,
+        `parallel_tool_calls` whether there may be several calls.
+
         `stop_repeats` N ends an answer that says the same N times in a row (1 to 256 tokens, again
-        and again) with the finish reason "repetition"; 0 lets it go on.
-        Everything is checked before this returns: UsageError, TokenizerError,
-        ContextLengthError when the prompt does not fit. Leaving the iterator early keeps what
-        was generated. A stream left unfinished is closed by the next one.
+        and again) with the finish reason "repetition"; 0 lets it go on. `timeout_s` seconds from
+        now the answer ends within a layer, with the finish reason "deadline".
+        Everything is checked before this returns: UsageError (its ConstraintError for forms that
+        cannot be enforced), TokenizerError, ContextLengthError when the prompt does not fit.
+        Leaving the iterator early keeps what was generated. A stream left unfinished is closed by
+        the next one.
         """
-        if json_schema is not None:
-            raise UsageError("json_schema: structured output is not in this build")
+        deadline = Deadline(self._cancel, timeout_s)
         stops = _checked_stops(stop)
-        params = SamplingParams(temperature, top_p, min_p, top_k, seed)
+        params = SamplingParams(
+            temperature,
+            top_p,
+            min_p,
+            top_k,
+            seed,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+        )
+        if logprobs is not None and (
+            isinstance(logprobs, bool)
+            or not isinstance(logprobs, int)
+            or not 0 <= logprobs <= MAX_TOP
+        ):
+            raise UsageError(f"logprobs = {logprobs!r}", f"use 0 to {MAX_TOP}, or None")
         self._close_active()
         messages, ids = self._prepare(prompt)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
@@ -446,26 +510,42 @@ class Session:
                 "use a shorter prompt",
             )
         model = self._runtime._model
-        thinking = bool(
-            model.tokenizer is not None
-            and messages is not None
-            and ids[-1] == model.tokenizer.special.get(THINK_OPEN)
+        thinking = self._thinking(messages, ids)
+        wanted = Wanted.of(
+            json_schema, regex, tool_choice, parallel_tool_calls, self._constrain_tools
         )
-        reader = AnswerReader(model.tokenizer, model.eos_ids, stops, self._tools, thinking)
+        constraint = None
+        if wanted.needs_grammars(self._tools):
+            constraint = wanted.constraint(self._runtime.grammars, self._tools, thinking)
+        reader = AnswerReader(
+            model.tokenizer,
+            model.eos_ids,
+            stops,
+            () if tool_choice == "none" else self._tools,
+            thinking == "open",
+            calls_first=wanted.value is not None,
+        )
         self._cancel.clear()
         if self._pool is not None and not self._pooled:
             self._sequence = self._pool.take(ids)
             self._pooled = True
+        sampler = Sampler(
+            params,
+            self._runtime._banned,
+            prompt=ids,
+            constraint=constraint,
+            top_logprobs=logprobs,
+        )
         generation = self._runtime._engine.generate(
             self._sequence,
             ids,
-            Sampler(params, self._runtime._banned),
+            sampler,
             max_tokens=max_tokens,
             is_last=reader.add,
             cancel=self._cancel,
             stop_repeats=stop_repeats,
         )
-        pieces = self._run(generation, reader, messages, ids)
+        pieces = self._run(generation, reader, sampler, deadline, messages, ids)
         self._active = pieces
         return pieces
 
@@ -522,6 +602,8 @@ class Session:
         self,
         generation: Generation,
         reader: AnswerReader,
+        sampler: Sampler,
+        deadline: Deadline,
         messages: list[dict[str, Any]] | None,
         prompt: list[int],
     ) -> Generator[Piece, None, None]:
@@ -529,14 +611,18 @@ class Session:
         if messages is not None:
             self.messages = messages
         token_ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
         whole = Fragment()
         failed = True
         try:
-            for gained in generation:
-                token_ids += gained
-                part = reader.take()
-                whole.add(part)
-                yield _piece(part, gained, None)
+            with deadline:
+                for gained in generation:
+                    token_ids += gained
+                    part = reader.take()
+                    whole.add(part)
+                    said = sampler.take_logprobs()
+                    logprobs += said
+                    yield _piece(part, gained, None, said)
             failed = False
         except (GeneratorExit, KeyboardInterrupt):
             failed = False  # the user has had enough: what was said stays
@@ -547,7 +633,7 @@ class Session:
             else:
                 rest = reader.finish()
                 whole.add(rest)
-                reason = _finish_reason(generation, reader, whole)
+                reason = _finish_reason(generation, reader, whole, deadline)
                 self._keep(reader, whole, messages, prompt, token_ids)
                 self._last = Reply(
                     whole.text,
@@ -557,10 +643,11 @@ class Session:
                     generation.stats,
                     whole.reasoning,
                     tuple(whole.malformed),
+                    tuple(logprobs),
                 )
                 with self._runtime._totals_lock:
                     self._runtime._totals.add(generation.stats)
-        yield _piece(rest, [], reason)
+        yield _piece(rest, [], reason, ())
 
     def _keep(
         self,
@@ -601,6 +688,17 @@ class Session:
             model.tokenizer, messages, self._tools, enable_thinking=self._enable_thinking
         )
 
+    def _thinking(self, messages: list[dict[str, Any]] | None, prompt: list[int]) -> Thinking:
+        """Where the answer to a prompt begins; one to raw ids brings no reasoning of its own."""
+        tokenizer = self._runtime.tokenizer
+        if (
+            tokenizer is None
+            or messages is None
+            or prompt[-1] == tokenizer.special.get(THINK_CLOSE)
+        ):
+            return "over"
+        return "open" if prompt[-1] == tokenizer.special.get(THINK_OPEN) else "possible"
+
     def _check_texts(self) -> None:
         if self._runtime.tokenizer is None:
             raise TokenizerError(
@@ -622,12 +720,22 @@ class Session:
             ) from None
 
 
-def _piece(part: Fragment, token_ids: Sequence[int], reason: FinishReason | None) -> Piece:
-    return Piece(part.text, tuple(token_ids), reason, part.reasoning, tuple(part.tool_calls))
+def _piece(
+    part: Fragment,
+    token_ids: Sequence[int],
+    reason: FinishReason | None,
+    logprobs: tuple[TokenLogprob, ...],
+) -> Piece:
+    calls = tuple(part.tool_calls)
+    return Piece(part.text, tuple(token_ids), reason, part.reasoning, calls, logprobs)
 
 
-def _finish_reason(generation: Generation, reader: AnswerReader, whole: Fragment) -> FinishReason:
+def _finish_reason(
+    generation: Generation, reader: AnswerReader, whole: Fragment, deadline: Deadline
+) -> FinishReason:
     reason = generation.finish_reason or "cancelled"
+    if reason == "cancelled" and deadline.passed:
+        return "deadline"
     if reason == "stop" and whole.tool_calls and not reader.hit_stop:
         return "tool_calls"
     return reason

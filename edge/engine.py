@@ -499,7 +499,12 @@ class Generation:
             steady = True
             if want > 0 and sequence.drafter is not None:
                 known = [*sequence.tokens, pending]
-                drafts = sequence.drafter.draft(known, want, self._sampler.best, self._cancel)
+                try:
+                    drafts = sequence.drafter.draft(
+                        known, want, self._sampler.propose, self._cancel
+                    )
+                finally:
+                    self._sampler.retract()
                 steady = sequence.drafter.steady
             batch = [pending, *drafts]
             phase = Phase.VERIFY if drafts else Phase.DECODE

@@ -2,6 +2,7 @@
 
 MimoEdgeError
 ├── UsageError             wrong call: bad argument, unknown name
+│   └── ConstraintError    a schema, regular expression or tool that cannot be enforced
 ├── ConfigError            a model or run configuration we refuse
 ├── CheckpointError        a Hugging Face checkpoint that is damaged, incomplete or inconsistent
 ├── QuantError             data that cannot be quantised or dequantised (NaN scale, bad shape)
@@ -40,6 +41,10 @@ class UsageError(MimoEdgeError):
     """A wrong call: bad argument, unknown name."""
 
     exit_code = 2
+
+
+class ConstraintError(UsageError):
+    """A schema, regular expression or tool that cannot be enforced while answering."""
 
 
 class ConfigError(MimoEdgeError):

@@ -120,13 +120,14 @@ class Drafter:
         self,
         tokens: Sequence[int],
         count: int,
-        best: Callable[[F32], int],
+        propose: Callable[[F32], int | None],
         cancel: Cancel | None = None,
     ) -> list[int]:
         """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
 
-        `best` picks from logits [V]. Fewer, down to none, come back while the H rows that the
-        newest row's window covers are not all at hand (after a cut deeper than is kept).
+        `propose` picks from logits [V], or says None when nothing can follow. Fewer, down to none,
+        come back then, and while the H rows that the newest row's window covers are not all at
+        hand (after a cut deeper than is kept).
         """
         p = self._length - 1
         if len(tokens) != p + 2:
@@ -136,9 +137,9 @@ class Drafter:
         count = min(count, self.limit)
         first = self._first(min(self._final[:count], default=0))
         if self._chain is not None and count > 1 and first is not None and first < p:
-            drafts = self._draft_in_chain(tokens, first, count, best, cancel)
+            drafts = self._draft_in_chain(tokens, first, count, propose, cancel)
         else:
-            drafts = self._draft_one_by_one(tokens, count, best, cancel)
+            drafts = self._draft_one_by_one(tokens, count, propose, cancel)
         self._proposed = (p + 2, drafts)
         return drafts
 
@@ -177,7 +178,7 @@ class Drafter:
         self,
         tokens: Sequence[int],
         count: int,
-        best: Callable[[F32], int],
+        propose: Callable[[F32], int | None],
         cancel: Cancel | None,
     ) -> list[int]:
         p = self._length - 1
@@ -194,8 +195,11 @@ class Drafter:
             self._final[depth] = min(self._final[depth], first)
             logits = self._run(depth, known, first, p + 1, offset, cancel)
             self._final[depth] = final
-            drafts.append(best(logits))
-            known.append(drafts[-1])
+            token = propose(logits)
+            if token is None:
+                break
+            drafts.append(token)
+            known.append(token)
         return drafts
 
     def _draft_in_chain(
@@ -203,7 +207,7 @@ class Drafter:
         tokens: Sequence[int],
         first: int,
         count: int,
-        best: Callable[[F32], int],
+        propose: Callable[[F32], int | None],
         cancel: Cancel | None,
     ) -> list[int]:
         """Rows first..p of all blocks at once."""
@@ -219,8 +223,11 @@ class Drafter:
         self._final[:count] = final
         drafts: list[int] = []
         for token, row in zip(chosen, logits, strict=True):
-            drafts.append(best(row))
-            if drafts[-1] != token:  # one that is never drawn: what follows is not its continuation
+            wanted = propose(row)
+            if wanted is None:
+                break
+            drafts.append(wanted)
+            if wanted != token:  # one that cannot come: what follows is not its continuation
                 break
         return drafts
 
