@@ -39,14 +39,14 @@ _PER_CYCLE = {
 }
 _ROW_SHARE, _ROWS4_SHARE, _STORED_SHARE = 0.5, 0.65, 0.6
 _ENGINE_US = {
-    "step": 500,
-    "layer": 90,
-    "layer4": 130,
-    "streamed": 450,
-    "streamed4": 600,
-    "draft": 400,
-    "logits": 3,
-    "row": 4,
+    "step": 124,
+    "layer": 88,
+    "layer4": 143,
+    "streamed": 281,
+    "streamed4": 452,
+    "draft": 247,
+    "logits": 2.3,
+    "row": 6.2,
 }
 # Bytes per second a thread draws, and all of them together at most.
 _THREAD_BYTES_PER_S, _MOST_BYTES_PER_S = 8e9, 50e9
