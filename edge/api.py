@@ -646,7 +646,7 @@ class Session:
                 f"the prompt has {len(ids)} tokens, at most {max_prompt_tokens} are taken",
                 "use a shorter prompt",
             )
-        border = prefix_tokens if messages is None else self._border(messages, ids)
+        border = self._border(messages, ids, prefix_tokens)
         return self._begin(messages, ids, options, deadline, border=border)
 
     def resume(self, timeout_s: float | None = None) -> Iterator[Piece]:
@@ -900,8 +900,20 @@ class Session:
                 message["reasoning_content"] = whole.reasoning
             self.messages = [*messages, message]
 
-    def _border(self, messages: list[dict[str, Any]], ids: list[int]) -> int:
-        """Tokens at the start of a prompt that come from system text and tools alone."""
+    def _border(
+        self, messages: list[dict[str, Any]] | None, ids: list[int], prefix_tokens: int
+    ) -> int:
+        """Tokens at the start of a prompt that come from system text and tools alone, or are said
+        to be shared. Raises UsageError."""
+        if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, int):
+            raise UsageError(f"prefix_tokens = {prefix_tokens!r} is not a count")
+        if prefix_tokens < 0 or (prefix_tokens and messages is not None):
+            raise UsageError(
+                f"prefix_tokens = {prefix_tokens}",
+                "give a count, and only with token ids: messages show their border themselves",
+            )
+        if messages is None:
+            return prefix_tokens
         borders = self._runtime._borders
         if borders is None or self._runtime._prefixes is None:
             return 0

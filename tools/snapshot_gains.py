@@ -11,7 +11,7 @@ cache before, as after a restart of the device. Medians, in milliseconds from th
 piece of the answer.
 
 The random model has MiMo-V2-Flash's attention at its real width (64 heads of 192/128, window 129,
-one global layer in six), 12 layers with 16 small experts; it takes about 1 GiB in the temporary
+one global layer in six), 8 layers with 16 small experts; it takes about 1 GiB in the temporary
 folder.
 """
 
@@ -108,7 +108,7 @@ def models(given: list[Path]) -> Iterator[list[Path]]:
     try:
         middle = folder / "middle.gguf"
         config = replace(
-            scaled_config("MiMo-V2-Flash", 12, 16, 4096, 0, "111110"),
+            scaled_config("MiMo-V2-Flash", 8, 16, 4096, 0, "111110"),
             moe_intermediate_size=512,
             intermediate_size=2048,
         )
