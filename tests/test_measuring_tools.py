@@ -12,6 +12,7 @@ import growth
 import kv_growth
 import numpy as np
 import pytest
+import snapshot_gains
 import tables
 import tiny
 from make_random_model import scaled_config, tiny_config, write_model
@@ -218,3 +219,14 @@ def test_a_run_that_fails_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     arguments = ["--folder", str(tmp_path), "--tiny", "--threads", "1"]
     assert growth.main(arguments) == BackendError.exit_code
     assert not list(tmp_path.glob("rows-*.json"))
+
+
+# --- snapshots ----------------------------------------------------------------------------------
+
+
+def test_prompts_are_processed_kept_and_found(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_model(path, tiny_config("MiMo-V2-Flash", 0), experts="Q8_0", dense="Q8_0", head="Q8_0")
+    rows = list(snapshot_gains.measure(path, [40, 70], 1, 256))
+    assert [row[1] for row in rows] == ["40", "70"]
+    assert all(len(row) == 8 and float(row[6].rstrip("x")) > 0 for row in rows)
