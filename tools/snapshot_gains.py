@@ -30,11 +30,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from make_random_model import scaled_config, write_model
 from simulate_policies import export_nano
 from tables import command, markdown, write_section
 
 from mimo_edge.api import Runtime
+from mimo_edge.bench.random_model import scaled_config, write_model
 from mimo_edge.errors import SnapshotError
 from mimo_edge.units import format_bytes
 
