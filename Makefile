@@ -24,7 +24,7 @@ help:
 	@echo "make demo       export the built-in mimo-nano to an int4 bundle and run two commands"
 	@echo "make test       everything CI checks: lint, types, tests with the oracles"
 	@echo "make test-slow  tests that need minutes, large files or special hardware"
-	@echo "make test-arm   the suite and mimo-nano on three emulated ARM processors (an hour)"
+	@echo "make test-arm   the suite and mimo-nano on three emulated ARM processors (hours)"
 	@echo "make test-arm-quick  a part of it, in minutes"
 	@echo "make device-kit the archive for aarch64 Linux, into dist/"
 
