@@ -16,7 +16,7 @@ from typing import Any
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BundleError, IntegrityError
 from mimo_edge.gguf_file import GgufFile, TensorInfo
-from mimo_edge.gguf_meta import check_tensors, read_config
+from mimo_edge.gguf_meta import check_experts, check_tensors, read_config
 from mimo_edge.gguf_weights import GgufWeights
 from mimo_edge.heat import Heat
 from mimo_edge.manifest import MANIFEST_NAME, FileEntry, Manifest
@@ -99,8 +99,11 @@ class Bundle:
         for file in gguf.files:
             if file.name not in manifest.files:
                 raise BundleError(f"{folder}: the manifest does not list {file.name}")
-        _check_same(manifest.config, gguf, folder)
-        check_tensors(manifest.config, gguf.tensors, folder)
+        if manifest.onnx is None or manifest.onnx.gguf:
+            _check_same(manifest.config, gguf, folder)
+            check_tensors(manifest.config, gguf.tensors, folder)
+        else:
+            check_experts(manifest.config, gguf.tensors, folder)
         for name, info in gguf.tensors.items():
             listed = manifest.tensors.get(name)
             if listed is None or (listed.format, listed.nbytes) != (info.type_name, info.nbytes):
@@ -178,6 +181,11 @@ class Bundle:
             ):
                 raise BundleError(f"{path}: layer {layer} with {len(counts)} experts")
         return heat
+
+    @property
+    def resident_in_gguf(self) -> bool:
+        """Whether resident tensors are in GGUF files; else only the ONNX form has them."""
+        return self.manifest is None or self.manifest.onnx is None or self.manifest.onnx.gguf
 
     def weights(self) -> GgufWeights:
         """The weights, dequantised on demand. Closing them closes the bundle's files."""

@@ -377,6 +377,19 @@ def check_tensors(
         )
 
 
+def check_experts(
+    config: MimoConfig, tensors: Mapping[str, TensorInfo], where: object = "model"
+) -> None:
+    """The routed experts of a model are there with their shapes, and nothing else. Raises
+    BundleError naming the tensor."""
+    expected = {n: shape for n, shape in expected_shapes(config).items() if len(shape) == 3}
+    for name, shape in expected.items():
+        if (found := _shape(tensors, name, where)) != shape:
+            raise BundleError(f"{where}: {name} has shape {list(found)}, not {list(shape)}")
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise BundleError(f"{where} has tensors besides its routed experts: {unknown[0]}")
+
+
 def _accept_fused(
     expected: dict[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], index: int
 ) -> None:

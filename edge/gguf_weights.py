@@ -54,6 +54,18 @@ class GgufWeights:
             return row.reshape(-1)[start:stop]
         return self._decode(stored, self._file.raw_rows(stored, start, stop))
 
+    def rows(self, name: str, start: int, stop: int) -> F32:
+        """Rows start..stop of a tensor, f32 [n, in]; a vector is one row."""
+        resolved = self._resolve(name)
+        if resolved is None:
+            raise BundleError(f"no tensor {name!r} in {self._file.files[0]}")
+        stored, first, last = resolved
+        if len(self._file.info(stored).shape) == 1:
+            return self.tensor(name)[None][start:stop]
+        if not 0 <= start <= stop <= last - first:
+            raise BundleError(f"rows {start}..{stop} of {name}, which has {last - first}")
+        return self._decode(stored, self._file.raw_rows(stored, first + start, first + stop))
+
     def expert(self, layer: int, expert: int) -> ExpertWeights:
         parts = []
         for part in ("gate", "up", "down"):

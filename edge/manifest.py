@@ -20,6 +20,7 @@ from mimo_edge.errors import BundleError, ConfigError
 MANIFEST_NAME = "mimo-edge.json"
 SCHEMA = 1
 _MAX_BYTES = 64 << 20
+_MOST_FOLDERS = 4
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CRC32 = re.compile(r"[0-9a-f]{8}")
 _T = TypeVar("_T")
@@ -50,11 +51,32 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class OnnxComponent:
+    """One graph of the model in its variants; `layers` are the decoder layers it holds."""
+
+    layers: tuple[int, ...]
+    variants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OnnxEntry:
+    """The ONNX form of the resident tensors (mimo_edge.onnx_io). `formats` names the format of each
+    matrix by canonical name; `gguf`: the resident tensors are in GGUF files as well."""
+
+    opset: int
+    ir_version: int
+    components: Mapping[str, OnnxComponent]
+    formats: Mapping[str, str]
+    gguf: bool
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything `mimo-edge.json` states.
 
     `experts[layer][e]` is the CRC-32 of expert e's gate, up and down bytes, in that order.
     `permutation[layer][i]` is the source's number of the expert stored at place i.
+    `onnx` describes the ONNX form, if there is one.
     `unweighted` names tensors, or experts as `blk.L.ffn_gate_exps.weight[e]`, that were
     quantised without importance although the export was calibrated. `skipped` maps reasons to the
     number of source tensors left out for them.
@@ -78,6 +100,7 @@ class Manifest:
     permutation: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     unweighted: tuple[str, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
+    onnx: OnnxEntry | None = None
 
     def to_bytes(self) -> bytes:
         """The file's content: the same bytes for the same manifest."""
@@ -103,6 +126,8 @@ class Manifest:
             },
             "permutation": {str(n): list(order) for n, order in self.permutation.items()},
         }
+        if self.onnx is not None:
+            raw["onnx"] = _onnx_json(self.onnx)
         return (_dump(raw) + "\n").encode()
 
     @classmethod
@@ -158,7 +183,7 @@ class Manifest:
             heat_file=top.take("heat_file", _optional(plain_name)),
             imatrix_file=top.take("imatrix_file", _optional(plain_name)),
             files={
-                plain_name(name): _file_entry(entry, f"{where}: file {name}")
+                inner_name(name): _file_entry(entry, f"{where}: file {name}")
                 for name, entry in top.take("files", _mapping).items()
             },
             tensors={
@@ -171,6 +196,7 @@ class Manifest:
             ),
             unweighted=tuple(_string(name) for name in top.take("unweighted", _list)),
             skipped={k: _count(v) for k, v in top.take("skipped", _mapping).items()},
+            onnx=top.take_optional("onnx", lambda raw: _onnx_entry(raw, f"{where}: onnx")),
         )
         source.finish()
         top.finish()
@@ -198,6 +224,16 @@ def plain_name(value: Any) -> str:
         or any(c in "/\\:" or ord(c) < 32 for c in value)
     ):
         raise BundleError(f"{value!r} is not a plain file name")
+    return value
+
+
+def inner_name(value: Any) -> str:
+    """The name of a file in the bundle's folder or below it, parts joined by "/". Raises
+    BundleError on anything that could leave the folder."""
+    if not isinstance(value, str) or value.count("/") > _MOST_FOLDERS:
+        raise BundleError(f"{value!r} is not the name of a file of the bundle")
+    for part in value.split("/"):
+        plain_name(part)
     return value
 
 
@@ -285,6 +321,12 @@ def _error(value: Any) -> float:
     return float(value)
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse(value, "true or false")
+    return value
+
+
 def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise _refuse(value, "a string")
@@ -334,6 +376,40 @@ def _tensor_entry(raw: Any, where: str) -> TensorEntry:
         crc32=fields.take("crc32", _optional(_crc32)),
         relative_rms=fields.take_optional("relative_rms", _error),
         worst_block=fields.take_optional("worst_block", _error),
+    )
+    fields.finish()
+    return entry
+
+
+def _onnx_json(entry: OnnxEntry) -> dict[str, Any]:
+    return {
+        "opset": entry.opset,
+        "ir_version": entry.ir_version,
+        "gguf": entry.gguf,
+        "components": {
+            name: {"layers": list(c.layers), "variants": list(c.variants)}
+            for name, c in entry.components.items()
+        },
+        "formats": dict(entry.formats),
+    }
+
+
+def _onnx_entry(raw: Any, where: str) -> OnnxEntry:
+    fields = _Fields(raw, where)
+    components: dict[str, OnnxComponent] = {}
+    for name, value in fields.take("components", _mapping).items():
+        one = _Fields(value, f"{where}: {name}")
+        components[plain_name(name)] = OnnxComponent(
+            tuple(_count(layer) for layer in one.take("layers", _list)),
+            tuple(plain_name(variant) for variant in one.take("variants", _list)),
+        )
+        one.finish()
+    entry = OnnxEntry(
+        opset=fields.take("opset", _count),
+        ir_version=fields.take("ir_version", _count),
+        components=components,
+        formats={k: _string(v) for k, v in fields.take("formats", _mapping).items()},
+        gguf=fields.take("gguf", _flag),
     )
     fields.finish()
     return entry

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.devices.profile import load_profile
@@ -20,11 +20,14 @@ from mimo_edge.export.mapping import Canonical, TensorMapping, TensorPlan, plan_
 from mimo_edge.gguf_file import split_name
 from mimo_edge.gguf_meta import ARCH_7B_MTP, Value, architecture, config_metadata, text, u32
 from mimo_edge.heat import Heat, expert_names
-from mimo_edge.manifest import FileEntry
+from mimo_edge.manifest import FileEntry, Manifest
 from mimo_edge.quant.base import Format
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.quant.recipe import Choice, Recipe
 from mimo_edge.quant.roles import Role
+
+if TYPE_CHECKING:
+    from mimo_edge.export.onnx.stage import OnnxJob
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all)."""
@@ -52,11 +55,39 @@ class Piece(NamedTuple):
     nbytes: int
 
 
+class Layout(Protocol):
+    """A file that pieces fill: `header` is written last, `offsets` are those of its tensors."""
+
+    @property
+    def header(self) -> bytes: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def offsets(self) -> Mapping[str, int]: ...
+
+
+class Source(Protocol):
+    """What an export starts from: a checkpoint, or a bundle that gets another form beside it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def files(self) -> Iterable[str]: ...
+    @property
+    def index_sha256(self) -> str: ...
+    @property
+    def config(self) -> MimoConfig: ...
+
+
 @dataclass
 class Export:
-    """One export: what is fixed before it starts, and the open files while it runs."""
+    """One export: what is fixed before it starts, and the open files while it runs.
 
-    source: Checkpoint
+    `layouts` are the GGUF files, then the weight files of the ONNX form, if there are any; `gguf`
+    tells whether resident tensors are among the former. From a bundle, `base` is its manifest and
+    `linked` are its files, which stay as they are."""
+
+    source: Source
     name: str
     target: Path
     staging: Path
@@ -64,7 +95,7 @@ class Export:
     recipe: Recipe
     mapping: TensorMapping
     formats: dict[str, Format]
-    layouts: list[GgufLayout]
+    layouts: list[Layout]
     file_names: list[str]
     file_of: dict[str, int]
     pieces: list[Piece]
@@ -73,6 +104,10 @@ class Export:
     permutation: dict[int, tuple[int, ...]]
     progress: Progress | None
     threads: int
+    onnx: OnnxJob | None = None
+    gguf: bool = True
+    base: Manifest | None = None
+    linked: dict[str, Path] = field(default_factory=dict)
     journal: Journal | None = None
     fds: list[int] = field(default_factory=list)
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -82,6 +117,16 @@ class Export:
     @property
     def config(self) -> MimoConfig:
         return self.source.config
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source of tensors that are quantised to GGUF."""
+        assert isinstance(self.source, Checkpoint)
+        return self.source
+
+    @property
+    def gguf_layouts(self) -> list[GgufLayout]:
+        return [layout for layout in self.layouts if isinstance(layout, GgufLayout)]
 
     @property
     def folder(self) -> Path:
@@ -117,8 +162,11 @@ def prepare(
     permute_by_heat: bool,
     progress: Progress | None,
     threads: int,
+    gguf: bool = True,
+    onnx: bool = False,
 ) -> Export:
-    """Decide everything from names and shapes; no tensor data is read."""
+    """Decide everything from names and shapes; no tensor data is read. `gguf`, `onnx`: in which
+    form resident tensors are written; routed experts are GGUF always."""
     config = source.config
     mapping = plan_tensors(source)
     chosen = choose_recipe(recipe, load_profile(profile).recipe, config).with_overrides(overrides)
@@ -154,8 +202,11 @@ def prepare(
     tokenizer = tokenizer_metadata(
         source.tokenizer_files, config.vocab_size, config.eos_token_ids, template
     )
-    names, layouts = plan_layouts(config, name, mapping.tensors, formats, chosen, tokenizer)
-    file_of = {tensor: i for i, layout in enumerate(layouts) for tensor in layout.tensors}
+    stored = [plan for plan in mapping.tensors if gguf or plan.is_expert_stack]
+    names, gguf_layouts = plan_layouts(config, name, stored, formats, chosen, tokenizer)
+    file_of = {tensor: i for i, layout in enumerate(gguf_layouts) for tensor in layout.tensors}
+    layouts: list[Layout] = [*gguf_layouts]
+    pieces = list(_pieces(mapping, stored, formats, permutation))
     side: dict[str, bytes | Path | Imatrix] = {}
     for file in ("tokenizer.json", "tokenizer.model"):
         if file in source.tokenizer_files:
@@ -167,6 +218,12 @@ def prepare(
         side["experts.json"] = heat.permuted(permutation).to_bytes()
     if imatrix is not None:
         side["imatrix.gguf"] = imatrix
+    made = _onnx_job(source, formats, permutation) if onnx else None
+    if made is not None:
+        names += made.files
+        layouts += made.files.values()
+        pieces += onnx_pieces(made)
+        side |= made.side_files
     return Export(
         source=source,
         name=name,
@@ -179,13 +236,41 @@ def prepare(
         layouts=layouts,
         file_names=names,
         file_of=file_of,
-        pieces=list(_pieces(mapping, formats, permutation)),
+        pieces=pieces,
         side_files=side,
         imatrix=imatrix,
         permutation=permutation,
         progress=progress,
         threads=threads,
+        onnx=made,
+        gguf=gguf,
     )
+
+
+def _onnx_job(
+    source: Checkpoint, formats: Mapping[str, Format], permutation: Mapping[int, tuple[int, ...]]
+) -> OnnxJob:
+    from mimo_edge.export.onnx.stage import ModelRows, plan_job
+    from mimo_edge.export.weights import CheckpointWeights
+
+    reader = ModelRows(CheckpointWeights(source), source.config, permutation)
+    return plan_job(source.config, lambda name: stored_format(formats, name), reader, _PIECE_BYTES)
+
+
+def stored_format(formats: Mapping[str, Format], name: str) -> Format:
+    """The format of a matrix by canonical name, where q, k and v may be stored as one."""
+    if name in formats:
+        return formats[name]
+    prefix, found, last = name.rpartition("attn_")
+    if found and last[:2] in ("q.", "k.", "v."):
+        return formats[f"{prefix}attn_qkv.{last[2:]}"]
+    return formats[name]
+
+
+def onnx_pieces(job: OnnxJob) -> Iterator[Piece]:
+    """The pieces of the ONNX form, after those of GGUF files."""
+    for key, rows in job.pieces.items():
+        yield Piece(key, rows.stored.parts[0].name, rows.start, rows.stop, -1, -1, rows.nbytes)
 
 
 def choose_recipe(recipe: Recipe | str | None, default: str, config: MimoConfig) -> Recipe:
@@ -277,11 +362,13 @@ def _is_mtp(tensor: Canonical, config: MimoConfig) -> bool:
 
 def _pieces(
     mapping: TensorMapping,
+    stored: Sequence[TensorPlan],
     formats: Mapping[str, Format],
     permutation: Mapping[int, tuple[int, ...]],
 ) -> Iterator[Piece]:
-    """Every piece, in a fixed order: tensors as planned, the experts of a layer together."""
-    for plan in mapping.tensors:
+    """Every piece of `stored`, in a fixed order: tensors as planned, the experts of a layer
+    together."""
+    for plan in stored:
         if plan.is_expert_stack:
             if not plan.name.endswith(".ffn_gate_exps.weight"):
                 continue

@@ -33,7 +33,11 @@ def compute(export: Export, piece: Piece) -> Computed:
     chunks: list[Chunk] = []
     errors: dict[str, list[float]] = {}
     unweighted: list[str] = []
-    if piece.expert < 0:
+    if export.onnx is not None and piece.key in export.onnx.pieces:
+        first_file = len(export.layouts) - len(export.onnx.files)
+        for placed in export.onnx.compute(piece.key):
+            chunks.append(Chunk(first_file + placed.file, *placed[1:]))
+    elif piece.expert < 0:
         plan = export.mapping[piece.tensor]
         values = _resident_rows(export, plan, piece)
         _quantise(export, plan, values, piece.start, None, chunks, errors, unweighted)
@@ -44,10 +48,10 @@ def compute(export: Export, piece: Piece) -> Computed:
             plan = export.mapping[stack_name(piece.layer, part)]
             first_row = piece.expert * plan.shape[1]
             if plan.mxfp4 and export.formats[plan.name].name == "MXFP4":
-                raw = blocks_from_checkpoint(*plan.expert_mxfp4(export.source, expert))
+                raw = blocks_from_checkpoint(*plan.expert_mxfp4(export.checkpoint, expert))
                 chunks.append(_chunk(export, plan, raw, first_row))
                 continue
-            values = plan.load_expert(export.source, expert)
+            values = plan.load_expert(export.checkpoint, expert)
             _quantise(export, plan, values, first_row, expert, chunks, errors, unweighted)
     entry: dict[str, Any] = {
         "piece": piece.key,
@@ -69,11 +73,11 @@ def _resident_rows(export: Export, plan: TensorPlan, piece: Piece) -> F32:
     """f32 [rows, cols] of a piece; vectors are one row."""
     moved = export.permutation.get(plan.layer) if plan.layer is not None else None
     if moved is not None and follows_experts(plan):
-        values: F32 = plan.load(export.source)[np.array(moved)]
+        values: F32 = plan.load(export.checkpoint)[np.array(moved)]
     elif len(plan.shape) == 1:
-        values = plan.load(export.source)
+        values = plan.load(export.checkpoint)
     else:
-        values = plan.load_rows(export.source, piece.start, piece.stop)
+        values = plan.load_rows(export.checkpoint, piece.start, piece.stop)
     return values.reshape(-1, plan.shape[-1])
 
 

@@ -28,6 +28,12 @@ from mimo_edge.bundle import Bundle
 from mimo_edge.errors import ExportError, UsageError
 from mimo_edge.export import hub
 from mimo_edge.export.checkpoint import Checkpoint
+from mimo_edge.export.from_bundle import (
+    bytes_to_copy,
+    extended_manifest,
+    link_files,
+    prepare_from_bundle,
+)
 from mimo_edge.export.job import PART, Export, Piece, Progress, prepare
 from mimo_edge.export.measured import Measured, measure
 from mimo_edge.export.pieces import Chunk, Computed, compute
@@ -39,7 +45,7 @@ from mimo_edge.quant.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 
-FORMATS = ("gguf",)
+FORMATS = ("gguf", "onnx", "both")
 BUILT_IN = "mimo-nano"
 # Written bytes after which data and journal are synced: what a crash can cost.
 _COMMIT_BYTES = 32 << 20
@@ -69,6 +75,8 @@ def export_bundle(
     """Quantise a Hugging Face checkpoint into a bundle folder and open it.
 
     `checkpoint` is a folder, a Hub id (owner/name), or "mimo-nano", the model that ships with us.
+    `formats`: how resident tensors are written, "gguf", "onnx" or "both"; routed experts are GGUF
+    always, once. A bundle folder as `checkpoint` gets the ONNX form beside its own files ("both").
     `recipe` is a Recipe or the name of one; by default the profile's, with MXFP4 experts of a
     V2.6 checkpoint passed through code for code. `calibration` is a measured calibration, an
     Imatrix, or the path of a text to measure on, or of an `imatrix.gguf` (with `experts.json`
@@ -87,11 +95,31 @@ def export_bundle(
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}")
     threads = threads or min(4, os.cpu_count() or 1)
+    gguf, onnx = (any(name in (form, "both") for name in formats) for form in ("gguf", "onnx"))
+    if not gguf and not onnx:
+        raise UsageError("no output format", f"known: {', '.join(FORMATS)}")
     target = Path(out).absolute()
     if target.name in ("", ".."):  # names no folder that could be made or renamed
         target = target.resolve()
     staging = staging_of(target)
     check_target(target, overwrite)
+    if (Path(checkpoint) / MANIFEST_NAME).is_file():
+        asked = (recipe, calibration, window)
+        if any(option is not None for option in asked) or any(
+            (tuple(overrides), tuple(ignore_config_keys), permute_by_heat)
+        ):
+            raise UsageError(
+                f"{checkpoint} is a bundle: its formats and experts stay as they are",
+                "export the checkpoint to change them",
+            )
+        if not (gguf and onnx):
+            raise UsageError(
+                f"{checkpoint} is a bundle: its GGUF files stay", "use --format both"
+            )
+        with Bundle.open(checkpoint) as given:
+            return _run(
+                prepare_from_bundle(given, target, staging, progress, threads), overwrite
+            )
     with Checkpoint.open(
         _folder(checkpoint), window=window, ignore_config_keys=ignore_config_keys
     ) as source:
@@ -109,17 +137,23 @@ def export_bundle(
             permute_by_heat,
             progress,
             threads,
+            gguf,
+            onnx,
         )
-        try:
-            if not open_staging(export, overwrite):
-                return Bundle.open(target)  # finished by an earlier run
+        return _run(export, overwrite)
+
+
+def _run(export: Export, overwrite: bool) -> Bundle:
+    """Every stage, or what an earlier run left of them."""
+    try:
+        if open_staging(export, overwrite):
             for stage in STAGES:
                 stage(export)
-        except OSError as error:
-            raise disk_error(error, export) from error
-        finally:
-            export.close()
-    return Bundle.open(target)
+    except OSError as error:
+        raise disk_error(error, export) from error
+    finally:
+        export.close()
+    return Bundle.open(export.target)
 
 
 def _folder(checkpoint: str | Path) -> Path:
@@ -144,6 +178,7 @@ def check_space(export: Export) -> None:
         if not isinstance(content, Imatrix)
     )
     needed = max(0, export.total_bytes - present) + side + _MARGIN_BYTES
+    needed += bytes_to_copy(export)
     free = shutil.disk_usage(export.staging).free
     if free < needed:
         raise ExportError(
@@ -210,12 +245,13 @@ def _computed(
 
 def write_side_files(export: Export) -> None:
     """Tokenizer, chat template, heat and importance matrix."""
-    ours = {name + PART for name in export.file_names}
-    for stray in export.folder.iterdir():  # of a run killed while it wrote these, or later
-        if stray.name not in ours:
+    ours = {export.folder / (name + PART) for name in export.file_names}
+    for stray in export.folder.rglob("*"):  # of a run killed while it wrote these, or later
+        if stray not in ours and not stray.is_dir():
             stray.unlink()
     for name, content in export.side_files.items():
         path = export.folder / (name + PART)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, Imatrix):
             content.write(path)
         else:
@@ -277,6 +313,10 @@ def _read_range(fd: int, offset: int, size: int) -> Iterator[bytes]:
 
 def write_manifest(export: Export) -> None:
     """The manifest, built from the journal alone, so that a resumed export writes the same."""
+    if export.base is not None:
+        made = extended_manifest(export)
+        _write_file(export.folder / (MANIFEST_NAME + PART), made.to_bytes())
+        return
     experts: dict[int, list[int]] = {}
     sums: dict[str, list[list[float]]] = {}
     unweighted: list[str] = []
@@ -294,7 +334,7 @@ def write_manifest(export: Export) -> None:
             len(names),
             ", ".join(names),
         )
-    order = [name for layout in export.layouts for name in layout.tensors]
+    order = [name for layout in export.gguf_layouts for name in layout.tensors]
     stacks = {plan.name for plan in export.mapping.tensors if plan.is_expert_stack}
     side = export.side_files
     manifest = Manifest(
@@ -318,6 +358,7 @@ def write_manifest(export: Export) -> None:
         permutation=export.permutation,
         unweighted=tuple(unweighted),
         skipped=export.mapping.skipped_by_reason(),
+        onnx=None if export.onnx is None else export.onnx.manifest_entry(export.gguf),
     )
     _write_file(export.folder / (MANIFEST_NAME + PART), manifest.to_bytes())
 
@@ -337,7 +378,7 @@ def _tensor_entry(
     export: Export, name: str, sums: list[list[float]] | None, stack: bool
 ) -> TensorEntry:
     fmt = export.formats[name]
-    layout = export.layouts[export.file_of[name]]
+    layout = export.gguf_layouts[export.file_of[name]]
     relative = worst = None
     if sums:
         power = sum(p for p, _, _ in sums)
@@ -359,8 +400,10 @@ def _rounded(value: float) -> float:
 
 def publish(export: Export) -> None:
     """Final names, the manifest's last; then the folder appears under its own name at once."""
-    for name in (*export.file_names, *export.side_files, MANIFEST_NAME):
+    for name in (*export.linked, *export.file_names, *export.side_files, MANIFEST_NAME):
         (export.folder / (name + PART)).rename(export.folder / name)
+    for folder in export.folder.rglob("*/"):
+        _sync_folder(folder)
     _sync_folder(export.folder)
     target, old = export.target, export.staging / "replaced"
     clear(old)
@@ -376,6 +419,7 @@ STAGES: tuple[Callable[[Export], None], ...] = (
     check_space,
     write_tensors,
     write_side_files,
+    link_files,
     seal,
     write_manifest,
     publish,

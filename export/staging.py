@@ -92,6 +92,7 @@ def open_staging(export: Export, overwrite: bool) -> bool:
             export.done[entry["piece"]] = entry
     for name, layout in zip(export.file_names, export.layouts, strict=True):
         path = export.folder / (name + PART)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if (final := export.folder / name).exists():
             final.rename(path)  # killed between the last renames
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -119,10 +120,16 @@ def _is_result(export: Export) -> bool:
         manifest = Manifest.read(export.target)
     except BundleError:
         return False
-    return (manifest.source_index_sha256, manifest.recipe) == (
+    return (manifest.source_index_sha256, manifest.recipe, _forms(manifest)) == (
         export.source.index_sha256,
         export.recipe.to_dict(),
+        (export.gguf, export.onnx is not None),
     )
+
+
+def _forms(manifest: Manifest) -> tuple[bool, bool]:
+    """Whether resident tensors are there in GGUF, and in ONNX form."""
+    return manifest.onnx is None or manifest.onnx.gguf, manifest.onnx is not None
 
 
 def _job(export: Export) -> dict[str, Any]:
@@ -148,6 +155,7 @@ def _job(export: Export) -> dict[str, Any]:
         "layout": headers,
         "side files": side,
         "importance": _imatrix_digest(export),
+        "linked files": sorted(export.linked),
         "permutation": {str(n): list(order) for n, order in export.permutation.items()},
     }
 

@@ -64,6 +64,19 @@ class CheckpointWeights:
             raise CheckpointError(f"no tensor {name!r} in this model") from None
         return plan.load_rows(self._checkpoint, start, stop)
 
+    def rows(self, name: str, start: int, stop: int) -> F32:
+        """Rows start..stop of a tensor, f32 [n, in]; a vector is one row."""
+        try:
+            plan, first, last = self._plans[name]
+        except KeyError:
+            raise CheckpointError(f"no tensor {name!r} in this model") from None
+        if len(plan.shape) == 1:
+            row: F32 = plan.load_rows(self._checkpoint, first, last)[None][start:stop]
+            return row
+        if not 0 <= start <= stop <= last - first:
+            raise CheckpointError(f"rows {start}..{stop} of {name}, which has {last - first}")
+        return plan.load_rows(self._checkpoint, first + start, first + stop)
+
     def expert(self, layer: int, expert: int) -> ExpertWeights:
         parts = []
         for part in ("gate", "up", "down"):

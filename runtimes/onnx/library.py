@@ -1,0 +1,145 @@
+"""ONNX Runtime itself: loading it, sessions, arrays bound to their inputs and outputs.
+
+The only module that knows onnxruntime. Arrays are NumPy's own memory: nothing is copied in or out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimo_edge.errors import BackendError, BundleError
+
+LEAST_VERSION = (1, 28)
+INSTALL_HINT = "pip install 'onnxruntime>=1.28'"
+Array = NDArray[Any]
+
+_TYPES = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.int64)}
+_pool_lock = threading.Lock()
+_pool_threads: int | None = None  # of the process-wide pool, once it is made
+
+
+def onnxruntime() -> Any:
+    """The module. Raises BackendError when it is missing, broken or too old."""
+    try:
+        import onnxruntime as found
+    except ImportError as error:
+        raise BackendError(f"onnxruntime cannot be imported: {error}", INSTALL_HINT) from error
+    version = tuple(int(part) for part in found.__version__.split(".")[:2])
+    if version < LEAST_VERSION:
+        raise BackendError(f"onnxruntime {found.__version__} is too old", INSTALL_HINT)
+    return found
+
+
+@dataclass(frozen=True)
+class Io:
+    """One input or output of a session; dimensions are numbers, or names where any will do."""
+
+    name: str
+    dtype: np.dtype[Any] | None
+    shape: tuple[int | str, ...]
+
+
+class Session:
+    """A loaded graph on one execution provider."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        """Raises BundleError for a file that is no graph ONNX Runtime can run."""
+        ort = onnxruntime()
+        self.path = path
+        self._ort = ort
+        options = ort.SessionOptions()
+        # An arena of its own for each of many sessions would keep the scratch memory of the longest
+        # pass once per session; shapes differ from pass to pass, so patterns are of no use either.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        options.log_severity_level = 3
+        _share_threads(ort, options, threads)
+        try:
+            self._session = ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime raises classes of its own, without a base
+            raise BundleError(f"{path}: {_first_line(error)}", "export the model again") from error
+        self._session.disable_fallback()
+        self.inputs = tuple(self._io(found) for found in self._session.get_inputs())
+        self.outputs = tuple(self._io(found) for found in self._session.get_outputs())
+
+    @staticmethod
+    def _io(found: Any) -> Io:
+        shape = tuple(d if isinstance(d, (int, str)) else "?" for d in found.shape)
+        return Io(found.name, _TYPES.get(found.type), shape)
+
+    def bind(self, arrays: Mapping[str, Array]) -> Bound:
+        """Bind every input and output to an array, by name. The arrays must be C-contiguous; they
+        are kept alive, and read and written at every run."""
+        return Bound(self._ort, self._session, self.inputs, self.outputs, arrays)
+
+
+class Bound:
+    """A session with an array for each input and output, to be run again and again."""
+
+    def __init__(
+        self,
+        ort: Any,
+        session: Any,
+        inputs: tuple[Io, ...],
+        outputs: tuple[Io, ...],
+        arrays: Mapping[str, Array],
+    ) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        made: dict[int, Any] = {}
+
+        def value(io: Io) -> Any:
+            array = arrays[io.name]
+            if array.dtype != io.dtype or not array.flags.c_contiguous:
+                raise BackendError(f"{io.name}: an array of {array.dtype}, {array.strides}")
+            # The same memory in and out is one value: caches are written in place.
+            key = array.ctypes.data
+            found = made.get(key)
+            if found is None or tuple(found.shape()) != array.shape:
+                found = made[key] = ort.OrtValue.ortvalue_from_numpy(array)
+            return found
+
+        for io in inputs:
+            self._binding.bind_ortvalue_input(io.name, value(io))
+        for io in outputs:
+            self._binding.bind_ortvalue_output(io.name, value(io))
+        self._keep = (made, dict(arrays))
+
+    def run(self) -> None:
+        """Compute the outputs from the inputs. Raises BackendError when ONNX Runtime fails."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+
+
+def _share_threads(ort: Any, options: Any, threads: int) -> None:
+    """All sessions of a process compute in one pool of threads, as large as the first runtime asked
+    for; those of another size get pools of their own."""
+    global _pool_threads
+    with _pool_lock:
+        if _pool_threads is None:
+            try:
+                ort.set_global_thread_pool_sizes(threads, 1)
+                _pool_threads = threads
+            except Exception:  # the host application made a pool before us
+                _pool_threads = 0
+    if _pool_threads == threads:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
