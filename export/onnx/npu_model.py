@@ -6,6 +6,7 @@ The graphs of a component differ in shapes alone, so they share one weight file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,9 +19,13 @@ from mimo_edge.errors import ExportError
 from mimo_edge.export.onnx.graph import Graph, RowReader
 from mimo_edge.export.onnx.qdq import Range, quantize_activations
 from mimo_edge.onnx_io import DATA_NAME
+from mimo_edge.runtimes.onnx.qnn_targets import Target
 
 # Vectors, and what a router holds, become part of the graph when activations are quantised.
 _INLINE_BYTES = 64 << 20
+_ATTENTION = re.compile(
+    r"\.attn\.(q\.scaled|q\.grouped|[kv]\.columns|k\.turned|scores|weights|mixed|sinks)"
+)
 _FOLDED = ("Reshape", "Expand", "Transpose", "Identity")
 
 
@@ -43,19 +48,38 @@ def float_model(graph: Graph) -> ModelProto:
     return onnx.load_model_from_string(graph.to_bytes())
 
 
-def quantised_model(graph: Graph, weights: Path, ranges: Mapping[str, Range]) -> ModelProto:
-    """The graph in QDQ form; `ranges` of its activations by value name. Raises ExportError when one
-    is missing."""
+def quantised_model(
+    graph: Graph, weights: Path, ranges: Mapping[str, Range], target: Target
+) -> ModelProto:
+    """The graph in QDQ form for one NPU; `ranges` of its activations by value name.
+
+    Routers stay float, and so does attention on NPUs that multiply no int16 by int16. Raises
+    ExportError when a range is missing."""
     model = float_model(graph)
     inline_floats(model.graph, weights)
     fold_constants(model.graph)
-    quantize_activations(model.graph, ranges, float_values(model.graph), in_router)
+
+    def island(node: NodeProto) -> bool:
+        return in_router(node) or (not target.int16_products and in_attention(node))
+
+    quantize_activations(
+        model.graph,
+        ranges,
+        float_values(model.graph),
+        island,
+        int16_products=target.int16_products,
+    )
     return model
 
 
 def in_router(node: NodeProto) -> bool:
-    """Whether a node belongs to a router, which stays in float."""
+    """Whether a node belongs to a router."""
     return ".router." in node.name or node.output[0] in ("ids", "weights")
+
+
+def in_attention(node: NodeProto) -> bool:
+    """Whether a node is between the projections of an attention: scores, softmax, mixing."""
+    return _ATTENTION.search(node.name) is not None
 
 
 def float_values(graph: GraphProto) -> list[str]:

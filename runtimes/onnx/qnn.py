@@ -23,10 +23,11 @@ from mimo_edge.runtimes.onnx.qnn_targets import Target
 
 PROVIDER = "QNNExecutionProvider"
 PACKAGE = "onnxruntime_qnn"
-# What a session without any node of ours on the CPU may still have there: nothing.
-_NO_FALLBACK = {
+_SESSION = {
     "session.disable_cpu_ep_fallback": "1",
     "session.record_ep_graph_assignment_info": "1",
+    # Makes Gemm of a MatMul and an Add, which the provider does not take with these shapes.
+    "optimization.disable_specified_optimizers": "MatMulAddFusion",
 }
 
 
@@ -100,7 +101,7 @@ def session_options(
     """Options of a session that runs on the NPU or not at all. `config` are session entries,
     `extra` provider options that win over ours (a device profile's)."""
     made = ort.SessionOptions()
-    for key, value in {**_NO_FALLBACK, **(config or {})}.items():
+    for key, value in {**_SESSION, **(config or {})}.items():
         made.add_session_config_entry(key, value)
     made.log_severity_level = 3
     made.add_provider_for_devices(devices(), {**options(target), **(extra or {})})

@@ -24,6 +24,12 @@ class Target(NamedTuple):
     vtcm_mib: int
 
     @property
+    def int16_products(self) -> bool:
+        """Whether it multiplies int16 activations by int16 ones; others take u16 as the second
+        factor and use its upper 8 bits."""
+        return self.arch >= 73
+
+    @property
     def variant(self) -> str:
         """Name of the package variant for this target."""
         return f"qnn-{self.name}"
