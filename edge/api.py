@@ -137,13 +137,15 @@ class Runtime:
         kv_type: str | None = None,
         pin: int = 0,
         trace: str | Path | None = None,
+        ep: str = "auto",
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
 
         `profile` is the name or file of a device profile ("auto": this machine); it decides what
         is not given of `ram`, `context`, `threads` and `kv_type`, and `draft` when that is "auto".
-        `backend` "auto" is "ggml" for bundles and GGUF files, "reference" for checkpoints. `ram` is
-        a bound on the process in bytes (or "900MiB"): the ggml backend reads routed experts from
+        `backend` "auto" is "ggml" for bundles and GGUF files, "reference" for checkpoints; "onnx"
+        takes the ONNX form of a bundle, on the execution provider `ep` ("cpu", "qnn"). `ram` is
+        a bound on the process in bytes (or "900MiB"): ggml and onnx read routed experts from
         flash when they do not fit, the reference backend refuses. `context` is the most tokens of
         a conversation (default 4,096 or what the model has), `draft` 0 to 3 or "auto"; with 0 the
         ggml backend leaves MTP blocks on flash. `kv_type` is the format of the KV cache of global
@@ -179,6 +181,7 @@ class Runtime:
             pin=pin,
             trace=None if trace is None else Path(trace),
             mtp=draft != 0,
+            ep=ep,
         )
         positions = model.backend.config.max_position_embeddings
         try:

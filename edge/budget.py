@@ -193,15 +193,7 @@ def _streamed(
     kv_type: str,
 ) -> Budget | Shortfall:
     layers = [spec.index for spec in config.layers if spec.moe]
-    slot_bytes, bounce = 0, 0
-    for part in _PARTS:
-        infos = [tensors[f"blk.{i}.ffn_{part}_exps.weight"] for i in layers]
-        sizes = [info.nbytes // config.n_routed_experts for info in infos]
-        slot_bytes += round_up(max(sizes), PAGE)
-        if any(
-            t.offset % _DIRECT_UNIT or n % _DIRECT_UNIT for t, n in zip(infos, sizes, strict=True)
-        ):
-            bounce = max(bounce, max(*sizes, COALESCE_BYTES) + _BOUNCE_SPARE)
+    slot_bytes, bounce = slot_sizes(config, tensors)
     fixed = [
         *fixed,
         Line("read lanes", lanes * (bounce + COALESCE_BYTES), f"{lanes} lanes"),
@@ -237,6 +229,21 @@ def _streamed(
         why = f"loading takes {format_bytes(loading)} for the largest tensor besides"
         return Shortfall(budget, need, why)
     return budget
+
+
+def slot_sizes(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
+    """(bytes of a slot for any routed expert, bytes of the buffer a read lane needs)."""
+    layers = [spec.index for spec in config.layers if spec.moe]
+    slot_bytes, bounce = 0, 0
+    for part in _PARTS:
+        infos = [tensors[f"blk.{i}.ffn_{part}_exps.weight"] for i in layers]
+        sizes = [info.nbytes // config.n_routed_experts for info in infos]
+        slot_bytes += round_up(max(sizes), PAGE)
+        if any(
+            t.offset % _DIRECT_UNIT or n % _DIRECT_UNIT for t, n in zip(infos, sizes, strict=True)
+        ):
+            bounce = max(bounce, max(*sizes, COALESCE_BYTES) + _BOUNCE_SPARE)
+    return slot_bytes, bounce
 
 
 def _too_small(found: Shortfall) -> DeviceError:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from mimo_edge.runtimes.ggml.device import Device
     from mimo_edge.runtimes.ggml.expert_source import CachedExperts
 
-BACKENDS = ("auto", "reference", "ggml")
+BACKENDS = ("auto", "reference", "ggml", "onnx")
+EPS = ("auto", "cpu", "qnn")
 BUILT_IN = "mimo-nano"
 # Python, NumPy and our own code, before any weight; a little above what is measured.
 _PROCESS_BYTES = 128 << 20
@@ -73,11 +74,13 @@ def open_model(
     pin: int = 0,
     trace: Path | None = None,
     mtp: bool = True,
+    ep: str = "auto",
 ) -> Model:
     """Open a bundle folder, a GGUF file or a checkpoint folder; "mimo-nano" is the built-in one.
 
-    Backend "auto" is ggml for bundles and GGUF files, the reference for checkpoints. With less
-    `ram` than it would need the ggml backend reads routed experts from flash. `kv_type` is the
+    Backend "auto" is ggml for bundles and GGUF files (onnx for a bundle with nothing else), the
+    reference for checkpoints. `ep` is the execution provider of the onnx backend. With less
+    `ram` than they would need ggml and onnx read routed experts from flash. `kv_type` is the
     format of its KV cache (None: `prefer_kv_type` where the model allows it), `pin` how many
     hottest experts of every layer stay in memory; without `mtp` its MTP blocks are not loaded.
     `trace` is the file routes are recorded in while the model runs; whoever uses the model closes
@@ -86,6 +89,8 @@ def open_model(
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
+    if ep not in EPS:
+        raise UsageError(f"execution provider {ep!r}", f"use {', '.join(EPS)}")
     if threads is not None:
         _check_threads(threads)
     if isinstance(pin, bool) or not isinstance(pin, int) or pin < 0:
@@ -94,6 +99,8 @@ def open_model(
     if backend == "auto":
         # What devices run wherever it can; a checkpoint's FP8 blocks only the reference reads.
         backend = "reference" if source.bundle is None else "ggml"
+        if source.bundle is not None and not source.bundle.resident_in_gguf:
+            backend = "onnx"
     writer: TraceWriter | None = None
     try:
         config = source.weights.config
@@ -106,7 +113,18 @@ def open_model(
             writer = TraceWriter.of_model(trace, config, source.name)
         routes = None if writer is None else writer.record
         experts, budget = None, None
-        if backend == "ggml":
+        if backend != "onnx":
+            _check_gguf(source, backend, ep)
+        if backend == "onnx":
+            if kv_type not in (None, "f32"):
+                raise UsageError(
+                    f"the onnx backend keeps its KV cache in f32, not {kv_type}",
+                    "use --backend ggml, or leave --kv-type out",
+                )
+            opened, experts, budget = _open_onnx(
+                source, ram, context, threads, ep, pin, routes, mtp
+            )
+        elif backend == "ggml":
             kind = fitting_kv_type(prefer_kv_type, config) if kv_type is None else kv_type
             opened, experts, budget = _open_ggml(
                 source, ram, context, threads, kind, pin, routes, mtp
@@ -202,6 +220,76 @@ def _open_ggml(
         kv_type=kv_type,
         chunk=budget.chunk,
         experts=experts if budget.streamed else None,
+        routes=routes,
+    )
+    for one in made:
+        one.warm_up()  # not earlier: loading weights needs the memory of empty slots
+    return backend, (made[0] if made else None), budget
+
+
+def _check_gguf(source: _Source, backend: str, ep: str) -> None:
+    """Raise unless a backend that reads GGUF files or checkpoints can open this."""
+    if ep != "auto":
+        raise UsageError(
+            f"the {backend} backend has no execution provider {ep}", "use --backend onnx"
+        )
+    if source.bundle is not None and not source.bundle.resident_in_gguf:
+        raise BackendError(
+            f"{source.bundle.path} holds its resident tensors in ONNX form alone",
+            "use --backend onnx, or export with --format both",
+        )
+
+
+def _open_onnx(
+    source: _Source,
+    ram: int | None,
+    context: int,
+    threads: int | None,
+    ep: str,
+    pin: int,
+    routes: RouteSink | None,
+    mtp: bool,
+) -> tuple[Backend, CachedExperts | None, memory.Budget]:
+    """The ONNX backend over a bundle; routed experts in as many slots as `ram` allows. It takes
+    over the files behind `source`."""
+    from mimo_edge import onnx_budget
+    from mimo_edge.runtimes.onnx.backend import OnnxBackend
+    from mimo_edge.runtimes.onnx.package import onnx_form
+    from mimo_edge.runtimes.onnx.providers import choose
+
+    if source.bundle is None:
+        raise BackendError(
+            "the onnx backend runs bundles, not checkpoints",
+            "export it first (mimo-edge export --format both), or use --backend reference",
+        )
+    bundle, config = source.bundle, source.weights.config
+    manifest = onnx_form(bundle)
+    choose(ep)
+    if not mtp:
+        config = replace(config, num_mtp_layers=0)
+    budget = onnx_budget.plan(
+        config,
+        manifest,
+        bundle.tensors,
+        context,
+        ram,
+        process_bytes=memory.resident_bytes(),
+    )
+    from mimo_edge.experts.table import ExpertTable
+    from mimo_edge.runtimes.ggml.expert_source import CachedExperts
+
+    made: list[CachedExperts] = []
+
+    def experts(device: Device) -> CachedExperts:
+        made.append(CachedExperts(device, ExpertTable.from_bundle(bundle), budget.slots, pin=pin))
+        return made[0]
+
+    backend = OnnxBackend(
+        bundle,
+        config=config,
+        threads=threads,
+        chunk=budget.chunk,
+        experts=experts if budget.slots else None,
         routes=routes,
     )
     for one in made:

@@ -70,6 +70,7 @@ def evaluate_model(
     limit: int | None = None,
     draft: DraftSetting | None = None,
     backend: str = "auto",
+    ep: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -98,7 +99,7 @@ def evaluate_model(
 
     opened: list[Model] = []
     try:
-        opened.append(candidate := open_model(model, backend, None, CONTEXT, threads))
+        opened.append(candidate := open_model(model, backend, None, CONTEXT, threads, ep=ep))
         if draft is not None:
             check_draft(draft, candidate.backend.config)
         source = None

@@ -113,13 +113,9 @@ def export_bundle(
                 "export the checkpoint to change them",
             )
         if not (gguf and onnx):
-            raise UsageError(
-                f"{checkpoint} is a bundle: its GGUF files stay", "use --format both"
-            )
+            raise UsageError(f"{checkpoint} is a bundle: its GGUF files stay", "use --format both")
         with Bundle.open(checkpoint) as given:
-            return _run(
-                prepare_from_bundle(given, target, staging, progress, threads), overwrite
-            )
+            return _run(prepare_from_bundle(given, target, staging, progress, threads), overwrite)
     with Checkpoint.open(
         _folder(checkpoint), window=window, ignore_config_keys=ignore_config_keys
     ) as source:

@@ -52,12 +52,13 @@ class Settings:
     drawn with `seed` whatever the model says, "auto" greedy for models with a tokenizer. Models
     of random weights fall into a loop of few tokens, hence few experts, when left to themselves.
     `prompt` is a text to answer instead of drawn ids; its length then is the depth. `profile`,
-    `backend`, `context` and `kv_type` are those of `Runtime.open`.
+    `backend`, `ep`, `context` and `kv_type` are those of `Runtime.open`.
     """
 
     model: str
     profile: str | None = None
     backend: str = "auto"
+    ep: str = "auto"
     context: int | None = None
     kv_type: str | None = None
     repetitions: int = 3

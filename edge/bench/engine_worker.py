@@ -55,6 +55,7 @@ def measure(case: Case, settings: Settings, repetitions: int, first: int) -> dic
         ram=case.ram,
         context=context_for(case, settings, repetitions),
         backend=settings.backend,
+        ep=settings.ep,
         threads=case.threads,
         draft=case.draft,
         kv_type=settings.kv_type,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mimo_edge.cli.options import BackendName, Profile
+from mimo_edge.cli.options import BackendName, Ep, Profile
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import parse_draft
 from mimo_edge.errors import UsageError
@@ -72,6 +72,7 @@ def bench(
     ] = None,
     profile: Profile = None,
     backend: BackendName = "auto",
+    ep: Ep = "auto",
     kv_type: Annotated[
         str | None, typer.Option(help="KV cache of both engines: f16 (default), q8_0 or f32.")
     ] = None,
@@ -101,6 +102,7 @@ def bench(
         model=bundle,
         profile=profile,
         backend=backend,
+        ep=ep,
         context=context,
         kv_type=kv_type,
         repetitions=repetitions,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mimo_edge.cli.options import BackendName, Threads
+from mimo_edge.cli.options import BackendName, Ep, Threads
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import parse_draft
 
@@ -43,6 +43,7 @@ def evaluate(
         typer.Option(help="Tokens drafted per step: 0, 1, 2, 3 or auto; as many as it can."),
     ] = None,
     backend: BackendName = "auto",
+    ep: Ep = "auto",
     threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[
@@ -68,6 +69,7 @@ def evaluate(
         limit=limit,
         draft=setting,
         backend=backend,
+        ep=ep,
         threads=threads,
         progress=lambda stage, done, total: out.progress(stage, done, total, unit="count"),
     )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import UsageError
 from mimo_edge.units import format_bytes
+
+if TYPE_CHECKING:
+    from mimo_edge.bundle import Bundle
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +23,10 @@ def register(app: typer.Typer) -> None:
 
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(help="Checkpoint folder, Hub id (owner/name), or mimo-nano.")
+        str,
+        typer.Argument(
+            help="Checkpoint folder, Hub id (owner/name), mimo-nano, or a bundle (for --format both)."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="Bundle folder to make.")],
     profile: Annotated[
@@ -48,7 +54,11 @@ def export(
     ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", metavar="FORMAT", help="Output format: gguf."),
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="How resident tensors are written: gguf, onnx, or both. Routed experts are GGUF.",
+        ),
     ] = None,
     calibrate: Annotated[
         Path | None,
@@ -112,7 +122,7 @@ def export(
             permute_by_heat=permute_by_heat,
             threads=threads,
         ) as bundle:
-            sizes = {path.name: path.stat().st_size for path in bundle.files}
+            sizes = _sizes(bundle)
     except KeyboardInterrupt:
         output.note("finished pieces are kept: the same command goes on from here")
         raise
@@ -126,6 +136,15 @@ def export(
     if verbose:
         print_roles(output, made)
     output.result({"path": str(out), "warnings": notes.messages, **made.to_dict()})
+
+
+def _sizes(bundle: Bundle) -> dict[str, int]:
+    """Bytes of each file; the many of the ONNX form are one line."""
+    sizes: dict[str, int] = {}
+    for path in bundle.files:
+        name = path.relative_to(bundle.path).parts[0]
+        sizes[name] = sizes.get(name, 0) + path.stat().st_size
+    return sizes
 
 
 def _override(argument: str) -> tuple[str, str]:

@@ -10,8 +10,9 @@ Draft = Annotated[str, typer.Option(help="Tokens drafted per step: 0, 1, 2, 3 or
 Ram = Annotated[str | None, typer.Option(help='Bound on memory, as "900MiB".')]
 Profile = Annotated[str | None, typer.Option(help="Device profile.")]
 BackendName = Annotated[
-    str, typer.Option(help="ggml, reference, or auto: ggml for bundles and GGUF files.")
+    str, typer.Option(help="ggml, onnx, reference, or auto: ggml for bundles and GGUF files.")
 ]
+Ep = Annotated[str, typer.Option(help="Execution provider of the onnx backend: cpu, qnn or auto.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the computation.")]
 KvType = Annotated[
     str | None, typer.Option(help="KV cache of the ggml backend: f16 (default), q8_0 or f32.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mimo_edge.cli.options import BackendName, Draft, KvType, Pin, Profile, Ram, Threads
+from mimo_edge.cli.options import BackendName, Draft, Ep, KvType, Pin, Profile, Ram, Threads
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import BUILT_IN, parse_draft
 from mimo_edge.errors import UsageError
@@ -62,6 +62,7 @@ def serve(
     ram: Ram = None,
     profile: Profile = None,
     backend: BackendName = "auto",
+    ep: Ep = "auto",
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
@@ -93,6 +94,7 @@ def serve(
             ram=ram,
             context=context,
             backend=backend,
+            ep=ep,
             threads=threads,
             draft=parse_draft(draft),
             kv_type=kv_type,

@@ -159,9 +159,7 @@ class _Block:
         epsilon = self._config.layernorm_epsilon
         return self.graph.node("RMSNormalization", [x, weight], name, axis=-1, epsilon=epsilon)
 
-    def product(
-        self, x: str, names: Sequence[str], label: str, factor: float = 1.0
-    ) -> list[str]:
+    def product(self, x: str, names: Sequence[str], label: str, factor: float = 1.0) -> list[str]:
         """x [T, in] times each matrix of `names`: as one product, split afterwards, where that is
         wanted and their formats agree."""
         g, t = self.graph, self._form.token_dim
@@ -255,8 +253,8 @@ class _Block:
         return g.node("Concat", [past, new], f"L{i}.attn.{part}.columns", axis=2)
 
     def _attend(self, q: str, keys: str, values: str, spec: LayerSpec) -> str:
-        """q [1, H, T, D] over [1, G, C, D] -> [T, H * Dv]. Query head n reads KV head n // (H/G), so
-        the heads of a group are rows of one product."""
+        """q [1, H, T, D] over [1, G, C, D] -> [T, H * Dv]. Query head n reads KV head n // (H/G),
+        so the heads of a group are rows of one product."""
         g, c, form, kind = self.graph, self._config, self._form, kind_of(spec)
         heads, groups = c.num_attention_heads, spec.num_key_value_heads
         group, label = heads // groups, f"L{spec.index}.attn"
@@ -334,9 +332,7 @@ class _Block:
         g.nodes("TopK", [choice, g.constant([chosen])], [f"{label}.best", "ids"], axis=-1)
         weights = g.node("GatherElements", [scores, "ids"], f"{label}.chosen", axis=1)
         if c.norm_topk_prob:
-            total = g.node(
-                "ReduceSum", [weights, g.constant([-1])], f"{label}.sum", keepdims=1
-            )
+            total = g.node("ReduceSum", [weights, g.constant([-1])], f"{label}.sum", keepdims=1)
             total = g.node("Add", [total, g.constant(_TINY, "float32")], f"{label}.total")
             weights = g.node("Div", [weights, total], f"{label}.normed")
         factor = g.constant(c.routed_scaling_factor, "float32")

@@ -92,7 +92,7 @@ class BlockLinear:
         """Codes and scales of rows [n, in]."""
         codes, scales = quantize_blocks(rows, self.bits)
         if self.bits == 4:
-            codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+            codes = np.bitwise_or(codes[..., 0::2], codes[..., 1::2] << 4, dtype=np.uint8)
         data = np.ascontiguousarray(codes).reshape(-1)
         steps = scales.astype("<f4").view(np.uint8).reshape(-1)
         count = len(rows)
@@ -115,22 +115,23 @@ def quantize_blocks(rows: F32, bits: int) -> tuple[U8, F32]:
     x[:, :cols] = rows
     x = x.reshape(count, blocks, BLOCK)
     if bits == 8:
-        scale = np.abs(x).max(axis=-1) / np.float32(127)
-        codes = _codes(x, scale, 127)
-        return (codes + np.float32(128)).astype(np.uint8), scale
+        scale: F32 = np.divide(np.abs(x).max(axis=-1), 127, dtype=np.float32)
+        return (_codes(x, scale, 127) + np.float32(128)).astype(np.uint8), scale
     at = np.abs(x).argmax(axis=-1)[..., None]
-    base = np.take_along_axis(x, at, axis=-1)[..., 0] / np.float32(-8)
-    best, best_error = base, np.full(base.shape, np.inf, np.float32)
+    largest = np.take_along_axis(x, at, axis=-1)[..., 0]
+    base: F32 = np.divide(largest, -8, dtype=np.float32)
+    best, best_error = base.copy(), np.full(base.shape, np.inf, np.float32)
     for factor in _SEARCH:
-        scale = base * np.float32(factor)
-        error = np.square(_codes(x, scale, 7) * scale[..., None] - x).sum(axis=-1)
+        tried: F32 = base * np.float32(factor)
+        error = np.square(_codes(x, tried, 7) * tried[..., None] - x).sum(axis=-1)
         better = error < best_error
-        best, best_error = np.where(better, scale, best), np.where(better, error, best_error)
+        np.copyto(best, tried, where=better)
+        np.copyto(best_error, error, where=better)
     return (_codes(x, best, 7) + np.float32(8)).astype(np.uint8), best
 
 
 def _codes(x: F32, scale: F32, top: int) -> F32:
-    """x / scale as whole numbers in -top - 1..top (8 bits: in -top..top, by the choice of scale)."""
+    """x / scale as whole numbers in -top - 1..top."""
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
     codes: F32 = np.clip(np.rint(x * inverse[..., None]), -top - 1, top)
     return codes

@@ -33,7 +33,7 @@ from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 from mimo_edge.runtimes.onnx.cache import OnnxCache
 from mimo_edge.runtimes.onnx.experts import HostExperts
-from mimo_edge.runtimes.onnx.library import Session
+from mimo_edge.runtimes.onnx.library import Array
 from mimo_edge.runtimes.onnx.package import Package
 from mimo_edge.runtimes.onnx.passes import MtpPass, TrunkPass, TrunkShape
 from mimo_edge.runtimes.onnx.rows import rows_together
@@ -225,7 +225,8 @@ class OnnxBackend:
 
     def _embedding(self, ids: TokenIds) -> F32:
         out = np.empty((len(ids), self.config.hidden_size), np.float32)
-        self.package.embed.bind({"tokens": ids.astype(np.int64), "h": out}).run()
+        tokens: Array = ids.astype(np.int64)
+        self.package.embed.bind({"tokens": tokens, "h": out}).run()
         return out
 
     def _head(self, rows: F32, norm: int) -> F32:
@@ -235,7 +236,11 @@ class OnnxBackend:
         which = np.array([norm], np.int64)
         for start in range(0, len(rows), together):
             part = slice(start, start + together)
-            given = {"h": np.ascontiguousarray(rows[part]), "norm": which, "logits": out[part]}
+            given: dict[str, Array] = {
+                "h": np.ascontiguousarray(rows[part]),
+                "norm": which,
+                "logits": out[part],
+            }
             self.package.head.bind(given).run()
         return out
 
@@ -369,6 +374,3 @@ def _release(pid: int, experts: ExpertSource | None, device: Device, bundle: Bun
         experts.close()
     device.close()
     bundle.close()
-
-
-__all__ = ["DEFAULT_CHUNK", "OnnxBackend", "Session"]

@@ -17,7 +17,7 @@ import numpy as np
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
 from mimo_edge.runtimes.base import F32
-from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex, kv_rows
+from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex
 
 # Passes of few tokens kept for reuse; of the long ones only the last.
 _SMALL_PASSES = 12
@@ -42,7 +42,7 @@ class Kv:
 
     @property
     def rows(self) -> int:
-        return self.keys.shape[2]
+        return int(self.keys.shape[2])
 
     @property
     def nbytes(self) -> int:
@@ -133,8 +133,7 @@ class OnnxCache:
             )
 
     def grow(self, first: int, last: int, rows: int, used: int) -> None:
-        """Let global layers among blocks first..last - 1 hold `rows` rows, as `kv_rows` rounds them;
-        the first `used` stay."""
+        """Let global layers among blocks first..last - 1 hold `rows` rows, `used` of them kept."""
         for index in range(first, last):
             if not self.config.layer(index).sliding and self.kv[index].rows < rows:
                 self.kv[index] = self.kv[index].grown(rows, used)
@@ -199,6 +198,3 @@ class OnnxCache:
         """Free the passes. Twice is harmless."""
         while self._passes:
             self._passes.popitem()[1].close()
-
-
-__all__ = ["FEW_TOKENS", "Kv", "OnnxCache", "Reusable", "kv_rows"]

@@ -57,9 +57,7 @@ class HostExperts:
         """Whether the scratch addresses are still those of the device."""
         return self._epoch == self._device.epoch
 
-    def add(
-        self, layer: int, ids: NDArray[np.integer[Any]], h: F32, following: int | None
-    ) -> None:
+    def add(self, layer: int, ids: NDArray[np.integer[Any]], h: F32, following: int | None) -> None:
         """Add the weighted sum of the chosen experts ids [T, K] of `layer` to h [T, M].
 
         `following` is the next layer with experts: a long pass lets its source know that it will

@@ -20,7 +20,10 @@ LEAST_VERSION = (1, 28)
 INSTALL_HINT = "pip install 'onnxruntime>=1.28'"
 Array = NDArray[Any]
 
-_TYPES = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.int64)}
+_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(int64)": np.dtype(np.int64),
+}
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None  # of the process-wide pool, once it is made
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from mimo_edge.bundle import Bundle
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import BackendError, BundleError
+from mimo_edge.manifest import Manifest
 from mimo_edge.onnx_io import (
     EMBED,
     FOLDER,
@@ -24,18 +25,24 @@ from mimo_edge.runtimes.onnx.library import Session
 Shape = tuple[int | None, ...]
 
 
+def onnx_form(bundle: Bundle) -> Manifest:
+    """The manifest of a bundle that has an ONNX form. Raises BackendError when it has none."""
+    if bundle.manifest is None or bundle.manifest.onnx is None:
+        raise BackendError(
+            f"{bundle.path} has no ONNX form",
+            "export with --format both, or use --backend ggml",
+        )
+    return bundle.manifest
+
+
 class Package:
     """Every session of a model in variant `variant`; `shards` are its decoder layers in order."""
 
     def __init__(self, bundle: Bundle, config: MimoConfig, variant: str, threads: int) -> None:
         """`config` may leave out MTP blocks, which are then not loaded. Raises BackendError when
         there is no ONNX form or not this variant, BundleError when it does not fit the model."""
-        entry = bundle.manifest.onnx if bundle.manifest is not None else None
-        if entry is None:
-            raise BackendError(
-                f"{bundle.path} has no ONNX form",
-                "export with --format both, or use --backend ggml",
-            )
+        entry = onnx_form(bundle).onnx
+        assert entry is not None
         if entry.opset > OPSET or entry.ir_version > IR_VERSION:
             raise BundleError(
                 f"{bundle.path}: graphs of opset {entry.opset}, IR version {entry.ir_version}; "

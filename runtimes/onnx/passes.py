@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from mimo_edge.runtimes.onnx.library import Array, Bound, Session
 from mimo_edge.runtimes.reference import rotary_angles
 
 Positions = NDArray[np.int64]
+UNLIMITED = 1 << 40  # a window longer than any context, shorter than the way to EMPTY
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Angles:
         half = config.rotary_dim // 2
         self._config = config
         self._theta = {"full": config.rope_theta, "sliding": config.swa_rope_theta}
-        self._windows: dict[Kind, int | None] = {"full": None, "sliding": config.sliding_window}
+        self._windows: dict[Kind, int] = {"full": UNLIMITED, "sliding": config.sliding_window}
         self.arrays: dict[str, Array] = {}
         for kind, count in columns.items():
             self.arrays[f"cos_{kind}"] = np.empty((1, total, half), np.float32)
@@ -62,9 +64,7 @@ class Angles:
         cos, sin = rotary_angles(queries, self._config.rotary_dim, self._theta[kind])
         self.arrays[f"cos_{kind}"][0], self.arrays[f"sin_{kind}"][0] = cos, sin
         behind = queries[:, None] - held
-        visible = behind >= 0
-        if (window := self._windows[kind]) is not None:
-            visible &= behind < window
+        visible = (behind >= 0) & (behind < self._windows[kind])
         mask = self.arrays[f"mask_{kind}"]
         mask[...] = MASKED
         np.copyto(mask, 0, where=visible)
@@ -95,8 +95,9 @@ def kv_arrays(index: int, kv: Kv) -> dict[str, Array]:
     }
 
 
-def bind_rows(session: Session, given: Callable[[int, int], dict[str, Array]], total: int,
-              together: int) -> list[Bound]:
+def bind_rows(
+    session: Session, given: Callable[[int, int], dict[str, Array]], total: int, together: int
+) -> list[Bound]:
     """A session bound for `total` rows, `together` of them in one run."""
     names = {io.name for io in (*session.inputs, *session.outputs)}
     made = []
@@ -108,7 +109,7 @@ def bind_rows(session: Session, given: Callable[[int, int], dict[str, Array]], t
 
 @dataclass
 class _Step:
-    """One shard: its runs, the layer whose experts follow, and where the residual stream is then."""
+    """One shard: its runs, the residual stream behind it, and the layer whose experts follow."""
 
     runs: list[Bound]
     layer: int | None
@@ -182,7 +183,7 @@ class TrunkPass:
             step.runs = bind_rows(session, given, total, min(total, rows))
             self._steps.append(step)
         cut = [step for step in self._steps if step.layer is not None]
-        for step, after in zip(cut, cut[1:], strict=False):
+        for step, after in pairwise(cut):
             step.following = after.layer
         self.h = self._steps[-1].h
 
@@ -224,9 +225,7 @@ class TrunkPass:
             self._kept = queries[max(0, total - cache.ring.rows) :] % cache.ring.rows
             self.angles.fill("sliding", queries, held, position - first)
         else:
-            self.angles.fill(
-                "sliding", queries, cache.ring.positions(), position % cache.ring.rows
-            )
+            self.angles.fill("sliding", queries, cache.ring.positions(), position % cache.ring.rows)
 
     def compute(self, cancel: Cancel | None) -> None:
         """Run with the inputs filled before. Rings of a long pass are written by `finish`."""
@@ -271,7 +270,7 @@ class TrunkPass:
 
 
 class MtpPass:
-    """One MTP block on n rows: every row leaves its key and value; `h` has their residual stream."""
+    """One MTP block on n rows: every row leaves its key and value, `h` has the residual stream."""
 
     def __init__(self, cache: OnnxCache, depth: int, session: Session, total: int) -> None:
         c = cache.config

@@ -94,10 +94,7 @@ def _same(together: Mapping[str, Array], alone: list[dict[str, Array]]) -> bool:
             first = _COLUMNS - 2 * VERIFY_ROWS
             found = values[:, :, first : first + len(alone)]
             want = np.concatenate(
-                [
-                    one[name][:, :, first + row : first + row + 1]
-                    for row, one in enumerate(alone)
-                ],
+                [one[name][:, :, first + row : first + row + 1] for row, one in enumerate(alone)],
                 axis=2,
             )
         else:
