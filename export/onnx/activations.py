@@ -28,8 +28,8 @@ from mimo_edge.onnx_io import HEAD, Kind, kind_of
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.runtimes.base import TokenIds, Weights
 from mimo_edge.runtimes.ggml.cache import EMPTY
-from mimo_edge.runtimes.onnx.library import cpu_session
 from mimo_edge.runtimes.onnx.npu_feed import NpuInputs, padded, rows_by_kind
+from mimo_edge.runtimes.onnx.plain import PlainSession
 from mimo_edge.runtimes.reference import rms_norm
 
 # Positions of one context, and how many contexts at most.
@@ -171,7 +171,7 @@ class _Meter:
         self._names = activations(model.graph)
         path = folder / f"{component.name}.onnx"
         onnx.save(with_outputs(model, self._names), path)
-        self._session = cpu_session(path)
+        self._session = PlainSession(path)
         path.unlink()
         self._ranges: dict[str, Range] = {}
         self._sample: Sample | None = None
@@ -185,7 +185,7 @@ class _Meter:
             part = {name: x[start:stop] for name, x in rows.items()}
             sample = Sample(start, part, _joined(keys, self._config, True), _joined(values, self._config, False))
             feed = sample.feed(self._config, self._component, self._shape)
-            found = self._session.run_named(feed)
+            found = self._session.run(feed)
             for name in self._names:
                 self._note(name, found[name] if name in found else feed[name], stop - start)
             for index in keys:

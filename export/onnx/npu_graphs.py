@@ -6,19 +6,20 @@ rows: which norm is the host's choice, and the NPU gets its largest matrix alone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
 from mimo_edge.export.onnx import layers
-from mimo_edge.export.onnx.graph import F32, Graph, Matrix, Source
+from mimo_edge.export.onnx.graph import F32, Dim, Graph, Matrix, Source
 from mimo_edge.export.onnx.layers import GraphForm
-from mimo_edge.export.onnx.linear import FloatLinear, Linear
+from mimo_edge.export.onnx.linear import BlockLinear, FloatLinear, Linear
 from mimo_edge.export.onnx.npu_linear import Int8Linear, LpbqLinear
 from mimo_edge.gguf_meta import expected_shapes
 from mimo_edge.npu_io import (
+    ANY_SHAPE,
     DECODE_TOKENS,
     PREFILL_TOKENS,
     VERIFY_TOKENS,
@@ -38,24 +39,14 @@ _BLOCKS = (BLOCK, 32)
 
 @dataclass(frozen=True)
 class Component:
-    """What runs on the NPU at once: a run of decoder layers, an MTP block, or the head. `kind` is
-    the attention whose cache length its graphs differ in, None when there is but one."""
+    """What runs on the NPU at once: a run of decoder layers, an MTP block, or the head. `layers`: its
+    decoder layers or MTP block, none for the head."""
 
     name: str
     layers: tuple[int, ...]
     shapes: tuple[Shape, ...]
     build: Callable[[Shape, layers.LinearOf], Graph]
-
-    @property
-    def narrowest(self) -> Shape:
-        """The shape with the fewest tokens and rows."""
-        return min(self.shapes)
-
-    @property
-    def widest(self) -> Shape:
-        """The shape with the most tokens, and of those the fewest rows: for calibration."""
-        most = max(shape.tokens for shape in self.shapes)
-        return min(shape for shape in self.shapes if shape.tokens == most)
+    """The graph of a shape; of ANY_SHAPE one that takes any number of tokens and rows."""
 
 
 def components(
@@ -107,11 +98,12 @@ def _head(config: MimoConfig, linear: layers.LinearOf, shape: Shape) -> Graph:
     """x [T, M], normed -> logits [T, V]."""
     g = Graph(HEAD)
     name = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
-    x = g.input("x", [shape.tokens, config.hidden_size])
+    tokens: Dim = shape.tokens or "T"
+    x = g.input("x", [tokens, config.hidden_size])
     matrix = Matrix((Source(name, config.vocab_size),), config.hidden_size)
-    logits = linear(name).emit(g, x, matrix, "head", shape.tokens)
+    logits = linear(name).emit(g, x, matrix, "head", tokens)
     g.node("Identity", [logits], "logits")
-    g.output("logits", [shape.tokens, config.vocab_size])
+    g.output("logits", [tokens, config.vocab_size])
     return g
 
 
@@ -120,9 +112,23 @@ def _shapes(tokens: Sequence[int], rows: Sequence[int]) -> tuple[Shape, ...]:
 
 
 def _form(shape: Shape, full: int, sliding: int) -> GraphForm:
+    if shape == ANY_SHAPE:
+        return GraphForm(cache="append")
     rows: dict[Kind, int] = {"full": full, "sliding": sliding}
     # Products of one input stay apart: together they would have to share a scale.
     return GraphForm(cache="append", tokens=shape.tokens, rows=rows, fuse=False)
+
+
+def cpu_linear_of(config: MimoConfig, precision: Precision) -> Callable[[str], Linear]:
+    """How the CPU stores what an NPU refused: in as many bits."""
+    if precision == "fp16":
+        return lambda _: FloatLinear()
+    return lambda name: BlockLinear(4 if _in_trunk(config, name) else 8)
+
+
+def _in_trunk(config: MimoConfig, name: str) -> bool:
+    parts = name.split(".")
+    return parts[0] == "blk" and int(parts[1]) < config.num_hidden_layers
 
 
 def linear_of(
@@ -141,18 +147,10 @@ def linear_of(
     shapes = expected_shapes(config)
 
     def find(name: str) -> Linear:
-        parts = name.split(".")
-        trunk = parts[0] == "blk" and int(parts[1]) < config.num_hidden_layers
         width = shapes[name][-1]
         block = next((b for b in _BLOCKS if width % b == 0), None)
-        if not trunk or block is None:
+        if block is None or not _in_trunk(config, name):
             return Int8Linear()
         return LpbqLinear(block, (importance or {}).get(name))
 
     return find
-
-
-def graphs(component: Component, linear: layers.LinearOf) -> Iterator[tuple[Shape, Graph]]:
-    """Every graph of a component; their weight files are equal."""
-    for shape in component.shapes:
-        yield shape, component.build(shape, linear)
