@@ -7,6 +7,12 @@ TORCH_STAMP := $(VENV)/.oracle
 # llama.cpp is compiled on first install; two jobs suit small machines.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
 export GGML_NO_BACKTRACE := 1
+# GCC compiles ggml's AMX code wrongly (see docs/decisions.md): stock llama.cpp would end with
+# SIGSEGV on such a CPU, so what we compare with is built without it.
+ifneq (,$(shell grep -sm1 -w amx_tile /proc/cpuinfo))
+export CFLAGS += -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+export CXXFLAGS += -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+endif
 
 SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
 

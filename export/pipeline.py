@@ -40,6 +40,7 @@ from mimo_edge.export.pieces import Chunk, Computed, compute
 from mimo_edge.export.staging import check_target, clear, disk_error, open_staging, staging_of, tidy
 from mimo_edge.heat import expert_names
 from mimo_edge.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
+from mimo_edge.onnx_io import FOLDER
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.quant.recipe import Recipe
 
@@ -333,6 +334,8 @@ def write_manifest(export: Export) -> None:
     order = [name for layout in export.gguf_layouts for name in layout.tensors]
     stacks = {plan.name for plan in export.mapping.tensors if plan.is_expert_stack}
     side = export.side_files
+    # The ONNX form last, as where it is added to a bundle.
+    files = sorted((*export.file_names, *side), key=lambda name: name.startswith(f"{FOLDER}/"))
     manifest = Manifest(
         tool_version=mimo_edge.__version__,
         source_name=export.name,
@@ -346,7 +349,7 @@ def write_manifest(export: Export) -> None:
         chat_template_file="chat_template.jinja" if "chat_template.jinja" in side else None,
         heat_file="experts.json" if "experts.json" in side else None,
         imatrix_file="imatrix.gguf" if "imatrix.gguf" in side else None,
-        files={n: export.files[n] for n in (*export.file_names, *side)},
+        files={n: export.files[n] for n in files},
         tensors={
             name: _tensor_entry(export, name, sums.get(name), name in stacks) for name in order
         },

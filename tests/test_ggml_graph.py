@@ -20,7 +20,7 @@ from mimo_edge.kv_cache import Rows
 from mimo_edge.quant.base import FORMATS
 from mimo_edge.runtimes.ggml import bindings as ggml
 from mimo_edge.runtimes.ggml import library
-from mimo_edge.runtimes.ggml.device import Device, Region
+from mimo_edge.runtimes.ggml.device import BufferType, Device, Region
 from mimo_edge.runtimes.ggml.graph import Context, Graph, Inputs, Tensor
 from mimo_edge.runtimes.ggml.library import TYPES
 from mimo_edge.runtimes.reference import attend, rms_norm, rotary_angles, rotate, silu
@@ -323,6 +323,19 @@ def test_a_full_context_raises(device: Device) -> None:
 def test_thread_counts_are_checked(threads: int) -> None:
     with pytest.raises(UsageError, match="threads"):
         Device(threads)
+
+
+@pytest.mark.parametrize(("name", "used"), [("AMX", False), ("CPU_REPACK", True)])
+def test_amx_memory_is_left_out(name: str, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights there would end the process at the first product: docs/decisions.md."""
+    plain = Device(1).plain
+    monkeypatch.setattr(ggml, "extra_buffer_types", lambda _b, _device: [plain.pointer])
+    monkeypatch.setattr(
+        Device, "_buffer_type", lambda _self, p: BufferType(p, name, plain.alignment)
+    )
+    device = Device(1)
+    best = device.best_buffer_type(ggml.TYPE_F32, (32, 4), routed=False)
+    assert (best is not device.plain) == used
 
 
 # --- running ---

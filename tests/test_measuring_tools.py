@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, get_args
 
 import cache_gains
 import growth
@@ -125,6 +125,8 @@ def test_wrong_contexts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 # --- heat and guesses ---------------------------------------------------------------------------
 
+GUESSES: tuple[cache_gains.Guess, ...] = get_args(cache_gains.Guess)
+
 
 def test_every_way_of_reading_gives_the_same_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -132,8 +134,7 @@ def test_every_way_of_reading_gives_the_same_answer(
     path = tmp_path / "m.gguf"
     write_model(path, tiny_config("MiMo-V2-Flash", 0))
     said = []
-    guesses: list[Literal["none", "last route", "router"]] = ["none", "last route", "router"]
-    for guess in guesses:
+    for guess in GUESSES:
         way = cache_gains.Way(guess, guess=guess)
         runtime, experts = cache_gains.opened(path, 6, way, 1)
         with runtime:
@@ -142,13 +143,11 @@ def test_every_way_of_reading_gives_the_same_answer(
             assert found.tokens == 7
             assert 0 < found.answer[0] < found.answer[1] == 7 * 3 * 2  # layers, chosen
             assert found.nbytes > 0
-    assert said[0] == said[1] == said[2]
+    assert said == [said[0]] * len(GUESSES)
     arguments = [str(path), "--slots", "6", "--tokens", "4", "--answers", "1"]
     assert cache_gains.main([*arguments, "--part", "prefetch"]) == 0
     table = capsys.readouterr().out
-    assert [table.count(f"| 6 | {guess} |") for guess in ("none", "last route", "router")] == [
-        1
-    ] * 3
+    assert [table.count(f"| 6 | {guess} |") for guess in GUESSES] == [1] * len(GUESSES)
 
 
 # --- growth -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from simulate_policies import export_nano, nano_session
@@ -49,6 +49,9 @@ CONTEXT = 1024
 PROMPT_TOKENS = 64
 
 
+Guess = Literal["none", "last route", "router", "measured"]
+
+
 @dataclass(frozen=True)
 class Way:
     """How a model is opened."""
@@ -56,7 +59,7 @@ class Way:
     title: str
     heat: bool = True
     warm: bool = True
-    guess: Literal["none", "last route", "router"] = "router"
+    guess: Guess = "measured"
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,10 @@ class Guessing(CachedExperts):
         self._way = way
         self._last: dict[int, Ids] = {}  # experts of the last pass by layer
 
-    def guesses(self) -> bool:
-        """Whether the router's guess is wanted."""
-        return self._way.guess == "router" and super().guesses()
+    def guesses(self, rows: int) -> bool:
+        """Whether the router is asked: always, or when the measured time says so."""
+        measured = self._way.guess == "measured" and super().guesses(rows)
+        return measured or self._way.guess == "router"
 
     def groups(self, layer: int, experts: Ids, counts: Ids) -> Generator[ExpertGroup, None, None]:
         """As always; with "last route" the experts the next layer used in the last pass are read
@@ -196,7 +200,7 @@ def prefetch_table(args: argparse.Namespace, path: Path, numbers: Sequence[int])
     for slots in args.slots:
         if not deadline.allows(f"{slots} slots"):
             continue
-        ways = [Way(g, guess=g) for g in ("none", "last route", "router")]
+        ways = [Way(g, guess=g) for g in get_args(Guess)]
         models = [opened(path, slots, way, args.threads) for way in ways]
         results: list[list[Found]] = [[] for _ in ways]
         try:

@@ -25,7 +25,7 @@ def export(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint folder, Hub id (owner/name), mimo-nano, or a bundle (for --format both)."
+            help="Checkpoint folder, Hub id (owner/name), mimo-nano; with --format both a bundle."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Bundle folder to make.")],

@@ -23,6 +23,11 @@ from mimo_edge.runtimes.ggml.bindings import Bindings, bindings
 PAGE = mmap.PAGESIZE
 
 
+# GCC's _tile_loadconfig names 8 of the 64 bytes it reads, so the optimiser drops the stores of
+# ggml's tile shapes and the first product on AMX ends the process (seen with GCC 12).
+_UNSAFE_BUFFER_TYPES = frozenset({"AMX"})
+
+
 @dataclass(frozen=True)
 class BufferType:
     """A kind of memory for weights: plain, or one that stores them in another order."""
@@ -47,9 +52,8 @@ class Device:
         self._device = self.ggml.ggml_backend_get_device(self._backend)
         self.ggml.ggml_backend_cpu_set_n_threads(self._backend, threads)
         self.plain = self._buffer_type(self.ggml.ggml_backend_cpu_buffer_type())
-        self._extra = [
-            self._buffer_type(p) for p in ggml.extra_buffer_types(self.ggml, self._device)
-        ]
+        extra = map(self._buffer_type, ggml.extra_buffer_types(self.ggml, self._device))
+        self._extra = [kind for kind in extra if kind.name not in _UNSAFE_BUFFER_TYPES]
         self._scratch = self._made(self.ggml.ggml_gallocr_new(self.plain.pointer), "an allocator")
         self._flag_function, self._libc = ggml.flag_function()
         self.cancel: Cancel | None = None

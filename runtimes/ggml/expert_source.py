@@ -158,9 +158,13 @@ class CachedExperts:
         finally:
             stream.close()
 
-    def guesses(self) -> bool:
-        """See `ExpertSource.guesses`: not while too few come true, or everything is there."""
-        return not self.cache.holds_everything and self._record.worth()
+    def guesses(self, rows: int) -> bool:
+        """See `ExpertSource.guesses`: not while it does not pay, or everything is there."""
+        return not self.cache.holds_everything and self._record.worth(rows)
+
+    def passed(self, rows: int, guessed: bool, seconds: float) -> None:
+        """See `ExpertSource.passed`."""
+        self._record.timed(rows, guessed, seconds)
 
     def expect(self, layer: int, experts: Ids | None) -> None:
         """See `ExpertSource.expect`."""

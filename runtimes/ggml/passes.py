@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -322,8 +323,18 @@ class TrunkPass:
 
     def compute(self) -> None:
         """Run with the inputs filled before."""
+        source, rows = self._source, self.shape.tokens
+        if source is None or not self._guesses:
+            self._compute(guess=False)
+            return
+        guess = source.guesses(rows)
+        began = perf_counter()
+        self._compute(guess)
+        source.passed(rows, guess, perf_counter() - began)
+
+    def _compute(self, guess: bool) -> None:
         cut = [segment for segment in self._segments if segment.layer is not None]
-        if cut:
+        if cut and guess:
             self._expect_guessed(cut[0])
         for segment in self._segments:
             segment.graph.compute()
@@ -338,7 +349,7 @@ class TrunkPass:
                 if self._routes is not None:
                     self._routes(segment.layer, ids[segment.few :])
                 cut = cut[1:]
-                meanwhile = partial(self._expect_guessed, cut[0]) if cut else None
+                meanwhile = partial(self._expect_guessed, cut[0]) if cut and guess else None
                 if cut:
                     self._expect_nearly_all(cut[0])
                 self._slot_experts.run(segment.layer, ids, segment.few, meanwhile)
@@ -347,7 +358,7 @@ class TrunkPass:
         """Guess what the next cut layer will want, and let the source know."""
         assert segment.layer is not None
         guess = self._guesses.get(segment.layer)
-        if guess is not None and self._source is not None and self._source.guesses():
+        if guess is not None and self._source is not None:
             self._source.expect(segment.layer, guess.run())
 
     def _expect_nearly_all(self, segment: _Segment) -> None:

@@ -97,8 +97,13 @@ class ExpertSource(Protocol):
         """
         ...
 
-    def guesses(self) -> bool:
-        """Whether guesses of what a layer will choose are of use now."""
+    def guesses(self, rows: int) -> bool:
+        """Whether guesses of what layers will choose are of use in the pass of `rows` tokens that
+        begins. Asked once per pass that could guess."""
+        ...
+
+    def passed(self, rows: int, guessed: bool, seconds: float) -> None:
+        """A pass of `rows` tokens that could guess took so long, with guesses or without."""
         ...
 
     def expect(self, layer: int, experts: Ids | None) -> None:

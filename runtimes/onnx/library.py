@@ -5,7 +5,6 @@ The only module that knows onnxruntime. Arrays are NumPy's own memory: nothing i
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ _TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(int64)": np.dtype(np.int64),
 }
-_pool_lock = threading.Lock()
-_pool_threads: int | None = None  # of the process-wide pool, once it is made
 
 
 def onnxruntime() -> Any:
@@ -62,15 +59,22 @@ class Session:
         # pass once per session; shapes differ from pass to pass, so patterns are of no use either.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
-        options.log_severity_level = 3
-        _share_threads(ort, options, threads)
+        options.log_severity_level = 4  # errors are raised
+        # Not the process-wide pool of threads: it would be forced on every other session of the
+        # application.
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Threads that wait while others compute (another graph's, ggml's) must not take a core.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                str(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,
             )
         except Exception as error:  # ONNX Runtime raises classes of its own, without a base
             raise BundleError(f"{path}: {_first_line(error)}", "export the model again") from error
-        self._session.disable_fallback()
         self.inputs = tuple(self._io(found) for found in self._session.get_inputs())
         self.outputs = tuple(self._io(found) for found in self._session.get_outputs())
 
@@ -125,24 +129,10 @@ class Bound:
             raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
 
 
-def _share_threads(ort: Any, options: Any, threads: int) -> None:
-    """All sessions of a process compute in one pool of threads, as large as the first runtime asked
-    for; those of another size get pools of their own."""
-    global _pool_threads
-    with _pool_lock:
-        if _pool_threads is None:
-            try:
-                ort.set_global_thread_pool_sizes(threads, 1)
-                _pool_threads = threads
-            except Exception:  # the host application made a pool before us
-                _pool_threads = 0
-    if _pool_threads == threads:
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-
-
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+    """What ONNX Runtime says, without the places in its source that it says it from."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    words = [
+        word for word in lines[0].split() if "/onnxruntime_src/" not in word and "::" not in word
+    ]
+    return " ".join(words)[:300]
