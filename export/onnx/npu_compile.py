@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from mimo_edge.npu_io import (
     DECODE_TOKENS,
     VERIFY_TOKENS,
     NpuComponent,
-    NpuVariant,
     Shape,
 )
 from mimo_edge.onnx_io import DATA_NAME, MODEL_NAME, shards
@@ -49,7 +48,6 @@ from mimo_edge.runtimes.onnx.qnn_targets import Target
 _log = logging.getLogger(__name__)
 
 _JOBS = "mimo_edge.runtimes.onnx.npu_jobs"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -100,22 +98,6 @@ class Compiler:
     def close(self) -> None:
         """End the process. Twice is harmless."""
         self._worker.close()
-
-    def variant(self, progress: Progress | None = None) -> NpuVariant:
-        """Compile every component. Raises ProviderError when not a single one can be."""
-        parts = self._plan.components()
-        made: list[NpuComponent] = []
-        for number, component in enumerate(parts):
-            if progress is not None:
-                progress(f"compile {self._target.name}", number, len(parts))
-            made += self.component(component)
-        if all(part.precision == "cpu" for part in made):
-            raise ProviderError(
-                f"{self._target.name} takes no part of this model: {made[0].reason}",
-                "choose another NPU, or leave --npu out",
-            )
-        t = self._target
-        return NpuVariant(t.name, t.arch, t.soc_model, self._plan.buckets, tuple(made))
 
     def component(self, component: Component) -> list[NpuComponent]:
         """Compile one, with less where it is refused; the parts it became, in order."""

@@ -23,15 +23,16 @@ from mimo_edge.errors import MimoEdgeError, ProviderError, UsageError
 
 TIMEOUT_S = 1800.0
 _TAIL_BYTES = 4096
-_OURS = "mimo_edge."
 
 
 class Worker:
     """Runs functions in a child process that is started when first needed. A context manager;
     `close` ends the child. Not thread-safe."""
 
-    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, timeout_s: float = TIMEOUT_S, package: str = "mimo_edge") -> None:
+        """`package`: where functions may come from."""
         self._timeout_s = timeout_s
+        self._package = package
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection[Any, Any] | None = None
         self._log: IO[bytes] | None = None
@@ -43,7 +44,7 @@ class Worker:
         self.close()
 
     def call(self, function: str, /, **arguments: Any) -> Any:
-        """`function` is "module:name" within this package; arguments and result are pickled.
+        """`function` is "module:name" within the package; arguments and result are pickled.
 
         A typed error raised there is raised here. Raises ProviderError when the child dies or
         takes longer than the timeout, BackendError for other exceptions, with the traceback.
@@ -76,7 +77,7 @@ class Worker:
         self._log = tempfile.TemporaryFile(prefix="mimo-edge-npu-")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-m", __name__, str(theirs.fileno()), self._package],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -125,7 +126,7 @@ class Worker:
         self._pipe = self._process = self._log = None
 
 
-def _serve(pipe: Connection[Any, Any]) -> None:
+def _serve(pipe: Connection[Any, Any], package: str) -> None:
     """Answer calls until the parent closes its end or is gone."""
     while True:
         try:
@@ -133,7 +134,7 @@ def _serve(pipe: Connection[Any, Any]) -> None:
         except EOFError:
             return
         try:
-            answer: tuple[Any, ...] = ("done", _resolve(function)(**arguments))
+            answer: tuple[Any, ...] = ("done", _resolve(function, package)(**arguments))
         except MimoEdgeError as error:
             answer = ("error", type(error).__name__, error.message, error.hint)
         except Exception:
@@ -141,18 +142,18 @@ def _serve(pipe: Connection[Any, Any]) -> None:
         pipe.send(answer)
 
 
-def _resolve(function: str) -> Any:
+def _resolve(function: str, package: str) -> Any:
     module, found, name = function.partition(":")
-    if not found or not module.startswith(_OURS):
-        raise UsageError(f"{function!r} is not a function of this package")
+    if not found or module.split(".")[0] != package:
+        raise UsageError(f"{function!r} is not a function of {package}")
     return getattr(importlib.import_module(module), name)
 
 
 def main() -> None:
-    """The child: `python -m mimo_edge.runtimes.onnx.isolated FD`."""
+    """The child: `python -m mimo_edge.runtimes.onnx.isolated FD PACKAGE`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends us
     with Connection(int(sys.argv[1])) as pipe:
-        _serve(pipe)
+        _serve(pipe, sys.argv[2])
 
 
 if __name__ == "__main__":
