@@ -52,14 +52,15 @@ class NpuComponent:
 
     `precision` is what it was compiled as, "cpu" when the NPU refuses it; `reason` says why it is
     not what was asked for. `files` are the compiled graph and its binary, by shape, in
-    NAME/VARIANT; with `exact`, single tokens have the bits they have in a verify."""
+    NAME/VARIANT. `single`: tokens of the graph in which a single token has the bits it has in a
+    verify; 0 when there is none, and a verify has to run row by row."""
 
     name: str
     layers: tuple[int, ...]
     precision: Compiled
     files: Mapping[Shape, tuple[str, ...]]
     reason: str = ""
-    exact: bool = True
+    single: int = DECODE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ class NpuVariant:
         return f"qnn-{self.target}"
 
     @property
-    def exact(self) -> bool:
-        """Whether single tokens may run in the graphs of one token when answers are drafted."""
-        return all(component.exact for component in self.components)
+    def single(self) -> int:
+        """Tokens of the graphs that single tokens run in; 0: those of one, and verifies too."""
+        kinds = {component.single for component in self.components}
+        return 0 if 0 in kinds else max(kinds)
 
 
 def write_index(variants: Mapping[str, NpuVariant]) -> bytes:
@@ -97,7 +99,7 @@ def write_index(variants: Mapping[str, NpuVariant]) -> bytes:
                     "layers": list(c.layers),
                     "precision": c.precision,
                     "reason": c.reason,
-                    "exact": c.exact,
+                    "single": c.single,
                     "files": [
                         {"tokens": s.tokens, "rows": s.rows, "names": list(names)}
                         for s, names in sorted(c.files.items())
@@ -134,7 +136,7 @@ def _variant(raw: Any) -> NpuVariant:
         layers = tuple(int(layer) for layer in c["layers"])
         parts.append(
             NpuComponent(
-                _plain(c["name"]), layers, c["precision"], files, str(c["reason"]), bool(c["exact"])
+                _plain(c["name"]), layers, c["precision"], files, str(c["reason"]), int(c["single"])
             )
         )
     buckets_ = tuple(int(rows) for rows in raw["buckets"])

@@ -217,7 +217,7 @@ def _install(
             for name in names:
                 _list(export, job, staging / "made" / place / name, f"{place}/{name}")
     _write(export, job, INDEX_NAME, write_index(variants))
-    _write(export, job, NORMS_NAME, _norms(job.weights))
+    _write(export, job, NORMS_NAME, head_norms(job.weights))
     manifest = folder / f"{PACKAGE_MANIFEST}{_PART}"
     manifest.write_bytes(with_npu_variants(manifest.read_bytes(), variants))
     export.files[f"{FOLDER}/{PACKAGE_MANIFEST}"] = _entry(manifest)
@@ -242,7 +242,8 @@ def with_npu_variants(manifest: bytes, variants: dict[str, NpuVariant]) -> bytes
     return (json.dumps(raw, indent=1) + "\n").encode()
 
 
-def _norms(weights: Weights) -> bytes:
+def head_norms(weights: Weights) -> bytes:
+    """The final norms f32 [1 + MTP blocks, M], the model's first."""
     config = weights.config
     names = ["output_norm.weight"]
     blocks = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers)

@@ -80,7 +80,7 @@ class Compiler:
         plan: NpuPlan,
         target: Target,
         reader: RowReader,
-        activations: Activations,
+        activations: Activations | None,
         folder: Path,
         work: Path,
     ) -> None:
@@ -113,9 +113,10 @@ class Compiler:
             if len(component.layers) > 1:
                 return [part for half in self._halves(component) for part in self.component(half)]
         _log.warning("%s runs on the CPU: %s", component.name, reasons[-1])
-        return [self._on_cpu(component, "; ".join(reasons))]
+        return [self.on_cpu(component, "; ".join(reasons))]
 
-    def _on_cpu(self, component: Component, reason: str) -> NpuComponent:
+    def on_cpu(self, component: Component, reason: str) -> NpuComponent:
+        """A component the NPU refuses, written for the CPU: one graph for any shape."""
         place = self._folder / component.name / self._target.variant
         place.mkdir(parents=True, exist_ok=True)
         graph = component.build(ANY_SHAPE, cpu_linear_of(self._plan.config, self._plan.precision))
@@ -151,13 +152,13 @@ class Compiler:
                 )
                 for shape, source in graphs.items()
             }
-            exact = self._check(component, precision, graphs, place)
+            single = self._check(component, precision, graphs, place)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        return NpuComponent(component.name, component.layers, precision, files, "", exact)
+        return NpuComponent(component.name, component.layers, precision, files, "", single)
 
     def _sources(
         self, component: Component, precision: Precision, work: Path
@@ -204,8 +205,8 @@ class Compiler:
 
     def _check(
         self, component: Component, precision: Precision, graphs: Mapping[Shape, Path], place: Path
-    ) -> bool:
-        """Run every graph and compare; whether single tokens have the bits of a verify's rows."""
+    ) -> int:
+        """Run every graph and compare; see NpuComponent.single for what comes back."""
         config, sample = self._plan.config, self._sample(component)
         found: dict[Shape, Arrays] = {}
         for shape, source in graphs.items():
@@ -215,22 +216,25 @@ class Compiler:
             rows = min(shape.tokens, len(next(iter(sample.rows.values()))))
             what = f"{component.name} in {precision}, {shape.label}"
             check(found[shape], expected, rows, config.n_routed_experts, what)
-        return all(
-            self._same_rows(component, sample, shape, found[shape], place)
-            for shape in graphs
-            if shape.tokens == VERIFY_TOKENS and component.layers
-            and component.layers[-1] < config.num_hidden_layers
-        )
+        verifies = [shape for shape in graphs if shape.tokens == VERIFY_TOKENS]
+        for tokens in (DECODE_TOKENS, VERIFY_TOKENS):
+            singles = [Shape(tokens, shape.rows) for shape in verifies]
+            if all(
+                single in graphs and self._same_rows(component, sample, single, found[verify], place)
+                for single, verify in zip(singles, verifies, strict=True)
+            ):
+                return tokens
+        return 0
 
     def _same_rows(
-        self, component: Component, sample: Sample, verify: Shape, found: Arrays, place: Path
+        self, component: Component, sample: Sample, shape: Shape, found: Arrays, place: Path
     ) -> bool:
-        """Whether rows one by one, each seeing the ones before in the cache, give the same bits."""
-        config, shape = self._plan.config, Shape(DECODE_TOKENS, verify.rows)
-        feeds = []
-        for row in range(VERIFY_TOKENS):
-            one = _row(sample, row, found)
-            feeds.append(one.feed(config, component, shape))
+        """Whether the rows of a verify, one by one in the graph of `shape`, each seeing the ones
+        before in the cache, have the same bits."""
+        feeds = [
+            _row(sample, row, found).feed(self._plan.config, component, shape)
+            for row in range(VERIFY_TOKENS)
+        ]
         return all(
             _row_of(name, found[name], row).tobytes() == _row_of(name, x, 0).tobytes()
             for row, alone in enumerate(self._run(place, shape, feeds))

@@ -120,7 +120,7 @@ class NpuBackend(OnnxBackend):
         self.package.try_all()
 
     def _try_rows(self) -> list[int]:
-        return []  # the exporter tried: variant.exact
+        return []  # the exporter tried: NpuVariant.single
 
     def provider_stats(self) -> dict[str, object]:
         """JSON-ready: what runs on the NPU and what does not."""
@@ -137,7 +137,7 @@ class NpuBackend(OnnxBackend):
         """Tokens of the next pass."""
         if not exact:
             return min(left, PREFILL_TOKENS)
-        if not self.package.variant.exact:
+        if not self.package.variant.single:
             return 1  # rows of a verify have the bits of single tokens only one by one
         # Each row attends to as many columns as it would alone.
         rows = next(n for n in self.package.variant.buckets if n >= position)
@@ -240,10 +240,11 @@ class NpuBackend(OnnxBackend):
 
     # --- parts of a pass ---
 
-    @staticmethod
-    def _tokens(total: int) -> int:
-        """Tokens of the smallest graph that holds `total`."""
-        return next(t for t in (DECODE_TOKENS, VERIFY_TOKENS, PREFILL_TOKENS) if t >= total)
+    def _tokens(self, total: int) -> int:
+        """Tokens of the smallest graph that holds `total`; a single token runs where it has the bits
+        it has in a verify."""
+        least = max(total, self.package.variant.single)
+        return next(t for t in (DECODE_TOKENS, VERIFY_TOKENS, PREFILL_TOKENS) if t >= least)
 
     def _filled(
         self,

@@ -52,7 +52,8 @@ class NpuInputs:
             visible = behind >= 0
             if spec.window is not None:
                 visible &= behind < spec.window
-            visible[:, :rows] &= held[kind] < position  # what a rollback left behind is void
+            # Slots that hold nothing have negative positions; what a rollback left behind is void.
+            visible[:, :rows] &= (held[kind] >= 0) & (held[kind] < position)
             np.copyto(mask[:count, : rows + count], 0, where=visible)
             padding = np.arange(count, self._tokens)
             mask[padding, rows + padding] = 0
