@@ -24,6 +24,7 @@ from mimo_edge.kv_format import KV_FORMATS
 from mimo_edge.quant.base import FORMATS
 from mimo_edge.quant.recipe import recipe_names
 from mimo_edge.speculative import MAX_DRAFT, DraftSetting
+from mimo_edge.text_file import path_exists, read_whole
 
 SCHEMA = 1
 AUTO = "auto"
@@ -556,14 +557,9 @@ def _read(name: str) -> str:
             f"there is no profile {name!r}",
             f"known: {AUTO}, {', '.join(profile_names())}; or a file that ends in .toml",
         )
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise ConfigError(f"profile {path} is larger than {_MAX_FILE_BYTES} bytes")
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read the profile {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"profile {path} is not UTF-8") from error
+    if not path_exists(path):
+        raise UsageError(f"cannot read the profile {path}: there is no such file")
+    return read_whole(path, _MAX_FILE_BYTES, ConfigError)
 
 
 def _quoted(text: str) -> str:

@@ -20,6 +20,7 @@ from mimo_edge.gguf_meta import check_experts, check_tensors, read_config
 from mimo_edge.gguf_weights import GgufWeights
 from mimo_edge.heat import Heat
 from mimo_edge.manifest import MANIFEST_NAME, FileEntry, Manifest
+from mimo_edge.text_file import read_whole
 
 __all__ = ["Bundle", "ExpertRecord", "Heat", "VerifyReport"]
 
@@ -157,14 +158,7 @@ class Bundle:
         if path is None:
             value = self.metadata.get("tokenizer.chat_template")
             return value if isinstance(value, str) else None
-        try:
-            if path.stat().st_size > _MAX_TEXT_BYTES:
-                raise BundleError(f"{path} has {path.stat().st_size} bytes, too many")
-            return path.read_text("utf-8")
-        except OSError as error:
-            raise BundleError(f"cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise BundleError(f"{path} is not UTF-8 ({error.reason})") from error
+        return read_whole(path, _MAX_TEXT_BYTES, BundleError)
 
     @cached_property
     def heat(self) -> Heat | None:

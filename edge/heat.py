@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.errors import BundleError
+from mimo_edge.text_file import read_json
 
 SCHEMA = 1
 _MAX_BYTES = 64 << 20
@@ -82,10 +83,8 @@ class Heat:
     @classmethod
     def read(cls, path: Path) -> Heat:
         """Read `experts.json`. Raises BundleError on anything malformed."""
+        raw = read_json(path, _MAX_BYTES, BundleError)
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise BundleError(f"{path} has {path.stat().st_size} bytes, too many for heat")
-            raw: Any = json.loads(path.read_bytes())
             if raw["schema"] != SCHEMA:
                 raise BundleError(
                     f"{path} has schema {raw['schema']!r}, this version reads {SCHEMA}"
@@ -95,8 +94,6 @@ class Heat:
                 counts[int(key)] = _numbers(layer["counts"], np.int64)
                 mass[int(key)] = _numbers(layer["mass"], np.float64)
             return cls(int(raw["tokens"]), counts, mass, str(raw["source"]))
-        except OSError as error:
-            raise BundleError(f"cannot read {path}: {error.strerror}") from error
         except BundleError:
             raise
         except (

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BundleError, ConfigError
+from mimo_edge.onnx_io import FOLDER
+from mimo_edge.text_file import read_json
 
 MANIFEST_NAME = "mimo-edge.json"
 SCHEMA = 1
@@ -142,15 +144,7 @@ class Manifest:
                 f"{folder} is not a bundle: it has no {MANIFEST_NAME}",
                 "an export that was cut short leaves none: run it again",
             )
-        try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise BundleError(f"{path} has {path.stat().st_size} bytes, too many")
-            raw = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
-        except OSError as error:
-            raise BundleError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{path} is not valid JSON: {error}") from error
-        return cls.from_json(raw, path)
+        return cls.from_json(read_json(path, _MAX_BYTES, BundleError, _no_duplicates), path)
 
     @classmethod
     def from_json(cls, raw: Any, where: object) -> Manifest:
@@ -228,10 +222,12 @@ def plain_name(value: Any) -> str:
 
 
 def inner_name(value: Any) -> str:
-    """The name of a file in the bundle's folder or below it, parts joined by "/". Raises
-    BundleError on anything that could leave the folder."""
-    if not isinstance(value, str) or value.count("/") > _MOST_FOLDERS:
-        raise BundleError(f"{value!r} is not the name of a file of the bundle")
+    """The name of a file in the bundle's folder, or below its `onnx` folder with parts joined by
+    "/". Raises BundleError on anything that could leave the folder."""
+    if not isinstance(value, str) or not value.startswith(f"{FOLDER}/"):
+        return plain_name(value)
+    if value.count("/") > _MOST_FOLDERS:
+        raise BundleError(f"{value!r} is not a plain file name in a folder of the bundle")
     for part in value.split("/"):
         plain_name(part)
     return value

@@ -10,13 +10,13 @@ _set_vocab_sentencepiece.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mimo_edge.errors import TokenizerError
 from mimo_edge.gguf_meta import Value, boolean, f32s, i32s, text, texts, u32
+from mimo_edge.text_file import read_json, read_whole
 from mimo_edge.tokenizer import _read_sentencepiece as read_sentencepiece
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -162,7 +162,7 @@ def _sentencepiece(path: Path, vocab_size: int) -> dict[str, Value]:
 def read_chat_template(files: Mapping[str, Path], template: Path | None) -> str | None:
     """The chat template's text: its own file, or the key of tokenizer_config.json."""
     if template is not None and template.suffix == ".jinja":
-        return _read_text(template)
+        return read_whole(template, _MAX_BYTES, TokenizerError)
     path = template or files.get("tokenizer_config.json")
     if path is None:
         return None
@@ -182,19 +182,5 @@ def read_chat_template(files: Mapping[str, Path], template: Path | None) -> str 
     return value
 
 
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise TokenizerError(f"{path} has {path.stat().st_size} bytes, too many")
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise TokenizerError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path} is not UTF-8 ({error.reason})") from error
-
-
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
+    return read_json(path, _MAX_BYTES, TokenizerError)

@@ -126,7 +126,7 @@ def test_the_append_form_computes_what_the_in_place_form_does(tmp_path: Path) ->
     found = {}
     weights: dict[str, NDArray[Any]] = {}
     for cache in ("append", "in_place"):
-        form = GraphForm(cache, fuse=cache == "in_place")  # type: ignore[arg-type]
+        form = GraphForm(cache, fuse=cache == "in_place")
         graph = decoder_layers(config, (0, 1), lambda name: FloatLinear(), form)
         folder = tmp_path / cache
         folder.mkdir()
@@ -424,7 +424,7 @@ def test_what_a_bundle_cannot_change(tmp_path: Path) -> None:
         {"permute_by_heat": True},
     ):
         with pytest.raises(UsageError, match="is a bundle"):
-            export_bundle(given, tmp_path / "out", formats=("both",), **options)  # type: ignore[arg-type]
+            export_bundle(given, tmp_path / "out", formats=("both",), **options)
     for formats in (("gguf",), ("onnx",)):
         with pytest.raises(UsageError, match="use --format both"):
             export_bundle(given, tmp_path / "out", formats=formats)
@@ -592,7 +592,9 @@ def test_manifests_that_lie(tmp_path: Path, change: Any, message: str) -> None:
         Runtime.open(path, backend="onnx")
 
 
-@pytest.mark.parametrize("name", ["/x", "../x", "a/../x", "a//b", "a/b/c/d/e/f", "a\\b", "a/"])
+@pytest.mark.parametrize(
+    "name", ["/x", "a/b", "../x", "onnx/../x", "onnx//b", "onnx/b/c/d/e/f", "onnx\\b", "onnx/"]
+)
 def test_file_names_that_leave_the_bundle(tmp_path: Path, name: str) -> None:
     path, _ = make_bundle(tmp_path)
     raw = json.loads((path / "mimo-edge.json").read_text())

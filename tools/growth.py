@@ -40,7 +40,7 @@ from mimo_edge.units import format_bytes
 EXPERTS = (16, 32, 64, 128)
 SHARES = ((1, 8), (1, 4), (1, 2), (3, 4), (1, 1))
 DRAFTS = (0, 1, 2, 3)
-LAYERS, VOCAB, DEPTH, WARMUP, CONTEXT = 4, 4096, 128, 16, 2048
+LAYERS, VOCAB, DEPTH, WARMUP, CONTEXT = 4, 4096, 128, 64, 2048
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mimo_edge.cli.interrupts import Interrupts, cancelled_by_interrupts
 from mimo_edge.cli.options import BackendName, Draft, Ep, KvType, Pin, Profile, Ram, Threads
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import MimoEdgeError, UsageError
+from mimo_edge.text_file import read_json
 
 if TYPE_CHECKING:
     from mimo_edge.api import Piece, Reply, Runtime, Session
@@ -296,16 +297,7 @@ def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
 
 
 def _read_tools(path: Path) -> list[Any]:
-    import json
-
-    try:
-        if path.stat().st_size > _MAX_TOOLS_BYTES:
-            raise UsageError(f"{path} is larger than {_MAX_TOOLS_BYTES} bytes")
-        tools = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON in UTF-8: {error}") from error
+    tools = read_json(path, _MAX_TOOLS_BYTES, UsageError)
     if not isinstance(tools, list):
         raise UsageError(f"{path} holds a {type(tools).__name__}, not a list of tools")
     return tools

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from mimo_edge.inventory import BUILT_IN
 from mimo_edge.known_models import KNOWN_MODELS, known_model
 from mimo_edge.manifest import MANIFEST_NAME
 from mimo_edge.quant.recipe import Recipe
+from mimo_edge.text_file import read_json
 
 # Tokenizer, chat template and manifest of a bundle, per token of the vocabulary: the 152,576
 # tokens of MiMo-V2 take 11 MB as tokenizer.json and about as much again in the GGUF header.
@@ -143,14 +143,7 @@ def _of_checkpoint(
 
 
 def _of_config(path: Path, profile: DeviceProfile, recipe: str | None) -> PlannedModel:
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes")
-        raw = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON in UTF-8: {error}") from error
+    raw = read_json(path, _MAX_CONFIG_BYTES, ConfigError)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}, not an object")
     config = MimoConfig.from_hf(raw)
