@@ -339,8 +339,8 @@ def _mtp_spans(spans: list[Span], depth: int) -> tuple[list[Span], list[Span]]:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is an importance matrix rather than a text. Raises UsageError when it cannot be
-    read."""
+    """Whether a file is an importance matrix rather than a text. Raises UsageError when it cannot
+    be read."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"

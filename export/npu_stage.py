@@ -96,7 +96,8 @@ class NpuJob:
 
 
 def plan_npu(request: NpuRequest, weights: Weights, tokenizer: Encoder | None) -> NpuJob:
-    """Turn the calibration text into tokens. Raises UsageError when there is none to measure activations on."""
+    """Turn the calibration text into tokens. Raises UsageError when there is none to measure
+    activations on."""
     if request.text is None:
         if request.precision == "int4":
             raise UsageError(
@@ -204,9 +205,7 @@ def _compile(
     return NpuVariant(target.name, target.arch, target.soc_model, plan.buckets, tuple(made))
 
 
-def _install(
-    export: Export, job: NpuJob, staging: Path, variants: dict[str, NpuVariant]
-) -> None:
+def _install(export: Export, job: NpuJob, staging: Path, variants: dict[str, NpuVariant]) -> None:
     """Move what was compiled into the bundle, with the index, and list it for the manifest."""
     folder = export.folder / FOLDER
     for variant in variants.values():
@@ -293,9 +292,7 @@ def _read_note(path: Path) -> tuple[NpuComponent, ...] | None:
     return next(iter(variants.values())).components
 
 
-def _write_note(
-    path: Path, target: Target, plan: NpuPlan, made: tuple[NpuComponent, ...]
-) -> None:
+def _write_note(path: Path, target: Target, plan: NpuPlan, made: tuple[NpuComponent, ...]) -> None:
     variant = NpuVariant(target.name, target.arch, target.soc_model, plan.buckets, made)
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(write_index({variant.name: variant}))

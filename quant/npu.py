@@ -146,9 +146,7 @@ def _scale(largest: F32, steps: int) -> F32:
 
 def _check(weight: F32, form: str) -> None:
     if weight.ndim != 2 or weight.dtype != np.float32 or not weight.size:
-        raise QuantError(
-            f"{form} quantises f32 [out, in], got {weight.dtype} {list(weight.shape)}"
-        )
+        raise QuantError(f"{form} quantises f32 [out, in], got {weight.dtype} {list(weight.shape)}")
     finite = np.isfinite(weight)
     if not finite.all():
         row, col = (int(i) for i in np.argwhere(~finite)[0])

@@ -41,7 +41,9 @@ def weights_of(config: MimoConfig, seed: int = 0) -> DictWeights:
     return random_weights(config, seed)
 
 
-def sample_of(config: MimoConfig, component: Component, position: int = 11, rows: int = 8) -> Sample:
+def sample_of(
+    config: MimoConfig, component: Component, position: int = 11, rows: int = 8
+) -> Sample:
     """Random rows and caches for a component."""
     rng = np.random.default_rng(3)
 

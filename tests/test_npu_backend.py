@@ -1,5 +1,5 @@
-"""The NPU backend without an NPU: every component refused, so the same static passes, rings, masks and
-padding run on CPU graphs, and must give what the reference gives."""
+"""The NPU backend without an NPU: every component refused, so the same static passes, rings, masks
+and padding run on CPU graphs, and must give what the reference gives."""
 
 from __future__ import annotations
 
@@ -170,28 +170,26 @@ def test_a_verify_has_the_bits_of_single_tokens(flash: tuple[Path, DictWeights])
 
 
 def test_limits_are_errors(flash: tuple[Path, DictWeights], tmp_path: Path) -> None:
-    path, truth = flash
+    path, _ = flash
     with npu_backend(path) as backend:
         with pytest.raises(ContextLengthError, match="compiled for"):
             backend.new_cache(BUCKETS[-1] + 1)
         with pytest.raises(UsageError, match="verify 4"):
             backend.new_cache(64, verify_rows=5)
-    with pytest.raises(ProviderError, match="no graphs for v79, only for v73"):
-        with npu_backend(path, "v79"):
-            pass
+    refused = pytest.raises(ProviderError, match="no graphs for v79, only for v73")
+    with refused, npu_backend(path, "v79"):
+        pass
     bare, _ = make_bundle(tmp_path)
-    with pytest.raises(ProviderError, match="--npu"):
-        with npu_backend(bare):
-            pass
+    with pytest.raises(ProviderError, match="--npu"), npu_backend(bare):
+        pass
 
 
 def test_several_targets_must_be_told_apart(tmp_path: Path) -> None:
     path, truth = make_bundle(tmp_path)
     add_npu_form(path, truth, "v73")
     add_npu_form(path, truth, "sa8295")
-    with pytest.raises(UsageError, match="sa8295, v73|v73, sa8295"):
-        with npu_backend(path):
-            pass
+    with pytest.raises(UsageError, match=r"sa8295, v73|v73, sa8295"), npu_backend(path):
+        pass
     with npu_backend(path, "sa8295") as backend:
         assert backend.provider_stats()["target"] == "sa8295"
 
@@ -209,9 +207,8 @@ def test_damaged_files_are_typed_errors(name: str, content: bytes, tmp_path: Pat
     path, truth = make_bundle(tmp_path)
     add_npu_form(path, truth)
     (path / FOLDER / name).write_bytes(content)
-    with pytest.raises(BundleError):
-        with npu_backend(path):
-            pass
+    with pytest.raises(BundleError), npu_backend(path):
+        pass
 
 
 def test_stats_say_what_runs_on_the_cpu_and_why(flash: tuple[Path, DictWeights]) -> None:

@@ -58,9 +58,9 @@ def test_what_a_library_prints_blocks_nothing(worker: Worker) -> None:
 
 def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    with Worker(timeout_s=1, package=JOBS) as worker:
-        with pytest.raises(ProviderError, match="longer than 1 s"):
-            worker.call(f"{JOBS}:sleep")
+    slow = pytest.raises(ProviderError, match="longer than 1 s")
+    with Worker(timeout_s=1, package=JOBS) as worker, slow:
+        worker.call(f"{JOBS}:sleep")
 
 
 def test_functions_of_others_are_refused(worker: Worker) -> None:

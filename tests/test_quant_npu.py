@@ -1,4 +1,4 @@
-"""LPBQ and int8 weights: the numbers against a scalar re-derivation, the meaning of the stored bytes
+"""LPBQ and int8 weights: the numbers against a scalar re-derivation, what the stored bytes mean
 against ONNX Runtime's DequantizeLinear."""
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def lpbq_scalar(w: F32, block: int) -> tuple[list[list[int]], list[list[int]], l
                 scale = min(16, max(1, scale))
                 step = f(scale) * channel
                 found = [int(min(7, max(-8, np.rint(v / step)))) for v in values]
-                error = sum((float(c) * float(step) - float(v)) ** 2
-                            for c, v in zip(found, values, strict=True))
+                error = sum(
+                    (float(c) * float(step) - float(v)) ** 2
+                    for c, v in zip(found, values, strict=True)
+                )
                 tried.append((error, scale, found))
             _, scale, found = min(tried, key=lambda t: (t[0], t[1]))
             row_scales.append(scale)
@@ -62,8 +64,11 @@ def dequantized_by_ort(made: Lpbq) -> F32:
         "w", TensorProto.INT4, (width, out), made.packed.tobytes(), raw=True
     )
     zero = helper.make_tensor(
-        "wz", TensorProto.INT4, made.block_scales.shape,
-        np.zeros((made.block_scales.size + 1) // 2, np.uint8).tobytes(), raw=True,
+        "wz",
+        TensorProto.INT4,
+        made.block_scales.shape,
+        np.zeros((made.block_scales.size + 1) // 2, np.uint8).tobytes(),
+        raw=True,
     )
     graph = helper.make_graph(
         [

@@ -97,8 +97,8 @@ def export(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Compile the dense part for Qualcomm NPUs too (extra npu): v68, v69, v73, v75, v79, "
-            "v81, or chips such as sa8295, sa8255, sm8750.",
+            help="Compile the dense part for Qualcomm NPUs too (extra npu): v68, v69, v73, v75, "
+            "v79, v81, or chips such as sa8295, sa8255, sm8750.",
         ),
     ] = None,
     npu_precision: Annotated[

@@ -21,7 +21,13 @@ from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.export.calibrate import Collector, Walker
 from mimo_edge.export.onnx.graph import F32, RowReader
 from mimo_edge.export.onnx.npu_graphs import Component, linear_of
-from mimo_edge.export.onnx.npu_model import activations, float_model, with_outputs, write_weights
+from mimo_edge.export.onnx.npu_model import (
+    CentredBias,
+    activations,
+    float_model,
+    with_outputs,
+    write_weights,
+)
 from mimo_edge.export.onnx.qdq import MARGIN, Range
 from mimo_edge.npu_io import MASKED, PREFILL_TOKENS, Shape, mtp_ring_rows, ring_rows
 from mimo_edge.onnx_io import HEAD, Kind, kind_of
@@ -166,7 +172,7 @@ class _Meter:
         self._shape = Shape(PREFILL_TOKENS, CONTEXT_TOKENS if full else 0)
         graph = component.build(self._shape, linear_of(config, "fp16"))
         folder.mkdir(parents=True, exist_ok=True)
-        write_weights(graph, reader, folder)
+        write_weights(graph, CentredBias(reader), folder)
         model = float_model(graph)
         self._names = activations(model.graph)
         path = folder / f"{component.name}.onnx"
@@ -183,7 +189,9 @@ class _Meter:
         values: dict[int, list[F32]] = {index: [] for index in self._component.layers}
         for start, stop in _steps(total):
             part = {name: x[start:stop] for name, x in rows.items()}
-            sample = Sample(start, part, _joined(keys, self._config, True), _joined(values, self._config, False))
+            sample = Sample(
+                start, part, _joined(keys, self._config, True), _joined(values, self._config, False)
+            )
             feed = sample.feed(self._config, self._component, self._shape)
             found = self._session.run(feed)
             for name in self._names:

@@ -77,9 +77,7 @@ def _chosen(ids: NDArray[Any], experts: int) -> NDArray[np.bool_]:
     return made
 
 
-def _by_expert(
-    ids: NDArray[Any], weights: NDArray[Any], experts: int
-) -> NDArray[np.float32]:
+def _by_expert(ids: NDArray[Any], weights: NDArray[Any], experts: int) -> NDArray[np.float32]:
     made = np.zeros((len(ids), experts), np.float32)
     np.put_along_axis(made, ids.astype(np.int64), weights, axis=1)
     return made

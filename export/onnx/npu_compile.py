@@ -1,8 +1,9 @@
 """Compiling a model for NPUs ahead of time: every component, for every target, checked by running
 it.
 
-What a target refuses is tried again with less: fewer layers at once, then fp16 instead of int4, then
-not at all: the CPU computes that part, which the index says with the reason, and `stats` repeats.
+What a target refuses is tried again with less: fewer layers at once, then fp16 instead of int4,
+then not at all: the CPU computes that part, which the index says with the reason, and `stats`
+repeats.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from mimo_edge.export.onnx.npu_graphs import (
     decoder_shard,
     linear_of,
 )
-from mimo_edge.export.onnx.npu_model import float_model, quantised_model, write_weights
+from mimo_edge.export.onnx.npu_model import (
+    CentredBias,
+    float_model,
+    quantised_model,
+    write_weights,
+)
 from mimo_edge.export.onnx.qdq import Range
 from mimo_edge.npu_io import (
     ANY_SHAPE,
@@ -86,14 +92,12 @@ class Compiler:
     ) -> None:
         self._plan = plan
         self._target = target
-        self._reader = reader
+        self._reader = CentredBias(reader)
         self._activations = activations
         self._folder = folder
         self._work = work
         self._worker = Worker()
-        self._layer_names = {
-            shard.layers[0]: shard.name for shard in shards(plan.config, 1)
-        }
+        self._layer_names = {shard.layers[0]: shard.name for shard in shards(plan.config, 1)}
 
     def close(self) -> None:
         """End the process. Twice is harmless."""
@@ -129,7 +133,9 @@ class Compiler:
         middle = len(component.layers) // 2
         halves = (component.layers[:middle], component.layers[middle:])
         return [
-            decoder_shard(self._plan.config, f"{component.name}{letter}", members, self._plan.buckets)
+            decoder_shard(
+                self._plan.config, f"{component.name}{letter}", members, self._plan.buckets
+            )
             for letter, members in zip("ab", halves, strict=True)
         ]
 
@@ -160,9 +166,7 @@ class Compiler:
             shutil.rmtree(work, ignore_errors=True)
         return NpuComponent(component.name, component.layers, precision, files, "", single)
 
-    def _sources(
-        self, component: Component, precision: Precision, work: Path
-    ) -> dict[Shape, Path]:
+    def _sources(self, component: Component, precision: Precision, work: Path) -> dict[Shape, Path]:
         linear = linear_of(self._plan.config, precision, self._activations.importance)
         ranges, made = self._ranges(component), {}
         weights: Path | None = None
@@ -195,7 +199,8 @@ class Compiler:
         # The input is the first layer's; outputs are the last one's, which came last.
         return made | {"h": self._activations.ranges[names[0]]["h"]} if len(names) > 1 else made
 
-    def _sample(self, component: Component) -> Sample:
+    def sample(self, component: Component) -> Sample:
+        """Rows the component met in calibration, and the caches before them."""
         samples = [self._activations.samples[name] for name in self._measured(component)]
         keys = {index: x for sample in samples for index, x in sample.keys.items()}
         values = {index: x for sample in samples for index, x in sample.values.items()}
@@ -207,7 +212,7 @@ class Compiler:
         self, component: Component, precision: Precision, graphs: Mapping[Shape, Path], place: Path
     ) -> int:
         """Run every graph and compare; see NpuComponent.single for what comes back."""
-        config, sample = self._plan.config, self._sample(component)
+        config, sample = self._plan.config, self.sample(component)
         found: dict[Shape, Arrays] = {}
         for shape, source in graphs.items():
             feed = sample.feed(config, component, shape)
@@ -220,7 +225,8 @@ class Compiler:
         for tokens in (DECODE_TOKENS, VERIFY_TOKENS):
             singles = [Shape(tokens, shape.rows) for shape in verifies]
             if all(
-                single in graphs and self._same_rows(component, sample, single, found[verify], place)
+                single in graphs
+                and self._same_rows(component, sample, single, found[verify], place)
                 for single, verify in zip(singles, verifies, strict=True)
             ):
                 return tokens
@@ -257,6 +263,7 @@ def _precisions(asked: Precision) -> tuple[Precision, ...]:
 
 def _row(sample: Sample, row: int, found: Arrays) -> Sample:
     """The sample of row `row` alone, the rows before it in the caches."""
+
     def grown(part: str, old: Mapping[int, F32]) -> dict[int, F32]:
         return {
             index: np.concatenate([x, found[f"{part}n_{index}"][:, :, :row]], axis=2)

@@ -1,4 +1,4 @@
-"""The graphs of a model for NPUs: static shapes, so one graph per number of tokens and cache length.
+"""The graphs of a model for NPUs: static shapes, so one per number of tokens and cache length.
 
 Components are those of the CPU form, cut at the same routers, except that the head takes normed
 rows: which norm is the host's choice, and the NPU gets its largest matrix alone.
@@ -39,8 +39,8 @@ _BLOCKS = (BLOCK, 32)
 
 @dataclass(frozen=True)
 class Component:
-    """What runs on the NPU at once: a run of decoder layers, an MTP block, or the head. `layers`: its
-    decoder layers or MTP block, none for the head."""
+    """What runs on the NPU at once: a run of decoder layers, an MTP block, or the head. `layers`:
+    its decoder layers or MTP block, none for the head."""
 
     name: str
     layers: tuple[int, ...]
@@ -61,7 +61,9 @@ def components(
         decoder_shard(config, shard.name, shard.layers, buckets)
         for shard in shards(config, layers_per_shard)
     ]
-    found.append(Component(HEAD, (), (Shape(VERIFY_TOKENS, 0),), lambda s, linear: _head(config, linear, s)))
+    found.append(
+        Component(HEAD, (), (Shape(VERIFY_TOKENS, 0),), lambda s, linear: _head(config, linear, s))
+    )
     for depth in range(config.num_mtp_layers):
         found.append(_mtp(config, depth, buckets))
     return tuple(found)

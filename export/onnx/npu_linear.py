@@ -45,9 +45,7 @@ class LpbqLinear:
             whole=True,
         )
         zeros = graph.zeros(f"{weight}_scale_zeros", TensorProto.UINT8, (out,))
-        step = graph.node(
-            "DequantizeLinear", [scales, channels, zeros], f"{weight}_step", axis=1
-        )
+        step = graph.node("DequantizeLinear", [scales, channels, zeros], f"{weight}_step", axis=1)
         zeros = graph.zeros(f"{weight}_zeros", TensorProto.INT4, (blocks, out))
         values = graph.node(
             "DequantizeLinear", [codes, step, zeros], f"{weight}_values",
@@ -88,9 +86,7 @@ class Int8Linear:
             whole=True,
         )
         zeros = graph.zeros(f"{weight}_zeros", TensorProto.INT8, (out,))
-        values = graph.node(
-            "DequantizeLinear", [codes, scales, zeros], f"{weight}_values", axis=1
-        )
+        values = graph.node("DequantizeLinear", [codes, scales, zeros], f"{weight}_values", axis=1)
         return graph.node("MatMul", [x, values], name)
 
     def pack(self, rows: F32, first: int) -> list[Chunk]:
@@ -98,4 +94,7 @@ class Int8Linear:
         assert first == 0
         made = quantize_int8(rows)
         scales = np.ascontiguousarray(made.scales, np.dtype("<f4"))
-        return [Chunk(0, 0, made.codes.view(np.uint8).reshape(-1)), Chunk(1, 0, scales.view(np.uint8))]
+        return [
+            Chunk(0, 0, made.codes.view(np.uint8).reshape(-1)),
+            Chunk(1, 0, scales.view(np.uint8)),
+        ]

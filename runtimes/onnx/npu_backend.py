@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -241,8 +242,8 @@ class NpuBackend(OnnxBackend):
     # --- parts of a pass ---
 
     def _tokens(self, total: int) -> int:
-        """Tokens of the smallest graph that holds `total`; a single token runs where it has the bits
-        it has in a verify."""
+        """Tokens of the smallest graph that holds `total`; a single token runs where it has the
+        bits it has in a verify."""
         least = max(total, self.package.variant.single)
         return next(t for t in (DECODE_TOKENS, VERIFY_TOKENS, PREFILL_TOKENS) if t >= least)
 
@@ -298,7 +299,7 @@ class NpuBackend(OnnxBackend):
 
     def _following(self) -> dict[int, int]:
         moe = [spec.index for spec in self.config.layers if spec.moe]
-        return dict(zip(moe, moe[1:], strict=False))
+        return dict(pairwise(moe))
 
     def _add_experts(
         self, layer: int, found: dict[str, NDArray[np.generic]], h: F32, following: int | None

@@ -59,7 +59,9 @@ class NpuInputs:
             mask[padding, rows + padding] = 0
 
 
-def rows_by_kind(config: MimoConfig, specs: Iterable[LayerSpec], shape: Shape, ring: int) -> dict[Kind, int]:
+def rows_by_kind(
+    config: MimoConfig, specs: Iterable[LayerSpec], shape: Shape, ring: int
+) -> dict[Kind, int]:
     """Rows of the caches of a graph: the shape's of global layers, `ring` of sliding ones."""
     kinds = {kind_of(spec) for spec in specs}
     rows: dict[Kind, int] = {"full": shape.rows, "sliding": ring}

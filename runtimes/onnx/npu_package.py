@@ -174,7 +174,8 @@ def _choose(path: Path, npu: str | None) -> NpuVariant:
         variants = read_index(path.read_bytes(), str(path))
     except OSError as error:
         raise ProviderError(
-            f"{path.parent.parent} has no graphs for an NPU", "export it with --npu, as in --npu v73"
+            f"{path.parent.parent} has no graphs for an NPU",
+            "export it with --npu, as in --npu v73",
         ) from error
     have = ", ".join(v.target for v in variants.values())
     if npu is None:

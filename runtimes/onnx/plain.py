@@ -1,4 +1,4 @@
-"""A graph on the CPU as it is written, without ONNX Runtime's rewrites: what NPUs are compared with.
+"""A graph on the CPU as it is written, without ONNX Runtime's rewrites: what NPUs are held against.
 
 Rewritten, quantised products round their activations to 8 bits where the graph says 16.
 """

@@ -1,8 +1,8 @@
 """Qualcomm's QNN execution provider, from the separate and proprietary package onnxruntime-qnn.
 
-What is asked of the NPU runs there or fails: sessions are made with the CPU as a fallback forbidden,
-and the assignment of every node is looked at afterwards, because a provider that does not load, or
-refuses a node, otherwise leaves a session that silently computes on the CPU.
+What is asked of the NPU runs there or fails: sessions are made with the CPU as a fallback
+forbidden, and the assignment of every node is looked at afterwards, because a provider that does
+not load, or refuses a node, otherwise leaves a session that silently computes on the CPU.
 
 On x86-64 Linux the package holds the compiler for every architecture and Qualcomm's HTP emulator.
 """
@@ -118,9 +118,7 @@ def open_session(
     """A session with every node on the NPU. Raises ProviderError naming the nodes that are not."""
     source = model if isinstance(model, bytes) else str(model)
     with provider_errors("opened"):
-        session = ort.InferenceSession(
-            source, session_options(target, config=config, extra=extra)
-        )
+        session = ort.InferenceSession(source, session_options(target, config=config, extra=extra))
     session.disable_fallback()
     assert_assigned(session)
     return session
