@@ -119,21 +119,21 @@ def measure_activations(
             progress(len(ranges), len(components))
 
     for component in decoder:
-        meter = _Meter(config, component, reader, folder)
+        meter = Meter(config, component, reader, folder)
         for span in spans:
             meter.context({"h": h[slice(*span)]})
         ranges[component.name], samples[component.name] = meter.close()
         report()
         for index in component.layers:
             walker.block(config.layer(index), h, spans)
-    head = _Meter(config, others[HEAD], reader, folder)
+    head = Meter(config, others[HEAD], reader, folder)
     eps = config.layernorm_epsilon
     head.context({"x": rms_norm(h, weights.tensor("output_norm.weight"), eps)})
     walker.observe_head("output_norm.weight", h)
     for depth in range(config.num_mtp_layers):
         spec = config.layer(config.num_hidden_layers + depth)
         component = others[f"mtp_{depth}"]
-        meter = _Meter(config, component, reader, folder)
+        meter = Meter(config, component, reader, folder)
         joined = []
         for start, stop in spans:
             known = ids[start + 1 + depth : stop]
@@ -160,7 +160,7 @@ def measure_activations(
     return Activations(ranges, samples, importance)
 
 
-class _Meter:
+class Meter:
     """Runs a component's float graph over contexts and keeps the ranges of its values."""
 
     def __init__(
