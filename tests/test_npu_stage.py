@@ -190,13 +190,26 @@ def test_wrong_numbers_are_refused(source: Path, stand_in: StandIn, tmp_path: Pa
 def test_bits_that_depend_on_the_graph_are_noticed(
     graphs: tuple[str, ...], single: int, source: Path, stand_in: StandIn, tmp_path: Path
 ) -> None:
-    """A graph whose later runs give another last bit than its first."""
+    """After its check each graph runs on the verify's rows one by one: those of `graphs` give
+    another last bit than the verify did. (What the CPU gives may differ by itself.)"""
     runs: dict[str, int] = {}
+    verify: dict[str, Any] = {}
 
     def spoil(label: str, outputs: dict[str, Any]) -> None:
-        runs[label] = runs.get(label, 0) + 1
         component, _, shape = label.partition("/")
-        if component == "layers_01" and shape in graphs and runs[label] > 1:
+        if component != "layers_01":
+            return
+        row = runs[shape] = runs.get(shape, -2) + 1
+        if row < 0:
+            if shape == "t4":
+                verify.update({name: x.copy() for name, x in outputs.items()})
+            return
+        for name, x in outputs.items():
+            if name[:3] in ("kn_", "vn_"):
+                x[:, :, 0] = verify[name][:, :, row]
+            else:
+                x[0] = verify[name][row]
+        if shape in graphs:
             outputs["h_out"] = np.nextafter(outputs["h_out"], np.float32(1e9))
 
     stand_in.spoil = spoil

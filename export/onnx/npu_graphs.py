@@ -35,6 +35,9 @@ Precision = Literal["int4", "fp16"]
 LAYERS_PER_SHARD = 8
 # Blocks the provider takes, best first.
 _BLOCKS = (BLOCK, 32)
+# onnxruntime-qnn 2.7.0: a compiled context with an LPBQ matrix of 8 blocks ends the process that
+# loads it, whatever the block and the number of outputs.
+_FATAL_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ def linear_of(
 
     def find(name: str) -> Linear:
         width = shapes[name][-1]
-        block = next((b for b in _BLOCKS if width % b == 0), None)
+        fits = (b for b in _BLOCKS if width % b == 0 and width // b != _FATAL_BLOCKS)
+        block = next(fits, None)
         if block is None or not _in_trunk(config, name):
             return Int8Linear()
         return LpbqLinear(block, (importance or {}).get(name))
