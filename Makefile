@@ -16,7 +16,8 @@ endif
 
 SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
 
-.PHONY: help setup demo test lint types unit oracle test-npu test-slow clean
+.PHONY: help setup demo test lint types unit oracle test-npu test-slow test-arm test-arm-quick \
+	arm-packages device-kit clean
 
 help:
 	@echo "make setup      create $(VENV) and install mimo-edge with its development tools"
@@ -24,6 +25,9 @@ help:
 	@echo "make test       everything CI checks: lint, types, tests with the oracles"
 	@echo "make test-npu   tests on Qualcomm's HTP emulator (installs onnxruntime-qnn, proprietary)"
 	@echo "make test-slow  tests that need minutes, large files or special hardware"
+	@echo "make test-arm   the suite and mimo-nano on three emulated ARM processors (an hour)"
+	@echo "make test-arm-quick  a part of it, in minutes"
+	@echo "make device-kit the archive for aarch64 Linux, into dist/"
 
 # A new, moved or deleted source file needs the strict editable install again (seconds).
 $(STAMP): pyproject.toml $(SOURCES)
@@ -71,5 +75,23 @@ test-npu: $(STAMP)
 test-slow: $(TORCH_STAMP)
 	$(BIN)/python -m pytest -m slow
 
+# Under emulation: docs/arm.md. ARM_PACKAGES are Debian's.
+ARM_PACKAGES := qemu-user-static g++-aarch64-linux-gnu
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+
+arm-packages:
+	@command -v qemu-aarch64-static aarch64-linux-gnu-g++ >/dev/null || { \
+		$(SUDO) apt-get update -qq && \
+		$(SUDO) apt-get install -y -qq --no-install-recommends $(ARM_PACKAGES); }
+
+test-arm: $(STAMP) arm-packages
+	PYTHONPATH=tools $(BIN)/python -m arm.test
+
+test-arm-quick: $(STAMP) arm-packages
+	PYTHONPATH=tools $(BIN)/python -m arm.test --quick
+
+device-kit: $(STAMP) arm-packages
+	PYTHONPATH=tools $(BIN)/python -m arm.kit --out dist
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache demo-bundle
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache demo-bundle .arm

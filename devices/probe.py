@@ -23,6 +23,7 @@ from mimo_edge.devices.this_machine import known_figures, title
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.flash_file import FlashFile
+from mimo_edge.hwcap import hwcap_words
 from mimo_edge.quant.base import FORMATS, Format
 from mimo_edge.units import format_bytes, round_up
 
@@ -56,8 +57,9 @@ _READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _NODE_SHARE = 0.4, 0.1, 0.4, 0.02
 @dataclass(frozen=True)
 class Probe:
     """What was found. `direct` and `buffered` are bytes per second by (block, lanes); `memory` by
-    format; without `direct_works` every read went through the page cache; `seconds` is what it
-    took."""
+    format; without `direct_works` every read went through the page cache; `libggml` is the library
+    that computed (`describe_library`), `hwcap` the kernel's words on an ARM processor; `seconds` is
+    what it took."""
 
     profile: DeviceProfile
     threads: int
@@ -66,6 +68,8 @@ class Probe:
     direct_works: bool
     memory: dict[str, float]
     sensors: dict[str, float]
+    libggml: dict[str, Any]
+    hwcap: tuple[int, int] | None
     available_bytes: int | None
     cgroup_bytes: int | None
     seconds: float
@@ -87,6 +91,8 @@ class Probe:
             "direct_works": self.direct_works,
             "memory_bytes_per_s": self.memory,
             "thermal_zones": self.sensors,
+            "libggml": self.libggml,
+            "hwcap": None if self.hwcap is None else [hex(word) for word in self.hwcap],
             "available_bytes": self.available_bytes,
             "cgroup_bytes": self.cgroup_bytes,
             "seconds": self.seconds,
@@ -108,6 +114,8 @@ def probe(
     takes besides writing the file. Raises UsageError on values out of range, DeviceError where
     there is no room on disk or in memory, BackendError when ggml refuses.
     """
+    from mimo_edge.runtimes.ggml.bindings import describe_library
+
     began = time.perf_counter()
     cores = machine.usable_cores()
     count = cores if threads is None else threads
@@ -171,6 +179,8 @@ def probe(
         works,
         memory,
         machine.thermal_zones(),
+        describe_library(),
+        hwcap_words(),
         machine.available_bytes(),
         machine.cgroup_limit_bytes(),
         time.perf_counter() - began,

@@ -150,7 +150,8 @@ class Runtime:
         flash when they do not fit, the reference backend refuses. `context` is the most tokens of
         a conversation (default 4,096 or what the model has), `draft` 0 to 3 or "auto"; with 0 the
         ggml backend leaves MTP blocks on flash. `kv_type` is the format of the KV cache of global
-        layers on the ggml backend: "f16" (default), "q8_0" (about half), "f32". `pin` hottest
+        layers on the ggml backend: "f16" (default, but "f32" where that takes little), "q8_0"
+        (about half of f16), "f32". `pin` hottest
         experts of every layer, by the bundle's heat, are never given up when experts come from
         flash. `trace` is a file for the experts every layer chooses for every token (`mimo-edge
         trace` reads it). "mimo-nano" is the built-in model. Raises a MimoEdgeError: BundleError,

@@ -18,7 +18,14 @@ from mimo_edge.config import MimoConfig
 from mimo_edge.errors import DeviceError
 from mimo_edge.experts.reader import COALESCE_BYTES, DEFAULT_LANES
 from mimo_edge.gguf_file import TensorInfo
-from mimo_edge.kv_format import DEFAULT_KV_TYPE, KV_FORMATS, check_kv_type, ring_type
+from mimo_edge.kv_format import (
+    DEFAULT_KV_TYPE,
+    KV_FORMATS,
+    SMALL_KV_BYTES,
+    check_kv_type,
+    fitting_kv_type,
+    ring_type,
+)
 from mimo_edge.speculative import MAX_DRAFT
 from mimo_edge.units import format_bytes, round_up
 
@@ -32,8 +39,10 @@ FILE_PAGES_BYTES = 12 << 20
 CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
 # Graphs of few tokens that a cache keeps, one more while a new one replaces an old, and the bytes
-# they may take together; it keeps one of many tokens (runtimes/ggml/cache.py).
+# they may take together; it keeps one of many tokens, and those that fill an MTP block's window
+# where their inputs are small (runtimes/ggml/kept_graphs.py).
 _SMALL_GRAPHS, _SMALL_TOKENS, SMALL_GRAPH_BYTES = 17, 16, 24 << 20
+_LARGE_INPUT_BYTES = 512 << 10
 # Pairs of token and expert that one graph computes (runtimes/ggml/streamed.py), and rows of one
 # expert (runtimes/ggml/expert_matrix.py).
 _MAX_PAIRS, _PAIR_STEP, _MAX_ROWS = 1024, 16, 512
@@ -44,7 +53,8 @@ _GUESS_NODES = 16
 # and how many more a row of a verify takes where ggml's router and attention do not give rows of
 # several the bits of one (runtimes/ggml/passes.py)
 _APART_NODES = 10
-_DIRECT_UNIT = 4096
+# What direct reads may have to be aligned to, where no file was asked yet.
+_DIRECT_UNIT = PAGE
 # The largest alignment for which FlashFile grows a bounce buffer, at both ends.
 _BOUNCE_SPARE = 2 * 65536
 _PARTS = ("gate", "up", "down")
@@ -260,6 +270,8 @@ def _too_small(found: Shortfall) -> DeviceError:
 # --- the lines ---------------------------------------------------------------------------------
 
 _TABLE = "token_embd.weight"
+# A table up to this size is resident (runtimes/ggml/resident.py).
+_SMALL_TABLE_BYTES = 4 << 20
 
 
 def _is_routed(name: str) -> bool:
@@ -270,6 +282,8 @@ def _weight_lines(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> list
     """What is resident besides routed experts: of vectors and routers the f32 form."""
     trunk = mtp = 0
     for name, info in tensors.items():
+        if name == _TABLE and info.nbytes <= _SMALL_TABLE_BYTES:
+            trunk += round_up(info.nbytes, 64)
         if _is_routed(name) or (name == _TABLE and not config.tie_word_embeddings):
             continue
         if block_index(name) >= config.num_hidden_layers + config.num_mtp_layers:
@@ -328,6 +342,18 @@ def kv_bytes(config: MimoConfig, context: int, kv_type: str = DEFAULT_KV_TYPE) -
     return total
 
 
+def usual_kv_type(wanted: str, config: MimoConfig, context: int) -> str:
+    """Format of a cache for `context` tokens where nobody chose one: `wanted` if the model allows
+    it, but f32 for f16 where that is small. Attention of narrow heads is up to four times as fast
+    then: of fewer than 128 numbers per head ggml has no vector code for f16 on some processors.
+
+    Raises UsageError on an unknown format."""
+    kind = fitting_kv_type(wanted, config)
+    context = min(context, config.max_position_embeddings)
+    small = kv_bytes(config, context, "f32") <= SMALL_KV_BYTES
+    return "f32" if kind == DEFAULT_KV_TYPE and small else kind
+
+
 def graph_bytes(
     config: MimoConfig,
     context: int,
@@ -341,12 +367,22 @@ def graph_bytes(
     small = max(
         _pass_bytes(config, context, min(chunk, _SMALL_TOKENS), streamed),
         _pass_bytes(config, context, MAX_DRAFT + 1, streamed, _APART_NODES * (MAX_DRAFT + 1)),
+        _mtp_fill_bytes(config),
     )
     kept = min(_SMALL_GRAPHS * small, SMALL_GRAPH_BYTES + 2 * small)
     if chunk > _SMALL_TOKENS:
         kept += _pass_bytes(config, context, chunk, streamed)
     host = 4 * (config.vocab_size * (MAX_DRAFT + 1) + 3 * config.hidden_size * chunk)
     return kept + host + _scratch_bytes(config, chunk, streamed, kv_type)
+
+
+def _mtp_fill_bytes(config: MimoConfig) -> int:
+    """A pass that fills the windows of all MTP blocks, where it counts as small."""
+    inputs = 8 * config.hidden_size * config.sliding_window
+    if not config.num_mtp_layers or inputs > _LARGE_INPUT_BYTES:
+        return 0
+    nodes = 2 * config.num_mtp_layers * _BLOCK_NODES
+    return inputs + 32 * config.sliding_window + _NODE_BYTES * nodes
 
 
 def _pass_bytes(

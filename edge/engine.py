@@ -32,7 +32,7 @@ from mimo_edge.errors import (
 )
 from mimo_edge.experts.trace import Phase, TraceWriter
 from mimo_edge.repetition import RepeatGuard, check_stop_repeats
-from mimo_edge.runtimes.base import F32, Backend, Cache, ForwardResult
+from mimo_edge.runtimes.base import F32, Backend, Cache, ForwardResult, PreparingBackend
 from mimo_edge.sampling import Sampler
 from mimo_edge.speculative import (
     MAX_DRAFT,
@@ -115,6 +115,7 @@ class Engine:
             )
         check_draft(draft, backend.config)
         self.backend = backend
+        self._preparing = backend if isinstance(backend, PreparingBackend) else None
         self.context = context
         self.draft = draft
         self.prefill_chunk = prefill_chunk
@@ -130,6 +131,11 @@ class Engine:
     def draft_policy(self, draft: DraftSetting) -> DraftPolicy:
         """The policy of a setting; one for all that draft "auto"."""
         return self._auto if draft == "auto" else FixedPolicy(draft)
+
+    @property
+    def prepared(self) -> int:
+        """See `PreparingBackend`; 0 throughout for other backends."""
+        return 0 if self._preparing is None else self._preparing.prepared
 
     def sequence(self) -> Sequence:
         """A new, empty sequence."""
@@ -433,6 +439,7 @@ class Generation:
         self.stats.tokens = 1
         self.stats.first_token_ms = self.stats.prefill_ms
         yield [token]
+        self._policy.begin()
         while self._ended is None and not self._at_limit():
             check_cancel(self._cancel)
             gained = self._step(token)
@@ -484,9 +491,10 @@ class Generation:
         if self._max_tokens is not None:
             left = min(left, self._max_tokens - stats.tokens)
         with engine.turn(self._cancel):
-            start = engine.clock()
+            start, prepared = engine.clock(), engine.prepared
             # More drafts than can still be used would only be thrown away.
-            want = min(self._policy.choose(), room, left - 1)
+            cold = sequence.drafter is not None and sequence.drafter.cold
+            want = min(self._policy.choose(cold), room, left - 1)
             drafts: list[int] = []
             steady = True
             if want > 0 and sequence.drafter is not None:
@@ -502,7 +510,8 @@ class Generation:
             seconds = engine.clock() - start
             hits = [a == b for a, b in zip(gained, drafts, strict=False)]
             # Here, because other sequences share the policy.
-            self._policy.record(len(drafts), hits, seconds, steady)
+            typical = seconds if engine.prepared == prepared else None
+            self._policy.record(len(drafts), hits, typical, steady)
         stats.verifies += 1
         stats.tokens += len(gained)
         stats.decode_ms += seconds * 1e3

@@ -30,6 +30,8 @@ KV_FORMATS: Mapping[str, KvFormat] = MappingProxyType(
     {"f16": KvFormat(1, 2), "q8_0": KvFormat(32, 34), "f32": KvFormat(1, 4)}
 )
 DEFAULT_KV_TYPE = "f16"
+# Up to this size a cache that nobody chose a format for is f32 (budget.usual_kv_type).
+SMALL_KV_BYTES = 8 << 20
 
 
 def ring_type(kv_type: str) -> str:

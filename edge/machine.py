@@ -8,17 +8,12 @@ import resource
 import sys
 from pathlib import Path
 
+from mimo_edge.hwcap import arm_extensions, hwcap_words
+
 # Kernels without a limit write a number near 2^63.
 _NO_LIMIT = 1 << 60
-# Names of device profiles, and how /proc/cpuinfo spells them.
+# Names of device profiles, and how /proc/cpuinfo of an x86 processor spells them.
 _ISA_FLAGS = {
-    "neon": "asimd",
-    "fp16": "asimdhp",
-    "dotprod": "asimddp",
-    "i8mm": "i8mm",
-    "sve": "sve",
-    "sve2": "sve2",
-    "sme": "sme",
     "avx": "avx",
     "avx2": "avx2",
     "fma": "fma",
@@ -103,16 +98,19 @@ def cgroup_limit_bytes(
 
 def isa_flags() -> tuple[str, ...]:
     """Vector extensions our kernels use, as device profiles name them."""
+    words = hwcap_words()
+    if words is not None:
+        return arm_extensions(words)
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return ()
-    words: set[str] = set()
+    flags: set[str] = set()
     for line in lines:
         key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            words |= set(value.split())
-    return tuple(name for name, flag in _ISA_FLAGS.items() if flag in words)
+        if key.strip() == "flags":
+            flags |= set(value.split())
+    return tuple(name for name, flag in _ISA_FLAGS.items() if flag in flags)
 
 
 def clock_hz() -> float | None:

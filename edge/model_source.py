@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, BundleError, DeviceError, UsageError
 from mimo_edge.experts.trace import TraceWriter
-from mimo_edge.kv_format import DEFAULT_KV_TYPE, fitting_kv_type
+from mimo_edge.kv_format import DEFAULT_KV_TYPE
 from mimo_edge.manifest import MANIFEST_NAME
 from mimo_edge.runtimes.base import Backend, RouteSink, Weights
 from mimo_edge.speculative import MAX_DRAFT
@@ -81,7 +82,7 @@ def open_model(
     Backend "auto" is ggml for bundles and GGUF files (onnx for a bundle with nothing else), the
     reference for checkpoints. `ep` is the execution provider of the onnx backend. With less
     `ram` than they would need ggml and onnx read routed experts from flash. `kv_type` is the
-    format of its KV cache (None: `prefer_kv_type` where the model allows it), `pin` how many
+    format of its KV cache (None: `prefer_kv_type`, but see `budget.usual_kv_type`), `pin` how many
     hottest experts of every layer stay in memory; without `mtp` its MTP blocks are not loaded.
     `trace` is the file routes are recorded in while the model runs; whoever uses the model closes
     it. Raises UsageError, BundleError, CheckpointError, BackendError, or DeviceError when the model
@@ -125,7 +126,7 @@ def open_model(
                 source, ram, context, threads, ep, pin, routes, mtp
             )
         elif backend == "ggml":
-            kind = fitting_kv_type(prefer_kv_type, config) if kv_type is None else kv_type
+            kind = kv_type or memory.usual_kv_type(prefer_kv_type, config, context)
             opened, experts, budget = _open_ggml(
                 source, ram, context, threads, kind, pin, routes, mtp
             )
@@ -363,11 +364,14 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _bundle_tokenizer(path: Path | None, metadata: Mapping[str, Any]) -> Tokenizer | None:
-    if path is not None:
+    """The tokenizer of a bundle: its file, or what the GGUF's metadata says of the same tokenizer
+    where there is no file, or no package `tokenizers` to read it (on small devices)."""
+    in_metadata = metadata.get("tokenizer.ggml.model", "none")
+    if path is not None and not (
+        in_metadata == "gpt2" and path.suffix == ".json" and find_spec("tokenizers") is None
+    ):
         return open_tokenizer(path)
-    if metadata.get("tokenizer.ggml.model", "none") == "none":
-        return None
-    return Tokenizer.from_gguf(metadata)
+    return None if in_metadata == "none" else Tokenizer.from_gguf(metadata)
 
 
 # --- what the reference backend needs ---------------------------------------------------

@@ -70,12 +70,21 @@ class Sampler:
     def sample(self, logits: F32) -> int:
         """The next token for logits [V]. Raises GenerationError on NaN."""
         if self.params.temperature == 0:
-            return int(np.argmax(self._usable(logits)))
+            return self.best(logits)
         return self.draw(self.distribution(logits))
 
     def best(self, logits: F32) -> int:
-        """The most likely token that is not banned: what a draft block proposes."""
-        return int(np.argmax(self._usable(logits)))
+        """The most likely token that is not banned: what a draft block proposes, and what greedy
+        decoding takes. Raises GenerationError on NaN."""
+        # NaN wins every maximum. A finite one that is not banned is the answer, without a look at
+        # the ids one by one; a small model's step is as short as ten of those.
+        top = int(logits.argmax())
+        banned = self._banned is not None and (
+            len(self._banned) != len(logits) or bool(self._banned[top])
+        )
+        if banned or not math.isfinite(logits[top]):
+            return int(np.argmax(self._usable(logits)))
+        return top
 
     def draw(self, p: F64) -> int:
         """One id from a distribution [V], by inversion of its cumulative sum."""

@@ -8,6 +8,7 @@ only if the sampler, fed the target's own logits, draws that very token.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
-from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache
+from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache, ChainingBackend
 
 DraftSetting = int | Literal["auto"]
 
@@ -62,6 +63,7 @@ class Drafter:
     def __init__(self, backend: Backend, cache: Cache) -> None:
         config = backend.config
         self._backend = backend
+        self._chain = backend if isinstance(backend, ChainingBackend) and backend.chains else None
         self._cache = cache
         self.limit = max_draft(config)
         self._window = config.layer(config.num_hidden_layers).window if self.limit else 1
@@ -70,6 +72,7 @@ class Drafter:
         self._length = 0  # positions observed
         # Rows of block k below this are in its cache, computed from tokens that stand.
         self._final = [0] * self.limit
+        self._proposed: tuple[int, list[int]] = (0, [])  # the latest drafts, from this position on
         self.steady = True  # whether the last draft only did its regular work
 
     @property
@@ -128,23 +131,110 @@ class Drafter:
         p = self._length - 1
         if len(tokens) != p + 2:
             raise ValueError(f"{len(tokens)} tokens known, {p + 1} processed")
+        self._settle(tokens)
+        self.steady = True
+        count = min(count, self.limit)
+        first = self._first(min(self._final[:count], default=0))
+        if self._chain is not None and count > 1 and first is not None and first < p:
+            drafts = self._draft_in_chain(tokens, first, count, best, cancel)
+        else:
+            drafts = self._draft_one_by_one(tokens, count, best, cancel)
+        self._proposed = (p + 2, drafts)
+        return drafts
+
+    @property
+    def cold(self) -> bool:
+        """Whether a draft would have more to write than what a verify leaves: it comes after a
+        prompt, or after many steps without drafts."""
+        return self.limit > 0 and not self._regular(max(self._final[0], self._reach))
+
+    def _regular(self, first: int) -> bool:
+        # One verify commits up to MAX_DRAFT + 1 rows; as many more may be stale.
+        return first >= self._oldest and self._length - 1 - first <= 2 * MAX_DRAFT + 1
+
+    @property
+    def _oldest(self) -> int:
+        """Position of the oldest H row at hand."""
+        return self._length - len(self._hidden)
+
+    @property
+    def _reach(self) -> int:
+        """The oldest row that the newest one sees."""
+        return 0 if self._window is None else max(0, self._length - self._window)
+
+    def _first(self, final: int) -> int | None:
+        """Where to begin so that every row the newest one sees is there, when those below `final`
+        are; None when H rows are missing for that."""
+        p, first = self._length - 1, max(final, self._reach)
+        if first < self._oldest:
+            return None
+        self.steady = self.steady and self._regular(first)
+        # Never fewer rows than a verify has: backends keep what a number of rows needs, and
+        # writing a row again changes nothing.
+        return max(min(first, p - MAX_DRAFT), self._reach, self._oldest)
+
+    def _draft_one_by_one(
+        self,
+        tokens: Sequence[int],
+        count: int,
+        best: Callable[[F32], int],
+        cancel: Cancel | None,
+    ) -> list[int]:
+        p = self._length - 1
         known = list(tokens[max(0, p + 2 - len(self._hidden) - MAX_DRAFT) :])
         offset = len(tokens) - len(known)
-        self.steady = True
         drafts: list[int] = []
-        for depth in range(min(count, self.limit)):
-            reach = 0 if self._window is None else max(0, p - self._window + 1)
-            first = max(self._final[depth], reach)
-            if first < self._length - len(self._hidden):
+        for depth in range(count):
+            first = self._first(self._final[depth])
+            if first is None:
                 break
-            # One verify commits up to count + 1 rows; depth more were stale.
-            self.steady = self.steady and p - first <= 2 * MAX_DRAFT + 1
+            # Rows up to p - depth take tokens that stand; the newer ones take drafts. A pass that
+            # fails leaves none of its rows.
+            final = max(self._final[depth], p - depth + 1)
+            self._final[depth] = min(self._final[depth], first)
             logits = self._run(depth, known, first, p + 1, offset, cancel)
+            self._final[depth] = final
             drafts.append(best(logits))
             known.append(drafts[-1])
-            # Rows up to p - depth took tokens that stand; the newer ones took drafts.
-            self._final[depth] = max(first, p - depth + 1)
         return drafts
+
+    def _draft_in_chain(
+        self,
+        tokens: Sequence[int],
+        first: int,
+        count: int,
+        best: Callable[[F32], int],
+        cancel: Cancel | None,
+    ) -> list[int]:
+        """Rows first..p of all blocks at once."""
+        assert self._chain is not None
+        p = self._length - 1
+        final = [max(self._final[depth], p - depth + 1) for depth in range(count)]
+        self._final[:count] = [min(known, first) for known in self._final[:count]]
+        hidden = self._rows(first, p + 1)
+        ids = np.asarray(tokens[first + 1 : p + 2], dtype=np.int32)
+        chosen, logits = self._chain.mtp_chain(
+            count, ids, hidden, first, self._cache, cancel=cancel
+        )
+        self._final[:count] = final
+        drafts: list[int] = []
+        for token, row in zip(chosen, logits, strict=True):
+            drafts.append(best(row))
+            if drafts[-1] != token:  # one that is never drawn: what follows is not its continuation
+                break
+        return drafts
+
+    def _settle(self, tokens: Sequence[int]) -> None:
+        """Rows that took drafts which were accepted are final as well."""
+        (start, drafts), self._proposed = self._proposed, (0, [])
+        stands = 0
+        for token, draft in zip(tokens[start : start + len(drafts)], drafts, strict=False):
+            if token != draft:
+                break
+            stands += 1
+        for depth in range(1, len(drafts)):
+            final = start - 1 - depth + min(depth, stands)
+            self._final[depth] = max(self._final[depth], final)
 
     def truncate(self, length: int, known: int) -> None:
         """The target was cut back to `length` processed tokens, of which and after which
@@ -152,6 +242,7 @@ class Drafter:
         for _ in range(min(self._length - length, len(self._hidden))):
             self._hidden.pop()
         self._length = length
+        self._proposed = (0, [])
         for depth in range(self.limit):
             # Rings hold rows by position modulo their size: after a cut some older rows may
             # be gone, so windowed blocks are written anew from the window's start.
@@ -168,11 +259,15 @@ class Drafter:
         cancel: Cancel | None = None,
     ) -> F32:
         """Rows first..end-1 of block `depth`; `known` starts at x_offset."""
-        start = self._length - len(self._hidden)
-        hidden = np.stack([self._hidden[row - start] for row in range(first, end)])
         shift = 1 + depth - offset
         ids = np.asarray(known[first + shift : end + shift], dtype=np.int32)
+        hidden = self._rows(first, end)
         return self._backend.mtp_forward(depth, ids, hidden, first, self._cache, cancel=cancel)
+
+    def _rows(self, first: int, end: int) -> F32:
+        """H rows of positions first..end-1."""
+        start = self._oldest
+        return np.stack([self._hidden[row - start] for row in range(first, end)])
 
 
 def accept(
@@ -204,14 +299,21 @@ def accept(
 class DraftPolicy(Protocol):
     """Decides how many tokens to draft before each verify."""
 
-    def choose(self) -> int:
-        """Tokens to draft now."""
+    def begin(self) -> None:
+        """An answer begins."""
         ...
 
-    def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
+    def choose(self, cold: bool = False) -> int:
+        """Tokens to draft now; `cold` says that the first draft costs extra (`Drafter.cold`)."""
+        ...
+
+    def record(
+        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
+    ) -> None:
         """One step's outcome: `hits` per depth that was tested, cost of draft and verify.
 
-        `steady` is False when the step did one-off work and its time says nothing.
+        `steady` is False when it was the first draft after a prompt or after steps without any.
+        `seconds` is None when they say nothing of the next such step.
         """
         ...
 
@@ -226,10 +328,15 @@ class FixedPolicy:
     def __init__(self, count: int) -> None:
         self._count = count
 
-    def choose(self) -> int:
+    def begin(self) -> None:
+        return None
+
+    def choose(self, cold: bool = False) -> int:
         return self._count
 
-    def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
+    def record(
+        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
+    ) -> None:
         return None
 
     def why(self) -> str:
@@ -302,6 +409,9 @@ class AdaptivePolicy:
     measured at the start and looked at again now and then, when what that may lose is a small share
     of the time spent since: a width that is far off is tried rarely, a close one often.
 
+    The first draft after a prompt also fills the MTP caches. Whether that pays depends on how long
+    answers are: as long as those before, on average.
+
     One policy serves all answers of an engine: what it learnt need not be learnt again.
     """
 
@@ -311,6 +421,7 @@ class AdaptivePolicy:
     PROBE, FROM_REST = 2, 4  # steps of a probe, and of one while nothing is drafted
     PROBE_SHARE = 0.0075  # of the time, at most, that probes may lose; more of the first steps
     EARLY = 128
+    FADE = 0.95  # of what answers before say about the length of the next
 
     def __init__(self, limit: int, costs: CostTable) -> None:
         self._limit = limit
@@ -322,9 +433,15 @@ class AdaptivePolicy:
         self._rested = 0  # steps since the last probe
         self._unused = [0.0] * (limit + 1)  # seconds of steps since one had that width
         self._restart = 0.0  # seconds per draft that the first one costs on top: MTP caches fill
+        self._answers = self._gained = 0.0  # begun, and their tokens; old ones fade
+        self._start: int | None = None  # what the latest choice was, when the MTP caches were cold
         self._plan: deque[int] = deque()
 
-    def choose(self) -> int:
+    def begin(self) -> None:
+        self._answers = self._answers * self.FADE + 1
+        self._gained *= self.FADE
+
+    def choose(self, cold: bool = False) -> int:
         if not self._limit:
             return 0
         if self._plan:
@@ -337,23 +454,49 @@ class AdaptivePolicy:
         self._settle()
         self._rested += 1
         if self._rested > self.REST:
-            self._plan.extend(self._probe())
+            self._plan.extend(self._probe(cold))
             if self._plan:
                 self._rested = 0
                 return self._plan.popleft()
-        return self._current
+        self._start = self._started() if cold else None
+        return self._current if self._start is None else self._start
 
-    def record(self, drafted: int, hits: Sequence[bool], seconds: float, steady: bool) -> None:
+    @property
+    def _answer_tokens(self) -> float:
+        """How long answers are, on average."""
+        return max(1.0, self._gained / self._answers) if self._answers else math.inf
+
+    def _started(self) -> int | None:
+        """The best width for a whole answer, the first draft's extra cost included; None when it is
+        not known how long answers are."""
+        tokens = self._answer_tokens
+        if math.isinf(tokens):
+            return None
+        speeds = [self._speed(count) for count in range(self._limit + 1)]
+        costs = [
+            self._restart * count + tokens / speed if speed else math.inf
+            for count, speed in enumerate(speeds)
+        ]
+        return min(range(self._limit + 1), key=lambda count: (costs[count], count))
+
+    def record(
+        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
+    ) -> None:
         for depth, hit in zip(self._depths, hits, strict=False):
             depth.record(hit)
             if not hit:
                 break
         for depth in self._depths[drafted:]:
             depth.fade()
-        if steady:
+        usual = self._costs.seconds(drafted)
+        if seconds is None:
+            seconds = usual or 0.0
+        elif steady:
             self._costs.add(drafted, seconds)
-        elif (usual := self._costs.seconds(drafted)) is not None:
-            self._restart = max(0.0, seconds - usual) / max(1, drafted)
+        elif usual is not None:
+            extra = max(0.0, seconds - usual) / max(1, drafted)
+            self._restart = (self._restart + extra) / 2 if self._restart else extra
+        self._gained += 1 + sum(hits)
         self._steps += 1
         self._unused = [unused + seconds for unused in self._unused]
         if drafted <= self._limit:
@@ -378,7 +521,13 @@ class AdaptivePolicy:
             f"drafting {other} gives {self.expected_tokens(other):.2f} tokens a step "
             f"for {cost / plain:.2f} times the time of a plain one"
         )
-        return f"draft {self._current}: {facts}"
+        if self._start is None or self._start == self._current:
+            return f"draft {self._current}: {facts}"
+        extra = f"{self._restart * other * 1e3:.1f} ms"
+        return (
+            f"draft {self._start}: {facts}, but the first takes {extra} more and answers have "
+            f"{self._answer_tokens:.0f} tokens"
+        )
 
     def _speed(self, count: int) -> float:
         """Expected tokens per second; 0 for a width that could not be measured."""
@@ -390,7 +539,7 @@ class AdaptivePolicy:
         if self._speed(best) > self.ADVANTAGE * self._speed(self._current):
             self._current = best
 
-    def _probe(self) -> list[int]:
+    def _probe(self, cold: bool) -> list[int]:
         """Steps of the width that was not used for longest and may be now; none are due often."""
         speed = self._speed(self._current)
         steps = self.PROBE if self._current else self.FROM_REST
@@ -403,7 +552,7 @@ class AdaptivePolicy:
             if seconds is None or not speed:
                 continue
             loss = steps * max(0.0, seconds - self.expected_tokens(width) / speed)
-            if not self._current:
+            if cold or not self._current:
                 loss += self._restart * width
             if loss <= share / self._limit * self._unused[width]:
                 # The time of the first drafting step after others does not count.

@@ -8,6 +8,7 @@ from a user cannot become `<|im_end|>`, whatever it spells.
 from __future__ import annotations
 
 import codecs
+import importlib
 import json
 import re
 import unicodedata
@@ -85,6 +86,8 @@ class Tokenizer:
         raw["post_processor"] = raw["truncation"] = raw["padding"] = None
         try:
             encoder = _LibraryEncoder(json.dumps(raw))
+        except TokenizerError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path}: {error}") from error
         pieces = {
@@ -288,9 +291,7 @@ class _LibraryEncoder:
     """The tokenizers library on a tokenizer.json from which the added tokens were removed."""
 
     def __init__(self, definition: str) -> None:
-        from tokenizers import Tokenizer as LibraryTokenizer
-
-        self._library = LibraryTokenizer.from_str(definition)
+        self._library = _library("tokenizers").Tokenizer.from_str(definition)
 
     def encode(self, text: str, first: bool) -> list[int]:
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
@@ -301,15 +302,14 @@ class _SentencePieceEncoder:
     """SentencePiece on plain text; only the start of the input gets the model's dummy prefix."""
 
     def __init__(self, data: bytes, path: str) -> None:
-        from sentencepiece import SentencePieceProcessor
-
+        processor = _library("sentencepiece").SentencePieceProcessor
         pieces, self.dummy_prefix = _read_sentencepiece(data, path)
         try:
-            self._start = SentencePieceProcessor(model_proto=data)
+            self._start = processor(model_proto=data)
             # Protobuf messages merge when concatenated: this appends to normalizer_spec (3)
             # add_dummy_prefix (3) = false and remove_extra_whitespaces (4) = false.
             inner = b"\x1a\x04\x18\x00\x20\x00"
-            self._inner = SentencePieceProcessor(model_proto=data + inner)
+            self._inner = processor(model_proto=data + inner)
         except Exception as error:  # the library raises RuntimeError and others
             raise TokenizerError(f"{path}: {error}") from error
         self.pieces: dict[int, bytes] = {}
@@ -352,6 +352,17 @@ class _SentencePieceEncoder:
 
 
 # --- reading ----------------------------------------------------------------------------
+
+
+def _library(name: str) -> Any:
+    """A tokenizer library. Raises TokenizerError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise TokenizerError(
+            f"this tokenizer file is read by the package {name}, which is not installed ({error})",
+            f"pip install {name}; a bundle with a byte-level tokenizer works without it",
+        ) from error
 
 
 def _read(path: Path) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,4 +153,39 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release everything held."""
+        ...
+
+
+@runtime_checkable
+class ChainingBackend(Protocol):
+    """What a backend may have on top: several MTP blocks in one call."""
+
+    @property
+    def chains(self) -> bool:
+        """Whether `mtp_chain` works with this model."""
+        ...
+
+    def mtp_chain(
+        self,
+        count: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
+    ) -> tuple[list[int], F32]:
+        """`mtp_forward` of blocks 0..count-1 on the same rows, each with the token the block before
+        it gave the largest logit. token_ids [n] are block 0's, n > 1. Returns the chosen tokens and
+        logits f32 [count, V]."""
+        ...
+
+
+@runtime_checkable
+class PreparingBackend(Protocol):
+    """What a backend may tell on top: whether the time of a pass says what the next one takes."""
+
+    @property
+    def prepared(self) -> int:
+        """How many kinds of pass were prepared so far; the first of a kind takes longer."""
         ...

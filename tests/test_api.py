@@ -377,8 +377,8 @@ def test_opening_what_is_not_there(tmp_path: Path) -> None:
         Runtime.open(tmp_path / "absent")
     with pytest.raises(UsageError, match="neither"):
         Runtime.open(tmp_path)
-    with pytest.raises(BackendError, match="'onnx'"):
-        Runtime.open(tmp_path, backend="onnx")
+    with pytest.raises(BackendError, match="'tpu'"):
+        Runtime.open(tmp_path, backend="tpu")
     with pytest.raises(UsageError, match=r"no profile 'toaster'.*phone"):
         Runtime.open(tmp_path, profile="toaster")
     with pytest.raises(UsageError, match="no size"):
@@ -476,4 +476,4 @@ def test_a_profile_decides_what_is_not_given(tmp_path: Path) -> None:
     write_model(path, short, experts="Q8_0", dense="Q8_0", head="Q8_0")
     with Runtime.open(path, profile="router") as runtime:
         assert runtime.context == 256
-        assert runtime.stats()["budget"]["kv_type"] == "f16"
+        assert runtime.stats()["budget"]["kv_type"] == "f32"  # it is small

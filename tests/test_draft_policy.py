@@ -57,7 +57,7 @@ class Simulation:
 
     def run(self, world: World, steps: int) -> None:
         for _ in range(steps):
-            width = self.policy.choose()
+            width = self.policy.choose(cold=self.idle > 6)
             self.chosen[width] += 1
             hits: list[bool] = []
             while len(hits) < width and all(hits):
@@ -157,6 +157,50 @@ def test_it_follows_text_that_changes() -> None:
             spent[k] += 1500 * seconds[k]
     assert simulation.speed >= NEAR * max(t / s for t, s in zip(tokens, spent, strict=True))
     assert simulation.policy.choose() == 3
+
+
+def test_steps_that_were_prepared_first_say_nothing_of_their_cost() -> None:
+    """Rare widths meet a new shape most of the time: building its graph is not what they cost."""
+    policy = AdaptivePolicy(3, CostTable())
+    for number in range(3000):
+        width = policy.choose()
+        hits = [True] * min(width, 1) + [False] * (width > 1)
+        cost = (1.0, 2.4, 3.2, 4.0)[width]
+        builds = number % 3 > 0 and width == 0
+        policy.record(width, hits, None if builds else cost, steady=True)
+    assert policy.why().startswith("draft 0: drafting 3 gives 2.")
+    assert " for 4.00 times" in policy.why()
+
+
+@pytest.mark.parametrize(("length", "best"), [(12, 0), (30, 0), (120, 3), (1000, 3)])
+def test_the_first_draft_of_an_answer_pays_or_not_by_its_length(length: int, best: int) -> None:
+    """MTP caches are cold after a prompt; once they are filled, three drafts are the fastest."""
+    world = World((0.97, 0.97, 0.97), (1.0, 1.9, 2.5, 3.1), restart=2.5)
+
+    def alone(width: int) -> float:
+        """Seconds of an answer with a fixed setting."""
+        return world.restart * width + length / world.tokens(width) * world.seconds[width]
+
+    assert min(range(4), key=alone) == best
+    simulation = Simulation(5, disturbed=0)
+
+    def answers(count: int) -> float:
+        simulation.mark()
+        for _ in range(count):
+            simulation.policy.begin()
+            simulation.idle = 128
+            tokens = simulation.tokens
+            while simulation.tokens - tokens < length:
+                simulation.run(world, 1)
+        return simulation.speed
+
+    answers(30)
+    simulation.chosen = [0] * 4
+    assert answers(100) >= NEAR * length / alone(best)
+    if length in (12, 1000):  # between them settings are close
+        assert simulation.chosen[best] >= 0.8 * sum(simulation.chosen)
+    if length == 12:
+        assert "and answers have 12 tokens" in simulation.policy.why()
 
 
 class Clock:

@@ -183,8 +183,8 @@ def test_the_check_sees_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = RowCheck(backend.device)
     assert fresh.weight(weight) == ExactRows(VERIFY_ROWS - 1)
     cache = backend.new_cache(64)
-    assert not fresh.attention_together(cache, True, cache.ring.rows)
-    assert not check.attention_together(cache, False, 512)  # not even tried
+    assert not fresh.attention_together(cache.memory, True, cache.ring.rows)
+    assert not check.attention_together(cache.memory, False, 512)  # not even tried
     assert calls == 6
     backend.close()
 

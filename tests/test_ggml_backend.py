@@ -41,7 +41,7 @@ from mimo_edge.quant.base import FORMATS
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
 from mimo_edge.runtimes.ggml import bindings, expert_matrix, library
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
-from mimo_edge.runtimes.ggml.cache import KV_TYPES
+from mimo_edge.runtimes.ggml.cache_memory import KV_TYPES
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.expert_source import CachedExperts
 from mimo_edge.runtimes.ggml.raw import GgufTensors, PackedTensors, RawTensor, raw_tensor, unpack
@@ -987,13 +987,13 @@ def test_graphs_are_reused_and_few_are_kept() -> None:
         rng = np.random.default_rng(0)
         for _ in range(8):
             backend.forward(ids_of(config, 1), cache)
-        assert len(cache._graphs) == 1
+        assert len(cache.graphs) == 1
         sizes = []
         for _ in range(120):
             backend.forward(ids_of(config, int(rng.integers(1, 40))), cache)
-            sizes.append(cache.graph_bytes())
+            sizes.append(cache.graphs.nbytes)
         assert 0 < max(sizes[60:]) <= 2 * max(sizes[:60])
-        assert len(cache._graphs) <= 18
+        assert len(cache.graphs) <= 18
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from mimo_edge.errors import BackendError, QuantError
 from mimo_edge.runtimes.ggml import library
+from mimo_edge.runtimes.ggml.cpu_library import cpu_library
 
 
 def run(code: str) -> str:
@@ -35,7 +36,7 @@ def test_the_installed_library_is_loaded_once_and_checked() -> None:
     assert base.path.name.startswith(("libggml-base", "ggml-base"))
     assert base.version.startswith("0.25.")
     assert base.commit
-    assert library.library_path("ggml-cpu").is_file()
+    assert cpu_library().is_file()
 
 
 def test_loading_imports_neither_llama_cpp_nor_onnxruntime() -> None:
@@ -223,6 +224,7 @@ def test_threads_that_start_together_build_the_tables_once() -> None:
     code = """
 import threading, numpy as np
 from mimo_edge.runtimes.ggml import library
+from mimo_edge.runtimes.ggml.cpu_library import cpu_library
 x = np.random.default_rng(0).standard_normal((1, 256)).astype(np.float32)
 imp = np.ones(256, np.float32)
 start, outs = threading.Barrier(6), []

@@ -238,6 +238,33 @@ def test_a_truncated_file_is_named(made: dict[str, Path], tmp_path: Path) -> Non
         assert runtime.session() is not None
 
 
+def test_a_file_replaced_between_two_turns(made: dict[str, Path], tmp_path: Path) -> None:
+    """By an equal one: nobody notices. By a damaged one: an error that names the expert, and the
+    session goes on from where it was when a good one is back."""
+    path = Path(shutil.copytree(made["q8_0"], tmp_path / "bundle"))
+    turns = [PROMPT, [7], [8, 9]]
+    resident, _ = open_streamed(path, None)
+    with resident:
+        session = resident.session()
+        want = [session.generate(turn, max_tokens=12).token_ids for turn in turns]
+    runtime, _ = open_streamed(path, 4)
+    with runtime:
+        session = runtime.session()
+        assert session.generate(turns[0], max_tokens=12).token_ids == want[0]
+        damaged = Path(shutil.copytree(path, tmp_path / "damaged"))
+        spare, content = damage(damaged, 2, flipped=True)
+        file = path / spare.name
+        (tmp_path / "equal").write_bytes(content)
+        os.replace(tmp_path / "equal", file)
+        assert session.generate(turns[1], max_tokens=12).token_ids == want[1]
+        os.replace(spare, file)
+        with pytest.raises(IntegrityError, match=r"layer 2, expert \d"):
+            session.generate(turns[2], max_tokens=12)
+        (tmp_path / "good").write_bytes(content)
+        os.replace(tmp_path / "good", file)
+        assert session.generate(turns[2], max_tokens=12).token_ids == want[2]
+
+
 # --- Opening by a bound on memory ---------------------------------------------------------------
 
 LARGE = tiny.tiny_config(
@@ -260,7 +287,8 @@ path, ram, group = sys.argv[1:4]
 with open(group + "/cgroup.procs", "w") as file:
     file.write(str(os.getpid()))
 from mimo_edge.api import Runtime
-with Runtime.open(path, backend="ggml", ram=int(ram), context=256, threads=1, draft=0) as runtime:
+options = {"ram": int(ram), "context": 256, "kv_type": "f16", "threads": 1, "draft": 0}
+with Runtime.open(path, backend="ggml", **options) as runtime:
     session = runtime.session()
     ids = [(7 * i + 3) % 1000 for i in range(150)]
     answer = session.generate(ids, max_tokens=40).token_ids
@@ -317,9 +345,9 @@ def peak(group: Path) -> int:
     return int((v1 if v1.exists() else group / "memory.peak").read_text())
 
 
-def planned(path: Path, ram: int | None = None) -> Budget:
+def planned(path: Path, ram: int | None = None, kv_type: str = "f16") -> Budget:
     with Bundle.open(path) as bundle:
-        return plan(bundle.config, bundle.tensors, 256, ram)
+        return plan(bundle.config, bundle.tensors, 256, ram, kv_type=kv_type)
 
 
 def smallest(path: Path) -> int:
@@ -500,7 +528,7 @@ def test_inspect_plans_without_loading(large: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert re.search(r"expert slots .* \d+ of 192 experts", shown.stdout)
     found = json.loads(invoke("--plan", "--ram", str(ram), "--json").stdout)["plan"]
-    assert found == planned(large, ram).to_dict()
+    assert found == planned(large, ram, "f32").to_dict()  # 256 tokens take little
     refused = invoke("--plan", "--ram", "120MiB")
     assert refused.exit_code == DeviceError.exit_code
     assert "expert slots" in refused.stderr

@@ -46,7 +46,8 @@ from mimo_edge.nano import commands as nano
 from mimo_edge.quant.base import get_format
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32
-from mimo_edge.runtimes.ggml.cache import GgmlCache, KvTensors, kv_rows
+from mimo_edge.runtimes.ggml.cache import GgmlCache
+from mimo_edge.runtimes.ggml.cache_memory import KvTensors, kv_rows
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs
 from mimo_edge.runtimes.ggml.raw import GgufTensors
 from mimo_edge.suites import spread

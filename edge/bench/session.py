@@ -159,7 +159,7 @@ class Bench:
                 "context": answer["context"],
                 "threads": case.threads,
                 "repack": self._repacks(case.ram),
-                "kv_type": self.settings.kv_type or DEFAULT_KV_TYPE,
+                "kv_type": (answer.get("budget") or {}).get("kv_type", DEFAULT_KV_TYPE),
                 "restart": self.settings.prompt is not None,
                 "prompts": answer["prompts"],
                 "forced": answer["forced"],

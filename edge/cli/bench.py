@@ -74,7 +74,10 @@ def bench(
     backend: BackendName = "auto",
     ep: Ep = "auto",
     kv_type: Annotated[
-        str | None, typer.Option(help="KV cache of both engines: f16 (default), q8_0 or f32.")
+        str | None,
+        typer.Option(
+            help="KV cache of both engines: f16 (default; f32 where that is small), q8_0 or f32."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random ids.")] = 0,
     csv: Annotated[Path | None, typer.Option(help="Write a table to this file as well.")] = None,

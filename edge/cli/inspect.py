@@ -37,8 +37,8 @@ def inspect(
     ram: Annotated[str | None, typer.Option(help='--plan: bound on memory, as "8GiB".')] = None,
     context: Annotated[int, typer.Option(help="--plan: most tokens of a conversation.")] = 4096,
     kv_type: Annotated[
-        str, typer.Option(help="--plan: format of the KV cache: f16, q8_0 or f32.")
-    ] = "f16",
+        str | None, typer.Option(help="--plan: format of the KV cache: f16, q8_0 or f32.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a bundle, file or checkpoint holds.
@@ -77,11 +77,14 @@ def inspect(
         )
 
 
-def memory_plan(what: str, found: Inventory, ram: str | None, context: int, kv_type: str) -> Budget:
+def memory_plan(
+    what: str, found: Inventory, ram: str | None, context: int, kv_type: str | None
+) -> Budget:
     """The budget of a run. Raises UsageError for what the ggml backend does not open, DeviceError
     with the table when `ram` is too small."""
-    from mimo_edge.budget import plan
+    from mimo_edge.budget import plan, usual_kv_type
     from mimo_edge.bundle import Bundle
+    from mimo_edge.kv_format import DEFAULT_KV_TYPE
 
     if found.kind not in ("bundle", "gguf"):
         raise UsageError(
@@ -92,7 +95,8 @@ def memory_plan(what: str, found: Inventory, ram: str | None, context: int, kv_t
         raise UsageError(f"--context {context}", "use 1 or more")
     with Bundle.open(what) as bundle:
         limit = None if ram is None else parse_bytes(ram)
-        return plan(bundle.config, bundle.tensors, context, limit, kv_type=kv_type)
+        kind = kv_type or usual_kv_type(DEFAULT_KV_TYPE, bundle.config, context)
+        return plan(bundle.config, bundle.tensors, context, limit, kv_type=kind)
 
 
 def print_model(output: Output, found: Inventory) -> None:

@@ -17,7 +17,10 @@ Ep = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of the computation.")]
 KvType = Annotated[
-    str | None, typer.Option(help="KV cache of the ggml backend: f16 (default), q8_0 or f32.")
+    str | None,
+    typer.Option(
+        help="KV cache of the ggml backend: f16 (default; f32 where that is small), q8_0 or f32."
+    ),
 ]
 Pin = Annotated[
     int, typer.Option(help="Hottest experts of every layer that always stay in memory.")

@@ -78,6 +78,12 @@ def probe(
         limits.append(f"{format_bytes(found.cgroup_bytes)} left in the cgroup")
     out.text(f"for a process {format_bytes(found.profile.process_bytes)} ({', '.join(limits)})")
     out.text(f"ISA         {', '.join(found.profile.isa) or 'none known'}")
+    lib = found.libggml
+    variant = f", variant {lib['variant']}" if lib["variant"] else ""
+    compiled = ", ".join(lib["compiled_for"]) or "no extensions"
+    out.text(f"libggml     {lib['version']}{variant}, compiled for {compiled}")
+    if found.hwcap is not None:
+        out.text(f"HWCAP       {found.hwcap[0]:#x}, HWCAP2 {found.hwcap[1]:#x}")
     sensors = ", ".join(f"{name} {value:.0f} C" for name, value in found.sensors.items())
     out.text(f"sensors     {sensors or 'none'}")
     out.text("")

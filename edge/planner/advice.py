@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from mimo_edge.budget import usual_kv_type
 from mimo_edge.devices.profile import load_profile
 from mimo_edge.known_models import known_model
 from mimo_edge.kv_format import fitting_kv_type
@@ -119,7 +120,7 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
         yield _Proposal(action, 3 + step, made)
     if model.config.family != "mimo" and model.name != SMALL_MODEL:
         other = of_config(SMALL_MODEL, known_model(SMALL_MODEL), device, None)
-        kind = fitting_kv_type(device.kv_type, other.config)
+        kind = usual_kv_type(device.kv_type, other.config, settings.context)
         changed = replace(settings, acceptance=None, kv_type=kind)
         draft = min(settings.draft, 1) if isinstance(settings.draft, int) else settings.draft
         yield _Proposal(

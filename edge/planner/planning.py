@@ -11,7 +11,6 @@ from mimo_edge import budget as memory
 from mimo_edge.budget import Budget, Shortfall
 from mimo_edge.devices.profile import AUTO, DeviceProfile, load_profile
 from mimo_edge.errors import UsageError
-from mimo_edge.kv_format import fitting_kv_type
 from mimo_edge.planner.forecast import Forecast, forecast
 from mimo_edge.planner.hits import expected_hits
 from mimo_edge.planner.model import PlannedModel, planned_model
@@ -219,7 +218,7 @@ def _settings(
             draft = min(draft, config.num_mtp_layers)
     else:
         check_draft(draft, config)
-    kind = fitting_kv_type(device.kv_type, config) if kv_type is None else kv_type
+    kind = memory.usual_kv_type(device.kv_type, config, length) if kv_type is None else kv_type
     return Settings(
         limit,
         length,

@@ -27,14 +27,11 @@ from mimo_edge.runtimes.base import (
     TokenIds,
 )
 from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex
+from mimo_edge.runtimes.ggml.cache_memory import IdleMemory
 from mimo_edge.runtimes.ggml.device import Device
-from mimo_edge.runtimes.ggml.passes import (
-    MtpPass,
-    TrunkPass,
-    TrunkShape,
-    mtp_shape,
-    trunk_shape,
-)
+from mimo_edge.runtimes.ggml.graph import Tensor
+from mimo_edge.runtimes.ggml.mtp_passes import ChainPass, MtpPass, chain_shape, mtp_shape
+from mimo_edge.runtimes.ggml.passes import TrunkPass, TrunkShape, trunk_shape
 from mimo_edge.runtimes.ggml.raw import RawTensors
 from mimo_edge.runtimes.ggml.resident import ResidentWeights
 from mimo_edge.runtimes.ggml.resident_experts import ResidentExperts
@@ -96,8 +93,10 @@ class GgmlBackend:
                 self._experts.close()
             self.device.close()
             raise
+        self._idle = IdleMemory()
+        self.prepared = 0  # graphs built
         self._finalizer = weakref.finalize(
-            self, _release, self._weights, self._experts, self.device, source
+            self, _release, self._idle, self._weights, self._experts, self.device, source
         )
 
     # --- memory ---
@@ -117,7 +116,7 @@ class GgmlBackend:
     def new_cache(self, context: int, verify_rows: int = VERIFY_ROWS) -> GgmlCache:
         """An empty cache. Raises ContextLengthError past the model's positions, UsageError."""
         self._check_open()
-        return GgmlCache(self.device, self.config, self._kv_type, context, verify_rows)
+        return GgmlCache(self.device, self.config, self._kv_type, context, verify_rows, self._idle)
 
     def forward(
         self,
@@ -144,6 +143,9 @@ class GgmlBackend:
                 raise UsageError(f"{label} = {rows} of {total} new tokens")
         ours = self._check_cache(cache)
         ours.require(total)
+        if total <= self._chunk:
+            with self.device.cancelled_by(cancel):
+                return ForwardResult(*self._forward_chunk(ours, ids, logits_rows, hidden_rows))
         logits = np.empty((logits_rows, self.config.vocab_size), np.float32)
         hidden = np.empty((hidden_rows, self.config.hidden_size), np.float32)
         after = total  # rows behind this chunk
@@ -167,25 +169,19 @@ class GgmlBackend:
         if any(self.config.hybrid_layer_pattern):
             # Fails when an earlier pass was stopped while it overwrote the ring.
             cache.ring.check(position, total, total)
-        embedding = self._source.embedding(ids, self.device.cancel)
         shape = trunk_shape(cache, self._rows, total, logits_rows, hidden_rows)
         trunk = self._trunk(cache, shape)
-        before = cache.ring.positions()
+        trunk.tokens.fill(ids, self._embedding)  # may read a file: before anything is touched
+        before = cache.ring.positions() if shape.ring == "append" else None
         # So that a pass that fails half-way costs no more than itself.
         saved = cache.save_rings() if shape.ring == "append" else None
         try:
             cache.ring.store(position, total)
             cache.full.store(position, total)
-            trunk.fill(embedding, position, before, cache.ring.positions())
+            trunk.fill(position, before, cache.ring.slots)
             trunk.compute()
-            empty = np.empty((0, 0), np.float32)
-            hidden, logits = (
-                empty if tensor is None else tensor.array().reshape(rows, -1).copy()
-                for tensor, rows in (
-                    (trunk.hidden_tensor, hidden_rows),
-                    (trunk.logits_tensor, logits_rows),
-                )
-            )
+            hidden = _copy(trunk.hidden_tensor, self.config.hidden_size)
+            logits = _copy(trunk.logits_tensor, self.config.vocab_size)
             self._check_finite(hidden, "the residual stream", position + total - len(hidden))
             self._check_finite(logits, "the output head", position + total - len(logits))
         except BaseException:
@@ -194,16 +190,20 @@ class GgmlBackend:
         cache.commit(total)
         return logits, hidden
 
+    def _embedding(self, ids: TokenIds) -> F32:
+        return self._source.embedding(ids, self.device.cancel)
+
     def _trunk(self, cache: GgmlCache, shape: TrunkShape) -> TrunkPass:
-        found = cache.graph(shape)
+        found = cache.graphs.find(shape)
         if not isinstance(found, TrunkPass):
             if shape.large:
-                cache.drop_large()
+                cache.graphs.drop_large()
             source = self._experts
             if source is None and shape.large and self._resident.slots.layouts:
                 source = self._resident
             found = TrunkPass(self.device, self._weights.model, cache, shape, source, self._routes)
-            cache.keep(shape, found)
+            self.prepared += 1
+            cache.graphs.keep(shape, found)
         return found
 
     def mtp_forward(
@@ -223,24 +223,9 @@ class GgmlBackend:
         Raises UsageError (depth, shapes, ids), CacheError (rows missing or not yet processed),
         GenerationError (NaN or Inf), Cancelled.
         """
-        self._check_open()
-        c = self.config
-        if not 0 <= depth < c.num_mtp_layers:
-            raise UsageError(f"MTP block {depth} of a model with {c.num_mtp_layers}")
-        ids = self._check_ids(token_ids)
-        hidden = np.asarray(hidden, np.float32)
-        if hidden.shape != (len(ids), c.hidden_size):
-            raise UsageError(
-                f"hidden states of shape {hidden.shape} for {len(ids)} tokens of width "
-                f"{c.hidden_size}"
-            )
-        ours = self._check_cache(cache)
-        if not 0 <= position <= ours.length - len(ids):
-            raise CacheError(
-                f"MTP rows {position}..{position + len(ids) - 1}, but the target has processed "
-                f"{ours.length} tokens",
-                "a row needs the target's hidden state of its position",
-            )
+        if not 0 <= depth < self.config.num_mtp_layers:
+            raise UsageError(f"MTP block {depth} of a model with {self.config.num_mtp_layers}")
+        ids, hidden, ours = self._check_mtp(token_ids, hidden, position, cache)
         index = ours.mtp_index[depth]
         index.check(position, len(ids), 1)
         if isinstance(index, RingIndex) and len(ids) > index.rows:
@@ -259,30 +244,111 @@ class GgmlBackend:
         position: int,
         index: RingIndex | FullIndex,
     ) -> F32:
-        embedding = self._source.embedding(ids, self.device.cancel)
         shape = mtp_shape(cache, depth, len(ids), position)
-        found = cache.graph(shape)
+        found = cache.graphs.find(shape)
         if not isinstance(found, MtpPass):
             if shape.large:
-                cache.drop_large()
+                cache.graphs.drop_large()
             found = MtpPass(self.device, self._weights.model, cache, shape)
-            cache.keep(shape, found)
+            self.prepared += 1
+            cache.graphs.keep(shape, found)
+        found.tokens.fill(ids, self._embedding)
         try:
             index.store(position, len(ids))
-            held = (
-                index.positions()
-                if isinstance(index, RingIndex)
-                else index.positions(cache.mtp[depth].rows)
-            )
-            found.fill(embedding, hidden, position, held)
+            slots = index.slots if isinstance(index, RingIndex) else None
+            found.rows.fill(hidden, position, slots)
             found.compute()
-            assert found.logits_tensor is not None
-            logits: F32 = found.logits_tensor.array().reshape(-1).copy()
+            logits = found.logits()
             self._check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
         except BaseException:
             index.truncate(position)
             raise
         return logits
+
+    @property
+    def chains(self) -> bool:
+        """Whether `mtp_chain` works: of small models with several MTP blocks."""
+        return self._weights.model.table is not None and self.config.num_mtp_layers > 1
+
+    def mtp_chain(
+        self,
+        count: int,
+        token_ids: TokenIds,
+        hidden: F32,
+        position: int,
+        cache: Cache,
+        *,
+        cancel: Cancel | None = None,
+    ) -> tuple[list[int], F32]:
+        """As `mtp_forward` of blocks 0..count-1 on the same rows position..position+n-1, n > 1.
+
+        token_ids [n] = x_{i+1}: each further block gets them shifted by one, and behind them the
+        token that the block before it chose. Returns those `count` tokens, and logits f32
+        [count, V]. Raises as `mtp_forward`.
+        """
+        if not self.chains or not 1 <= count <= self.config.num_mtp_layers:
+            raise UsageError(f"a chain of {count} MTP blocks", "see `chains`")
+        ids, hidden, ours = self._check_mtp(token_ids, hidden, position, cache)
+        if not 1 < len(ids) <= ours.memory.mtp_rows:
+            raise UsageError(f"a chain on {len(ids)} rows", f"use 2 to {ours.memory.mtp_rows}")
+        rings = [index for index in ours.mtp_index[:count] if isinstance(index, RingIndex)]
+        assert len(rings) == count  # models with several blocks have windows
+        for ring in rings:
+            ring.check(position, len(ids), 1)
+        with self.device.cancelled_by(cancel):
+            return self._chain(ours, ids, hidden, position, rings)
+
+    def _chain(
+        self,
+        cache: GgmlCache,
+        ids: TokenIds,
+        hidden: F32,
+        position: int,
+        rings: list[RingIndex],
+    ) -> tuple[list[int], F32]:
+        shape = chain_shape(cache, len(rings), len(ids))
+        found = cache.graphs.find(shape)
+        if not isinstance(found, ChainPass):
+            if shape.large:
+                cache.graphs.drop_large()
+            found = ChainPass(self.device, self._weights.model, cache, shape)
+            self.prepared += 1
+            cache.graphs.keep(shape, found)
+        try:
+            for ring in rings:
+                ring.store(position, len(ids))
+            # Of the rows the newest one sees, every ring has all: they agree on where.
+            found.tokens.fill(ids, self._embedding)
+            found.rows.fill(hidden, position, rings[0].slots)
+            found.compute()
+            logits = found.logits()
+            for depth, row in enumerate(logits):
+                self._check_finite(row[None], f"MTP block {depth}", position + len(ids) - 1)
+        except BaseException:
+            for ring in rings:
+                ring.truncate(position)
+            raise
+        return found.chosen(), logits
+
+    def _check_mtp(
+        self, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+    ) -> tuple[TokenIds, F32, GgmlCache]:
+        self._check_open()
+        ids = self._check_ids(token_ids)
+        hidden = np.asarray(hidden, np.float32)
+        if hidden.shape != (len(ids), self.config.hidden_size):
+            raise UsageError(
+                f"hidden states of shape {hidden.shape} for {len(ids)} tokens of width "
+                f"{self.config.hidden_size}"
+            )
+        ours = self._check_cache(cache)
+        if not 0 <= position <= ours.length - len(ids):
+            raise CacheError(
+                f"MTP rows {position}..{position + len(ids) - 1}, but the target has processed "
+                f"{ours.length} tokens",
+                "a row needs the target's hidden state of its position",
+            )
+        return ids, hidden, ours
 
     def close(self) -> None:
         """Free weights and scratch, close the source. Twice is harmless. Caches keep their own
@@ -301,7 +367,8 @@ class GgmlBackend:
             raise UsageError(
                 f"token ids of shape {ids.shape}, type {ids.dtype}", "give one or more integers"
             )
-        low, high = int(ids.min()), int(ids.max())
+        found = ids.tolist()
+        low, high = min(found), max(found)
         if low < 0 or high >= self.config.vocab_size:
             raise UsageError(
                 f"token id {low if low < 0 else high} is outside 0..{self.config.vocab_size - 1}"
@@ -309,7 +376,9 @@ class GgmlBackend:
         return ids.astype(np.int32)
 
     def _check_cache(self, cache: Cache) -> GgmlCache:
-        if not isinstance(cache, GgmlCache) or cache.config != self.config:
+        if not isinstance(cache, GgmlCache) or (
+            cache.config is not self.config and cache.config != self.config
+        ):
             raise CacheError("this cache belongs to another backend or model")
         if cache.device is not self.device:
             raise CacheError("this cache belongs to another backend")
@@ -319,19 +388,33 @@ class GgmlBackend:
 
     @staticmethod
     def _check_finite(rows: F32, where: str, first: int) -> None:
-        finite = np.isfinite(rows).all(axis=-1)
+        finite = np.isfinite(rows)
         if not finite.all():
+            row = int(np.argmin(finite.all(axis=-1)))
             raise GenerationError(
-                f"{where} gave NaN or Inf at position {first + int(np.argmin(finite))}",
+                f"{where} gave NaN or Inf at position {first + row}",
                 "the weights, or the input, are damaged",
             )
 
 
+def _copy(tensor: Tensor | None, width: int) -> F32:
+    """Rows [n, width] of a result, none where there is none."""
+    if tensor is None:
+        return np.empty((0, width), np.float32)
+    found: F32 = tensor.array().reshape(-1, width).copy()
+    return found
+
+
 def _release(
-    weights: ResidentWeights, experts: ExpertSource | None, device: Device, source: RawTensors
+    idle: IdleMemory,
+    weights: ResidentWeights,
+    experts: ExpertSource | None,
+    device: Device,
+    source: RawTensors,
 ) -> None:
     if device.forked:
         return  # locks of threads that do not exist here may be held; the memory ends with us
+    idle.close()
     weights.close()
     if experts is not None:
         experts.close()

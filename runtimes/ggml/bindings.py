@@ -32,6 +32,7 @@ from typing import Any
 
 from mimo_edge.errors import BackendError
 from mimo_edge.runtimes.ggml import library
+from mimo_edge.runtimes.ggml.cpu_library import check_features, cpu_library, variant_name
 
 MAX_DIMS = 4
 MAX_SRC = 10
@@ -124,6 +125,7 @@ _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_permute": (P, (P, P, N, N, N, N)),
     "ggml_get_rows": (P, (P, P, P)),
     "ggml_set_rows": (P, (P, P, P, P)),
+    "ggml_argmax": (P, (P, P)),
     "ggml_argsort": (P, (P, P, N)),
     "ggml_rope_ext": (P, (P, P, P, P, N, N, N, F, F, F, F, F, F)),
     "ggml_flash_attn_ext": (P, (P, P, P, P, P, F, F, F)),
@@ -177,8 +179,10 @@ class Bindings:
         base = library.load(folder)
         self.version = base.version
         base_cdll = library.open_library(base.path)
-        cpu_path = library.library_path("ggml-cpu", folder)
+        cpu_path = cpu_library(folder)
         cpu_cdll = library.open_library(cpu_path)
+        self.cpu_path = cpu_path
+        self.features = check_features(cpu_cdll, cpu_path)
         _bind(self, base_cdll, _BASE, base.path)
         _bind(self, cpu_cdll, _CPU, cpu_path)
         self._check_same_base(base_cdll, cpu_cdll, cpu_path)
@@ -327,3 +331,15 @@ def bindings() -> Bindings:
             _loaded = Bindings()
             _loaded.ggml_log_set(ctypes.cast(_log_callback, c_void_p), None)
         return _loaded
+
+
+def describe_library() -> dict[str, Any]:
+    """JSON-ready: which libggml computes, its variant ("" without variants), and the vector
+    extensions it was compiled for. Raises BackendError as `bindings`."""
+    loaded = bindings()
+    return {
+        "path": str(loaded.cpu_path),
+        "version": loaded.version,
+        "variant": variant_name(loaded.cpu_path),
+        "compiled_for": list(loaded.features),
+    }

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mimo_edge.config import MimoConfig
-from mimo_edge.runtimes.ggml.cache import KvTensors
+from mimo_edge.runtimes.ggml.cache_memory import KvTensors
 from mimo_edge.runtimes.ggml.graph import Graph, Tensor
 from mimo_edge.runtimes.ggml.resident import BlockWeights, MtpWeights, Projection, SwiGlu
 
+# Node room: a MoE block takes about 45 tensors plus two per chosen expert.
+_BLOCK_TENSORS = 64
 # Scores are sigmoid + bias, far inside this; it turns NaN into a number for the sort.
 _SCORE_LIMIT = 1e30
 
@@ -45,6 +47,12 @@ class BlockInputs:
     config: MimoConfig
     positions: Tensor  # i32 {T}
     total: int  # T
+
+
+def tensors_of(config: MimoConfig, blocks_count: int, apart: int = 0) -> int:
+    """Tensors a graph of that many blocks may need, with `apart` more in each for rows that are
+    computed apart; a head counts as one."""
+    return (_BLOCK_TENSORS + 3 * config.num_experts_per_tok + apart) * blocks_count
 
 
 def last_rows(g: Graph, a: Tensor, rows: int) -> Tensor:

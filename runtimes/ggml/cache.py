@@ -9,35 +9,26 @@ sliding layers (they move in step); masks are made from it, so a stale slot is n
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mimo_edge.config import LayerSpec, MimoConfig
+from mimo_edge.config import MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
-from mimo_edge.kv_format import ring_type
-from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0
-from mimo_edge.runtimes.ggml.device import Device, Region
-from mimo_edge.runtimes.ggml.graph import Context, Tensor
+from mimo_edge.runtimes.ggml.cache_memory import (
+    CacheMemory,
+    CacheShape,
+    IdleMemory,
+    KvTensors,
+    kv_rows,
+)
+from mimo_edge.runtimes.ggml.device import Device
 
 Positions = NDArray[np.int64]
 
-KV_TYPES = {"f16": TYPE_F16, "f32": TYPE_F32, "q8_0": TYPE_Q8_0}
 EMPTY = -(1 << 60)  # position of a slot that holds nothing: no mask admits it
-# Global layers attend to a multiple of this many rows, so that one graph serves that many tokens.
-KV_BLOCK = 256
-SMALL_KV_BLOCK = 64
-# Graphs of few tokens kept for reuse; of those of many, whose inputs are large, only the last is.
-SMALL_GRAPHS, SMALL_GRAPH_BYTES = 16, 24 << 20
-
-
-def kv_rows(length: int) -> int:
-    """Rows a global layer reads for `length` tokens: rounded up to a block."""
-    block = SMALL_KV_BLOCK if length <= 4 * KV_BLOCK else KV_BLOCK
-    return -(-length // block) * block
 
 
 class FullIndex:
@@ -163,35 +154,18 @@ class RingIndex:
         made._slots[:] = self._slots
         return made
 
-    def positions(self, rows: int | None = None) -> Positions:
+    @property
+    def slots(self) -> Positions:
+        """Position each slot was written for, only lent. Forgotten ones are still there: they lie
+        past `length`, where no query that was written sees them."""
+        return self._slots
+
+    def positions(self) -> Positions:
         """Position held by each slot, EMPTY where none or a forgotten one."""
-        found: Positions = self._slots[:rows]
-        return np.where(found < self.length, found, EMPTY)
+        return np.where(self._slots < self.length, self._slots, EMPTY)
 
 
 Index = FullIndex | RingIndex
-
-
-class Reusable(Protocol):
-    """A graph kept for reuse."""
-
-    @property
-    def current(self) -> bool: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def close(self) -> None: ...
-
-
-class KvTensors:
-    """Keys {G * D, rows} and values {G * Dv, rows} of one layer or MTP block."""
-
-    def __init__(self, key: Tensor, value: Tensor, rows: int) -> None:
-        self.key = key
-        self.value = value
-        self.rows = rows
-        self.row_bytes = key.nb[1] + value.nb[1]
 
 
 class RingCopy(NamedTuple):
@@ -206,8 +180,15 @@ class GgmlCache:
     """KV state of one sequence; made by `GgmlBackend.new_cache`, freed by `close` or with it."""
 
     def __init__(
-        self, device: Device, config: MimoConfig, kv_type: str, context: int, verify_rows: int
+        self,
+        device: Device,
+        config: MimoConfig,
+        kv_type: str,
+        context: int,
+        verify_rows: int,
+        idle: IdleMemory,
     ) -> None:
+        """`idle` has memory of ended conversations, and gets this one's when it ends."""
         if context < 1 or verify_rows < 1:
             raise UsageError(
                 f"a cache of {context} tokens and {verify_rows} verify rows", "both start at 1"
@@ -222,39 +203,19 @@ class GgmlCache:
         self.verify_rows = verify_rows
         self._capacity = context
         self._length = 0
+        shape = CacheShape(kv_type, context, verify_rows)
+        self.memory = memory = idle.take(shape) or CacheMemory(device, config, shape)
+        self.layers, self.mtp, self.graphs = memory.layers, memory.mtp, memory.graphs
         window = config.sliding_window
-        # A ring as large as the context never wraps, so it needs no more than that.
-        ring_rows = min(window - 1 + verify_rows, context)
-        trunk = range(config.num_hidden_layers)
-        mtp = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers)
-        self.ring = RingIndex(window, ring_rows)
+        self.ring = RingIndex(window, memory.ring_rows)
         self.full = FullIndex(context)
-        # Only the newest row of an MTP block queries, so its ring needs no rows beyond W.
-        mtp_rows = min(window, context)
+        blocks = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers)
         self.mtp_index: list[Index] = [
-            RingIndex(window, mtp_rows) if config.layer(i).sliding else FullIndex(context)
-            for i in mtp
+            RingIndex(window, memory.mtp_rows) if config.layer(i).sliding else FullIndex(context)
+            for i in blocks
         ]
-        self._context = Context(device, 2 * (len(trunk) + len(mtp)) + 1)
-
-        def describe(spec: LayerSpec, ring: int) -> KvTensors:
-            rows = ring if spec.sliding else kv_rows(context)
-            kind = KV_TYPES[ring_type(kv_type) if spec.sliding else kv_type]
-            g = spec.num_key_value_heads
-            key = self._context.new(kind, (g * config.head_dim, rows))
-            value = self._context.new(kind, (g * config.v_head_dim, rows))
-            return KvTensors(key, value, rows)
-
-        try:
-            self.layers = [describe(config.layer(i), ring_rows) for i in trunk]
-            self.mtp = [describe(config.layer(i), mtp_rows) for i in mtp]
-            self._region = _place(device, [*self.layers, *self.mtp])
-        except BaseException:
-            self._context.close()
-            raise
-        self._graphs: OrderedDict[object, Reusable] = OrderedDict()
         self._finalizer = weakref.finalize(
-            self, _release, device, self._graphs, self._region, self._context
+            self, _release, idle, memory, config, self.full, self.mtp_index
         )
 
     @property
@@ -318,83 +279,34 @@ class GgmlCache:
 
     def nbytes(self) -> int:
         """Bytes of KV held now: rings whole, global rows as far as they were ever written."""
-        total = 0
-        specs = [self.config.layer(i) for i in range(len(self.layers) + len(self.mtp))]
-        for spec, kv in zip(specs, [*self.layers, *self.mtp], strict=True):
-            if spec.sliding:
-                rows = kv.rows
-            else:
-                mtp = spec.index - len(self.layers)
-                index = self.full if mtp < 0 else self.mtp_index[mtp]
-                rows = min(kv.rows, kv_rows(index.high))
-            total += rows * kv.row_bytes
-        return total
-
-    # --- graphs built for this cache ---
-
-    def graph_bytes(self) -> int:
-        """Bytes of the graphs kept for reuse, inputs included."""
-        return sum(graph.nbytes for graph in self._graphs.values())
-
-    def graph(self, key: object) -> Reusable | None:
-        """A graph kept under `key` that is still valid."""
-        found = self._graphs.get(key)
-        if found is None:
-            return None
-        if not found.current:
-            self._graphs.pop(key).close()
-            return None
-        self._graphs.move_to_end(key)
-        return found
-
-    def drop_large(self) -> None:
-        """Free the graph of many tokens: before another one is built, or to have its memory."""
-        for key in [k for k in self._graphs if _is_large(k)]:
-            self._graphs.pop(key).close()
-
-    def keep(self, key: object, graph: Reusable) -> None:
-        """Keep `graph`; the least recently used go when there are too many."""
-        if _is_large(key):
-            self.drop_large()
-        self._graphs[key] = graph
-        small = [k for k in self._graphs if not _is_large(k)]
-        nbytes = sum(self._graphs[k].nbytes for k in small)
-        while len(small) > SMALL_GRAPHS or (len(small) > 1 and nbytes > SMALL_GRAPH_BYTES):
-            old = self._graphs.pop(small.pop(0))
-            nbytes -= old.nbytes
-            old.close()
+        written = _written(self.memory, self.config, self.full, self.mtp_index)
+        return sum(kv.row_bytes * rows for kv, rows in written)
 
     def close(self) -> None:
-        """Free everything. Twice is harmless; using it afterwards is refused."""
+        """End the conversation. Twice is harmless; using the cache afterwards is refused."""
         self._finalizer()
 
 
-def _is_large(key: object) -> bool:
-    return bool(getattr(key, "large", False))
-
-
-def _place(device: Device, tensors: Sequence[KvTensors]) -> Region:
-    """Reserve memory for all tensors, each on pages of its own."""
-    g = device.ggml
-    offsets: list[tuple[Tensor, int]] = []
-    size = 0
-    for kv in tensors:
-        for tensor in (kv.key, kv.value):
-            offsets.append((tensor, size))
-            size += -(-int(g.ggml_nbytes(tensor.pointer)) // 4096) * 4096
-    region = Region(device, size)
-    for tensor, offset in offsets:
-        g.ggml_backend_tensor_alloc(region.buffer, tensor.pointer, region.address + offset)
-    return region
+def _written(
+    memory: CacheMemory, config: MimoConfig, full: FullIndex, mtp: Sequence[Index]
+) -> list[tuple[KvTensors, int]]:
+    """Every layer's tensors and how many of their rows count as written: of rings all, of global
+    layers as many as ever were."""
+    found = []
+    for index, kv in enumerate([*memory.layers, *memory.mtp]):
+        rows = kv.rows
+        if not config.layer(index).sliding:
+            block = index - len(memory.layers)
+            rows = min(rows, kv_rows((full if block < 0 else mtp[block]).high))
+        found.append((kv, rows))
+    return found
 
 
 def _release(
-    device: Device, graphs: OrderedDict[object, Reusable], region: Region, context: Context
+    idle: IdleMemory,
+    memory: CacheMemory,
+    config: MimoConfig,
+    full: FullIndex,
+    mtp: Sequence[Index],
 ) -> None:
-    if device.forked:
-        return
-    for graph in graphs.values():
-        graph.close()
-    graphs.clear()
-    context.close()
-    region.close()
+    idle.give(memory, _written(memory, config, full, mtp))

@@ -116,7 +116,9 @@ class Device:
         before = self.scratch_bytes if self.epoch else -1
         # alloc_graph alone would reuse the plan of the previous graph when node counts and sizes
         # happen to agree, although lifetimes differ: reserve always plans the graph at hand.
-        fine = all(g.ggml_gallocr_reserve(self._scratch, graph) for graph in graphs)
+        fine = len(graphs) == 1 or all(
+            g.ggml_gallocr_reserve(self._scratch, graph) for graph in graphs
+        )
         fine = fine and all(
             g.ggml_gallocr_reserve(self._scratch, graph)
             and g.ggml_gallocr_alloc_graph(self._scratch, graph)

@@ -7,8 +7,10 @@ A `Context` owns tensor descriptions (no data). `Graph` adds the operations and,
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +32,9 @@ _NUMPY: dict[int, np.dtype[Any]] = {
 }
 
 
+# The head of a TensorStruct: type, buffer, ne, nb. One unpacking takes a quarter of the time that
+# its fields take one by one, and a graph has hundreds of tensors.
+_HEAD = Struct("@iP4q4N")
 # freq_scale, ext_factor, attn_factor, beta_fast, beta_slow of ggml_rope_ext: plain RoPE
 _NO_SCALING = (1.0, 0.0, 1.0, 0.0, 0.0)
 
@@ -42,6 +47,9 @@ class ExactRows(NamedTuple):
     planes: bool = False
 
 
+_ANY_ROWS = ExactRows()
+
+
 class Tensor:
     """A handle: pointer, type, ne and nb (strides in bytes) of one ggml tensor. `rows`, of a
     weight: see `Graph.mul_mat`."""
@@ -51,16 +59,21 @@ class Tensor:
     def __init__(self, pointer: int | None) -> None:
         if not pointer:
             raise BackendError("ggml has no room for another tensor")
-        struct = ggml.TensorStruct.from_address(pointer)
+        head = _HEAD.unpack(ctypes.string_at(pointer, _HEAD.size))
         self.pointer = pointer
-        self.type: int = struct.type
-        self.ne: Ne = tuple(struct.ne)
-        self.nb: Ne = tuple(struct.nb)
-        self.rows = ExactRows()
+        self.type: int = head[0]
+        self.ne: Ne = head[2:6]
+        self.nb: Ne = head[6:10]
+        self.rows = _ANY_ROWS
         self._view: NDArray[Any] | None = None
 
     def __repr__(self) -> str:
         return f"<Tensor type {self.type} ne {list(self.ne)}>"
+
+    @property
+    def address(self) -> int:
+        """Where its memory begins; 0 before it has any."""
+        return ggml.TensorStruct.from_address(self.pointer).data or 0
 
     def array(self) -> NDArray[Any]:
         """The tensor's memory as a NumPy view, outermost dimension first, ones dropped in front.
@@ -71,11 +84,11 @@ class Tensor:
         if self._view is None:
             struct = ggml.TensorStruct.from_address(self.pointer)
             dtype = _NUMPY[self.type]
-            _require(self.contiguous and bool(struct.data), f"{self} has no memory of its own")
+            _require(self.contiguous and bool(struct.data), "{} has no memory of its own", self)
             shape = list(reversed(self.ne))
             while len(shape) > 1 and shape[0] == 1:
                 shape.pop(0)
-            size = int(np.prod(shape)) * dtype.itemsize
+            size = math.prod(shape) * dtype.itemsize
             memory = (ctypes.c_uint8 * size).from_address(struct.data)
             view: NDArray[Any] = np.ctypeslib.as_array(memory).view(dtype)
             self._view = view.reshape(shape)
@@ -84,7 +97,7 @@ class Tensor:
     def bytes(self) -> NDArray[np.uint8]:
         """The tensor's memory as u8 [n]; otherwise as `array`."""
         struct = ggml.TensorStruct.from_address(self.pointer)
-        _require(self.contiguous and bool(struct.data), f"{self} has no memory of its own")
+        _require(self.contiguous and bool(struct.data), "{} has no memory of its own", self)
         size = self.ne[3] * self.nb[3]
         memory = (ctypes.c_uint8 * size).from_address(struct.data)
         return np.ctypeslib.as_array(memory)
@@ -100,9 +113,11 @@ class Tensor:
         return True
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: bool, message: str, *what: object) -> None:
+    """`what` fills the braces of the message: describing tensors takes longer than checking them,
+    and building a graph checks hundreds."""
     if not condition:
-        raise BackendError(f"graph: {message}")
+        raise BackendError(f"graph: {message.format(*what)}")
 
 
 class Context:
@@ -130,7 +145,7 @@ class Context:
     def new(self, ggml_type: int, ne: Sequence[int]) -> Tensor:
         """A tensor without memory."""
         _require(
-            1 <= len(ne) <= ggml.MAX_DIMS and all(0 < n < 1 << 40 for n in ne), f"shape {list(ne)}"
+            1 <= len(ne) <= ggml.MAX_DIMS and all(0 < n < 1 << 40 for n in ne), "shape {}", list(ne)
         )
         shape = ggml.Ne(*ne, *(1,) * (ggml.MAX_DIMS - len(ne)))
         g = self.device.ggml
@@ -247,16 +262,16 @@ class Graph(Context):
         return Tensor(self._g.ggml_div(self.take(), a.pointer, b.pointer))
 
     def scale(self, a: Tensor, factor: float, bias: float = 0.0) -> Tensor:
-        _require(a.contiguous and a.type == ggml.TYPE_F32, f"scale of {a}")
+        _require(a.contiguous and a.type == ggml.TYPE_F32, "scale of {}", a)
         return Tensor(self._g.ggml_scale_bias(self.take(), a.pointer, factor, bias))
 
     def clamp(self, a: Tensor, low: float, high: float) -> Tensor:
         """NaN becomes `high`."""
-        _require(a.type == ggml.TYPE_F32, f"clamp of {a}")
+        _require(a.type == ggml.TYPE_F32, "clamp of {}", a)
         return Tensor(self._g.ggml_clamp(self.take(), a.pointer, low, high))
 
     def sigmoid(self, a: Tensor) -> Tensor:
-        _require(a.contiguous and a.type == ggml.TYPE_F32, f"sigmoid of {a}")
+        _require(a.contiguous and a.type == ggml.TYPE_F32, "sigmoid of {}", a)
         return Tensor(self._g.ggml_sigmoid(self.take(), a.pointer))
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -266,7 +281,9 @@ class Graph(Context):
             and gate.type == up.type == ggml.TYPE_F32
             and gate.contiguous
             and up.contiguous,
-            f"swiglu of {gate} and {up}",
+            "swiglu of {} and {}",
+            gate,
+            up,
         )
         return Tensor(self._g.ggml_swiglu_split(self.take(), gate.pointer, up.pointer))
 
@@ -276,7 +293,9 @@ class Graph(Context):
             a.type == weight.type == ggml.TYPE_F32
             and weight.ne == (a.ne[0], 1, 1, 1)
             and a.nb[0] == 4,
-            f"norm of {a} by {weight}",
+            "norm of {} by {}",
+            a,
+            weight,
         )
         normed = Tensor(self._g.ggml_rms_norm(self.take(), a.pointer, eps))
         return self.mul(normed, weight)
@@ -291,7 +310,9 @@ class Graph(Context):
             and x.ne[2] % weight.ne[2] == 0
             and x.ne[3] % weight.ne[3] == 0
             and weight.nb[0] <= weight.nb[1],
-            f"mul_mat of {weight} and {x}",
+            "mul_mat of {} and {}",
+            weight,
+            x,
         )
         total = x.ne[1]
         if not self._exact or total <= weight.rows.together:
@@ -321,7 +342,10 @@ class Graph(Context):
             and ids.ne[1:] == (x.ne[2], 1, 1)
             and ids.ne[0] % x.ne[1] == 0
             and ids.ne[0] <= stack.ne[2],
-            f"mul_mat_id of {stack}, {x} by {ids}",
+            "mul_mat_id of {}, {} by {}",
+            stack,
+            x,
+            ids,
         )
         return Tensor(self._g.ggml_mul_mat_id(self.take(), stack.pointer, x.pointer, ids.pointer))
 
@@ -331,15 +355,23 @@ class Graph(Context):
         self, a: Tensor, ne: Sequence[int], strides: Sequence[int] = (), offset: int = 0
     ) -> Tensor:
         """A window on `a`: `strides` are nb[1:] in bytes, as many as dimensions less one."""
-        _require(1 <= len(ne) <= 3 and len(strides) == len(ne) - 1, f"view {list(ne)} of {a}")
-        _require(all(n > 0 for n in ne) and offset >= 0, f"view {list(ne)} of {a} at {offset}")
+        _require(1 <= len(ne) <= 3 and len(strides) == len(ne) - 1, "view {} of {}", list(ne), a)
+        _require(all(n > 0 for n in ne) and offset >= 0, "view {} of {} at {}", list(ne), a, offset)
         last = (
             offset
             + self._row_bytes(a, ne[0])
             + sum((n - 1) * s for n, s in zip(ne[1:], strides, strict=True))
         )
         size = int(self._g.ggml_nbytes(a.pointer))
-        _require(last <= size, f"view {list(ne)} at {offset} ends at {last} of {size} bytes of {a}")
+        _require(
+            last <= size,
+            "view {} at {} ends at {} of {} bytes of {}",
+            list(ne),
+            offset,
+            last,
+            size,
+            a,
+        )
         function = (self._g.ggml_view_1d, self._g.ggml_view_2d, self._g.ggml_view_3d)[len(ne) - 1]
         return Tensor(function(self.take(), a.pointer, *ne, *strides, offset))
 
@@ -347,14 +379,16 @@ class Graph(Context):
     def _row_bytes(a: Tensor, elements: int) -> int:
         """Bytes of `elements` neighbours in a row of `a`, which must be whole blocks."""
         block = TYPES[a.type].blck_size if a.type in TYPES else 1
-        _require(elements % block == 0, f"{elements} elements of {a} split a block of {block}")
+        _require(elements % block == 0, "{} elements of {} split a block of {}", elements, a, block)
         return elements // block * a.nb[0]
 
     def reshape(self, a: Tensor, *ne: int) -> Tensor:
-        count = int(np.prod(a.ne))
+        count = math.prod(a.ne)
         _require(
-            len(ne) in (2, 3) and int(np.prod(ne)) == count and a.contiguous,
-            f"reshape of {a} to {list(ne)}",
+            len(ne) in (2, 3) and math.prod(ne) == count and a.contiguous,
+            "reshape of {} to {}",
+            a,
+            list(ne),
         )
         function = self._g.ggml_reshape_2d if len(ne) == 2 else self._g.ggml_reshape_3d
         return Tensor(function(self.take(), a.pointer, *ne))
@@ -368,16 +402,18 @@ class Graph(Context):
 
     def copy_to(self, target: Tensor, a: Tensor) -> None:
         """Copy `a` into `target`, a persistent tensor of the same shape and type, now."""
-        _require(a.ne == target.ne and a.type == target.type, f"copy of {a} to {target}")
+        _require(a.ne == target.ne and a.type == target.type, "copy of {} to {}", a, target)
         self.run_now(Tensor(self._g.ggml_cpy(self.take(), a.pointer, target.pointer)))
 
     def cast(self, a: Tensor, ggml_type: int) -> Tensor:
-        _require(a.type in _NUMPY, f"cast of {a}")
+        _require(a.type in _NUMPY, "cast of {}", a)
         return Tensor(self._g.ggml_cast(self.take(), a.pointer, ggml_type))
 
     def concat(self, a: Tensor, b: Tensor, dim: int) -> Tensor:
         same = all(x == y for d, (x, y) in enumerate(zip(a.ne, b.ne, strict=True)) if d != dim)
-        _require(0 <= dim < 4 and same and a.type == b.type, f"concat of {a} and {b} along {dim}")
+        _require(
+            0 <= dim < 4 and same and a.type == b.type, "concat of {} and {} along {}", a, b, dim
+        )
         return Tensor(self._g.ggml_concat(self.take(), a.pointer, b.pointer, dim))
 
     def concat_all(self, parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -389,7 +425,7 @@ class Graph(Context):
 
     def sum_rows(self, a: Tensor) -> Tensor:
         """{n, ...} -> {1, ...}."""
-        _require(a.type == ggml.TYPE_F32 and a.nb[0] == 4, f"sum_rows of {a}")
+        _require(a.type == ggml.TYPE_F32 and a.nb[0] == 4, "sum_rows of {}", a)
         return Tensor(self._g.ggml_sum_rows(self.take(), a.pointer))
 
     # --- rows by index ---
@@ -400,7 +436,9 @@ class Graph(Context):
             and a.ne[2] == ids.ne[1]
             and a.ne[3] == ids.ne[2]
             and ids.ne[3] == 1,
-            f"get_rows of {a} by {ids}",
+            "get_rows of {} by {}",
+            a,
+            ids,
         )
         return Tensor(self._g.ggml_get_rows(self.take(), a.pointer, ids.pointer))
 
@@ -417,7 +455,10 @@ class Graph(Context):
             and ids.type == ggml.TYPE_I64
             and ids.ne == (rows.ne[1], 1, 1, 1)
             and rows.ne[1] <= target.ne[1],
-            f"set_rows of {rows} into {target} by {ids}",
+            "set_rows of {} into {} by {}",
+            rows,
+            target,
+            ids,
         )
         written = self._g.ggml_set_rows(self.take(), target.pointer, rows.pointer, ids.pointer)
         self.run_now(Tensor(written))
@@ -427,9 +468,16 @@ class Graph(Context):
 
         NaN is not allowed: the sort behind it would read out of bounds.
         """
-        _require(a.type == ggml.TYPE_F32 and a.contiguous and 0 < k <= a.ne[0], f"top {k} of {a}")
+        _require(
+            a.type == ggml.TYPE_F32 and a.contiguous and 0 < k <= a.ne[0], "top {} of {}", k, a
+        )
         order = Tensor(self._g.ggml_argsort(self.take(), a.pointer, ggml.SORT_DESCENDING))
         return self.view(order, (k, order.ne[1]), (order.nb[1],))
+
+    def argmax(self, a: Tensor) -> Tensor:
+        """a f32 {n, T} -> index of the largest of each row, i32 {T}; with NaN any index."""
+        _require(a.type == ggml.TYPE_F32 and a.contiguous and a.ne[2:] == (1, 1), "argmax of {}", a)
+        return Tensor(self._g.ggml_argmax(self.take(), a.pointer))
 
     # --- attention ---
 
@@ -442,7 +490,9 @@ class Graph(Context):
             and positions.ne == (a.ne[2], 1, 1, 1)
             and 0 < dims <= a.ne[0]
             and dims % 2 == 0,
-            f"rope of {a} by {positions}",
+            "rope of {} by {}",
+            a,
+            positions,
         )
         return Tensor(
             self._g.ggml_rope_ext(
@@ -472,7 +522,11 @@ class Graph(Context):
             and mask.type == ggml.TYPE_F16
             and mask.ne == (k.ne[1], q.ne[1], 1, 1)
             and mask.contiguous,
-            f"attention of {q} over {k}, {v} with mask {mask}",
+            "attention of {} over {}, {} with mask {}",
+            q,
+            k,
+            v,
+            mask,
         )
         out = Tensor(
             self._g.ggml_flash_attn_ext(
@@ -481,7 +535,7 @@ class Graph(Context):
         )
         if sinks is not None:
             _require(
-                sinks.type == ggml.TYPE_F32 and sinks.ne == (q.ne[2], 1, 1, 1), f"sinks {sinks}"
+                sinks.type == ggml.TYPE_F32 and sinks.ne == (q.ne[2], 1, 1, 1), "sinks {}", sinks
             )
             self._g.ggml_flash_attn_ext_add_sinks(out.pointer, sinks.pointer)
         return out
@@ -491,7 +545,10 @@ class Graph(Context):
             a.type == b.type == ggml.TYPE_F32
             and all(x % y == 0 for x, y in zip(a.ne, b.ne, strict=True))
             and a.nb[0] == b.nb[0] == 4,
-            f"{name} of {a} and {b}",
+            "{} of {} and {}",
+            name,
+            a,
+            b,
         )
 
 

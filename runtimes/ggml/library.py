@@ -3,8 +3,9 @@
 ggml ends the process on bad input, so every call here validates first and raises a typed
 error instead. The graph bindings (runtimes/ggml) load the same library through `load`.
 
-Where it is looked for, one rule: the `lib/` folder beside the installed `llama_cpp` package,
-found without importing that package; a `folder` given to `load` replaces it.
+Where it is looked for, one rule: the `lib/` folder of the first of PACKAGES that is installed,
+found without importing that package; a `folder` given to `load` replaces it. `mimo_edge_libggml` is
+what a device kit brings, `llama_cpp` is compiled on the machine itself.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ U8 = NDArray[np.uint8]
 GGML_VERSION = (0, 25)
 SONAME_VERSION = 0
 SPIN_COUNT = "20000"  # of GNU OpenMP
-INSTALL_HINT = "pip install llama-cpp-python==0.3.36"
+PACKAGES = ("mimo_edge_libggml", "llama_cpp")
+BUILT_BY = "llama-cpp-python==0.3.36"
+INSTALL_HINT = f"pip install {BUILT_BY}"
 
 
 @dataclass(frozen=True)
@@ -263,15 +266,19 @@ def load(folder: Path | None = None) -> GgmlBase:
 
 
 def library_folder() -> Path:
-    """The `lib/` folder of the installed llama-cpp-python. Raises BackendError if there is none."""
-    # find_spec does not import: llama_cpp would load and start everything it has.
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or not spec.submodule_search_locations:
-        raise BackendError("llama-cpp-python, which carries libggml, is missing", INSTALL_HINT)
-    folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
-    if not folder.is_dir():
-        raise BackendError(f"llama-cpp-python has no folder {folder}", INSTALL_HINT)
-    return folder
+    """The folder of the installed libggml. Raises BackendError if there is none."""
+    for package in PACKAGES:
+        # find_spec does not import: llama_cpp would load and start everything it has.
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            continue
+        folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
+        if not folder.is_dir():
+            raise BackendError(f"the package {package} has no folder {folder}", INSTALL_HINT)
+        return folder
+    raise BackendError(
+        f"libggml, which the packages {' and '.join(PACKAGES)} carry, is missing", INSTALL_HINT
+    )
 
 
 def library_path(name: str, folder: Path | None = None) -> Path:

@@ -1,38 +1,38 @@
-"""Whole passes as one graph each: the decoder layers over T tokens, and one MTP block.
+"""The decoder layers over T tokens as one graph.
 
-A pass is built for one cache and one shape (`TrunkShape`, `MtpShape`) and reused for every call
-of that shape; only its inputs are filled anew. Runs of layers without a host decision are one
-graph with the routing inside, so a resident model costs one call into ggml per forward pass.
+A pass is built for one cache and one shape (`TrunkShape`) and reused for every call of that shape;
+only its inputs are filled anew. Runs of layers without a host decision are one graph with the
+routing inside, so a resident model costs one call into ggml per forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mimo_edge.config import LayerSpec, MimoConfig
-from mimo_edge.runtimes.base import F32, VERIFY_ROWS, RouteSink
+from mimo_edge.config import LayerSpec
+from mimo_edge.runtimes.base import VERIFY_ROWS, RouteSink
 from mimo_edge.runtimes.ggml import blocks
-from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64
-from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions, RingIndex, kv_rows
+from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_I32, TYPE_I64
+from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions
+from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor, finish_together
 from mimo_edge.runtimes.ggml.look_ahead import RouterGuess
+from mimo_edge.runtimes.ggml.masks import fill_causal, fill_full, fill_ring
 from mimo_edge.runtimes.ggml.resident import BlockWeights, ModelWeights
 from mimo_edge.runtimes.ggml.rows import RowCheck
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS, Carry, SlotExperts
+from mimo_edge.runtimes.ggml.token_input import TokenInput
 
-# Node room: a MoE block takes about 45 tensors plus two per chosen expert.
-_BLOCK_TENSORS = 64
-# and this many for every row that is computed apart, in attention or in one product
+# Tensors for every row that is computed apart, in attention or in one product.
 _ATTENTION_ROW_TENSORS, _PRODUCT_ROW_TENSORS = 7, 3
-UNLIMITED = 1 << 40  # a window longer than any context, shorter than the way to EMPTY
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,6 @@ class TrunkShape:
         return self.tokens > FEW_TOKENS
 
 
-@dataclass(frozen=True)
-class MtpShape:
-    """What an MTP graph depends on: block, rows, and rows of K/V its query reads."""
-
-    depth: int
-    tokens: int
-    read_rows: int
-
-    @property
-    def large(self) -> bool:
-        return self.tokens > FEW_TOKENS
-
-
-def _nodes(config: MimoConfig, blocks_count: int, apart: int = 0) -> int:
-    """Tensors a graph of that many blocks may need, with `apart` more in each for rows that are
-    computed apart; a head counts as one."""
-    return (_BLOCK_TENSORS + 3 * config.num_experts_per_tok + apart) * blocks_count
-
-
 def _apart_tensors(model: ModelWeights, shape: TrunkShape) -> int:
     """Tensors of a block, at most, that exact rows need on top."""
     if not shape.exact or shape.tokens == 1:
@@ -86,18 +67,6 @@ def _apart_tensors(model: ModelWeights, shape: TrunkShape) -> int:
     if shape.ring_apart or shape.full_apart is not None:
         per_row += _ATTENTION_ROW_TENSORS
     return per_row * shape.tokens
-
-
-def _fill_causal(
-    mask: NDArray[np.float16], held: Positions, queries: Positions, window: int
-) -> None:
-    """mask f16 [T, S]: 0 where a query sees the position a column holds, -inf elsewhere.
-
-    Source: spec section 2 step 6, 0 <= i - j <= W - 1.
-    """
-    behind = queries[:, None] - held
-    visible = (behind >= 0) & (behind < window)
-    mask[...] = np.where(visible, np.float16(0), np.float16(-np.inf))
 
 
 @dataclass(frozen=True)
@@ -158,7 +127,7 @@ class TrunkPass:
         self._apart = _apart_tensors(model, shape)
         self._graph = self._new_graph(0)
         try:
-            self._describe_inputs(cache)
+            self._describe_inputs(model, cache)
             self._build(model, cache)
         except BaseException:
             self.close()
@@ -170,16 +139,18 @@ class TrunkPass:
         end = first + cuts.index(True) + 1 if True in cuts else len(self._cut_at)
         # A group takes what a block takes; without any, keys and values are computed all the same.
         blocks_count = sum(max(1, len(groups)) for groups in self._groups[first:end])
-        nodes = _nodes(self.config, blocks_count + (True not in cuts), self._apart)
+        nodes = blocks.tensors_of(self.config, blocks_count + (True not in cuts), self._apart)
         return Graph(self._device, nodes, self.shape.exact)
 
-    def _describe_inputs(self, cache: GgmlCache) -> None:
+    def _describe_inputs(self, model: ModelWeights, cache: GgmlCache) -> None:
         c, new, shape = self.config, self._inputs.new, self.shape
         total, ring_rows = shape.tokens, cache.ring.rows
         kept = min(total, ring_rows)
         columns = {"in_place": ring_rows, "fresh": total, "append": ring_rows + total}[shape.ring]
         has_ring = any(c.hybrid_layer_pattern)
-        self.embedding = new(TYPE_F32, c.hidden_size, total)
+        # A guess of the first route begins with the embedding, before the graph has run.
+        table = None if self._source is not None else model.table
+        self.tokens = TokenInput(self._inputs, c, table, total)
         self.positions = new(TYPE_I32, total)
         self.full_ids = new(TYPE_I64, total) if shape.full_rows else None
         self.full_mask = new(TYPE_F16, shape.full_rows, total) if shape.full_rows else None
@@ -196,7 +167,7 @@ class TrunkPass:
     def _build(self, model: ModelWeights, cache: GgmlCache) -> None:
         c, shape = self.config, self.shape
         shared = blocks.BlockInputs(c, self.positions, shape.tokens)
-        hs = [self.embedding]
+        hs = [self.tokens.embedding(self._graph)]
         for index, w in enumerate(model.layers):
             access = self._access(cache, w.spec)
             [h] = hs
@@ -295,7 +266,7 @@ class TrunkPass:
         assert self._carry is not None
         if self.shape.large:
             return
-        stream = self.embedding
+        stream = self.tokens.embedding(self._graph)
         for segment in self._segments:
             # A last layer that computes fewer rows takes the last ones: they are not guessed.
             if segment.layer is not None and segment.rows == self.shape.tokens:
@@ -394,98 +365,25 @@ class TrunkPass:
             kv, self.full_ids, self.full_mask, shape.full_rows, False, shape.full_apart
         )
 
-    def fill(self, embedding: F32, position: int, before: Positions, after: Positions) -> None:
-        """Set the inputs for tokens at `position`.. ; `before` and `after` are the positions the
-        ring's slots hold before and after these rows are written."""
+    def fill(self, position: int, before: Positions | None, after: Positions) -> None:
+        """Set the inputs, besides `tokens`, for rows at `position`.. : `before` are the positions
+        the ring's slots hold (None unless rows are appended to it), `after` those they are written
+        for."""
         total = self.shape.tokens
         queries = np.arange(position, position + total, dtype=np.int64)
-        self.embedding.array().reshape(total, -1)[...] = embedding
         self.positions.array()[...] = queries
         if self.full_ids is not None and self.full_mask is not None:
             self.full_ids.array()[...] = queries
-            mask = self.full_mask.array().reshape(total, -1)
-            mask[:, :position] = 0
-            held = np.arange(position, mask.shape[1], dtype=np.int64)
-            _fill_causal(mask[:, position:], held, queries, UNLIMITED)
+            fill_full(self.full_mask.array().reshape(total, -1), queries)
         if self.ring_ids is not None and self.ring_mask is not None:
             kept = self.ring_ids.ne[0]
             self.ring_ids.array()[...] = queries[total - kept :] % after.size
-            held = {
-                "in_place": after,
-                "fresh": queries,
-                "append": np.concatenate([before, queries]),
-            }[self.shape.ring]
-            mask = self.ring_mask.array().reshape(total, -1)
-            _fill_causal(mask, held, queries, self.config.sliding_window)
-
-
-class MtpPass:
-    """One MTP block on n rows: every row leaves its K/V, the newest gives logits."""
-
-    def __init__(
-        self, device: Device, model: ModelWeights, cache: GgmlCache, shape: MtpShape
-    ) -> None:
-        self.config = cache.config
-        self.shape = shape
-        self._device = device
-        self._inputs = Inputs(device)
-        self._graph = Graph(device, _nodes(self.config, 2))
-        try:
-            self._build(model, cache, shape)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def current(self) -> bool:
-        """Whether the scratch addresses are still those of the device."""
-        return self._graph.epoch == self._device.epoch
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of inputs and descriptions; intermediate results lie in the shared scratch."""
-        return self._inputs.nbytes + self._graph.context_bytes
-
-    def compute(self) -> None:
-        """Run with the inputs filled before."""
-        self._graph.compute()
-
-    def close(self) -> None:
-        """Free graph and inputs."""
-        self._graph.close()
-        self._inputs.close()
-
-    def _build(self, model: ModelWeights, cache: GgmlCache, shape: MtpShape) -> None:
-        c, new, g = self.config, self._inputs.new, self._graph
-        n, w, kv = shape.tokens, model.mtp[shape.depth], cache.mtp[shape.depth]
-        assert w.mtp is not None
-        self.embedding = new(TYPE_F32, c.hidden_size, n)
-        self.hidden = new(TYPE_F32, c.hidden_size, n)
-        self.positions = new(TYPE_I32, n)
-        self.ids = new(TYPE_I64, n)
-        self.mask = new(TYPE_F16, shape.read_rows, n)
-        self._inputs.allocate()
-        z = blocks.mtp_input(g, w.mtp, c, self.embedding, self.hidden)
-        shared = blocks.BlockInputs(c, self.positions, n)
-        access = blocks.KvAccess(kv, self.ids, self.mask, shape.read_rows, False)
-        z_last = blocks.block(g, w, shared, access, z)
-        logits = blocks.head(g, model.output, w.mtp.output_norm, c.layernorm_epsilon, z_last)
-        self.logits_tensor = g.output(logits)
-        g.finish()
-
-    def fill(self, embedding: F32, hidden: F32, position: int, held: Positions) -> None:
-        """Set the inputs; `held` is what the block's rows hold once these are written."""
-        n = self.shape.tokens
-        rows = np.arange(position, position + n, dtype=np.int64)
-        self.embedding.array().reshape(n, -1)[...] = embedding
-        self.hidden.array().reshape(n, -1)[...] = hidden
-        self.positions.array()[...] = rows
-        self.ids.array()[...] = rows % held.size
-        spec_window = self.config.layer(self.config.num_hidden_layers + self.shape.depth).window
-        mask = self.mask.array().reshape(n, -1)
-        # Only the last row queries; the others' masks are never read.
-        window = UNLIMITED if spec_window is None else spec_window
-        _fill_causal(mask[-1:], held[: mask.shape[1]], rows[-1:], window)
+            mask, window = self.ring_mask.array().reshape(total, -1), self.config.sliding_window
+            if self.shape.ring == "in_place":
+                fill_ring(mask, after, queries, window)
+            else:
+                held = queries if before is None else np.concatenate([before, queries])
+                fill_causal(mask, held, queries, window)
 
 
 def trunk_shape(
@@ -499,19 +397,12 @@ def trunk_shape(
     if has_ring and not cache.ring.in_place(position, tokens):
         ring = "append" if position else "fresh"
     full_rows = kv_rows(position + tokens) if has_full else 0
-    shape = TrunkShape(tokens, full_rows, ring, logits_rows, hidden_rows)
-    if tokens > cache.verify_rows:
-        return shape
-    ring_apart, full_apart = False, None
-    if tokens > 1:
-        ring_apart = has_ring and not rows.attention_together(cache, True, cache.ring.rows)
-        if has_full and not rows.attention_together(cache, False, full_rows):
+    exact, ring_apart, full_apart = tokens <= cache.verify_rows, False, None
+    if exact and tokens > 1:
+        memory = cache.memory
+        ring_apart = has_ring and not rows.attention_together(memory, True, memory.ring_rows)
+        if has_full and not rows.attention_together(memory, False, full_rows):
             full_apart = tuple(kv_rows(position + row + 1) for row in range(tokens))
-    return replace(shape, exact=True, ring_apart=ring_apart, full_apart=full_apart)
-
-
-def mtp_shape(cache: GgmlCache, depth: int, tokens: int, position: int) -> MtpShape:
-    """The shape of an MTP pass over rows position.. ."""
-    kv = cache.mtp[depth]
-    ring = isinstance(cache.mtp_index[depth], RingIndex)
-    return MtpShape(depth, tokens, kv.rows if ring else kv_rows(position + tokens))
+    return TrunkShape(
+        tokens, full_rows, ring, logits_rows, hidden_rows, exact, ring_apart, full_apart
+    )

@@ -24,6 +24,9 @@ from mimo_edge.runtimes.ggml.graph import Context, Tensor
 from mimo_edge.runtimes.ggml.raw import U8, RawTensor, RawTensors, raw_tensor, unpack
 from mimo_edge.runtimes.ggml.rows import RowCheck
 
+# No more than the reader of its rows may keep of them anyway.
+SMALL_TABLE_BYTES = 4 << 20
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -80,12 +83,14 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """The model as tensors; the embedding table is not here, its rows come from the file."""
+    """The model as tensors. Rows of a large embedding table come from the file; a small `table` is
+    here, and graphs look up tokens themselves."""
 
     layers: tuple[BlockWeights, ...]
     mtp: tuple[BlockWeights, ...]
     output_norm: Tensor
     output: Tensor
+    table: Tensor | None
 
 
 class _Pending:
@@ -172,7 +177,12 @@ class ResidentWeights:
             mtp=tuple(self._block(i) for i in range(trunk, total)),
             output_norm=self._vector("output_norm.weight"),
             output=self._matrix(head),
+            table=self._table(),
         )
+
+    def _table(self) -> Tensor | None:
+        raw = self._get("token_embd.weight")
+        return self._add([raw]) if raw.nbytes <= SMALL_TABLE_BYTES else None
 
     def _block(self, index: int) -> BlockWeights:
         c, p = self._config, f"blk.{index}."

@@ -15,10 +15,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from mimo_edge.config import LayerSpec
 from mimo_edge.runtimes.base import F32, VERIFY_ROWS
 from mimo_edge.runtimes.ggml import bindings as ggml
-from mimo_edge.runtimes.ggml.cache import SMALL_KV_BLOCK, GgmlCache
+from mimo_edge.runtimes.ggml.cache_memory import SMALL_KV_BLOCK, AttentionKind, CacheMemory
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import ExactRows, Graph, Inputs, Tensor
 
@@ -33,7 +32,7 @@ class RowCheck:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._weights: dict[tuple[object, ...], ExactRows] = {}
-        self._attention: dict[tuple[object, ...], bool] = {}
+        self._attention: dict[tuple[AttentionKind, int], bool] = {}
 
     def weight(self, weight: Tensor) -> ExactRows:
         """How a loaded matrix {in, out} multiplies up to VERIFY_ROWS rows exactly."""
@@ -43,22 +42,18 @@ class RowCheck:
             self._weights[key] = self._try_weight(weight)
         return self._weights[key]
 
-    def attention_together(self, cache: GgmlCache, sliding: bool, rows: int) -> bool:
-        """Whether a few queries may attend to `rows` rows of the cache in one operation, in every
+    def attention_together(self, memory: CacheMemory, sliding: bool, rows: int) -> bool:
+        """Whether a few queries may attend to `rows` rows of a cache in one operation, in every
         layer of that kind."""
         if rows > _MOST_ATTENTION_ROWS:
             return False
-        layers = [spec for spec in cache.config.layers if spec.sliding == sliding]
-        kinds = {(spec.num_key_value_heads, spec.sinks): spec for spec in layers}
-        return all(self._together(cache, spec, rows) for spec in kinds.values())
+        return all(self._together(kind, rows) for kind in memory.attention_kinds[sliding])
 
-    def _together(self, cache: GgmlCache, spec: LayerSpec, rows: int) -> bool:
-        c, kv = cache.config, cache.layers[spec.index]
-        heads, groups = c.num_attention_heads, spec.num_key_value_heads
-        key = (heads, groups, c.head_dim, c.v_head_dim, spec.sinks, kv.key.type, rows)
-        if key not in self._attention:
-            self._attention[key] = self._try_attention(*key)
-        return self._attention[key]
+    def _together(self, kind: AttentionKind, rows: int) -> bool:
+        found = self._attention.get((kind, rows))
+        if found is None:
+            found = self._attention[kind, rows] = self._try_attention(kind, rows)
+        return found
 
     # --- trying ---
 
@@ -92,11 +87,10 @@ class RowCheck:
         planes = together == 1 and _same(self._run([values], planes_of), alone)
         return ExactRows(together, planes)
 
-    def _try_attention(
-        self, heads: int, groups: int, dim: int, v_dim: int, sinks: bool, kind: int, rows: int
-    ) -> bool:
+    def _try_attention(self, kind: AttentionKind, rows: int) -> bool:
         """The queries of a verify over rows of which the last ones are hidden from the first, and
         each alone over the rows it would read then: a block less, for those that need no more."""
+        heads, groups, dim, v_dim, sinks, ggml_type = kind
         rng = np.random.default_rng(0)
         total = min(VERIFY_ROWS, rows)
         shapes = [(total, heads, dim), (rows, groups * dim), (rows, groups * v_dim), (heads,)]
@@ -110,7 +104,7 @@ class RowCheck:
 
         def attend(g: Graph, inputs: Sequence[Tensor], together: bool) -> Tensor:
             q, key, value, sink, sees = inputs
-            key, value = g.cast(key, kind), g.cast(value, kind)
+            key, value = g.cast(key, ggml_type), g.cast(value, ggml_type)
 
             def part(start: int, count: int, reads: int) -> Tensor:
                 queries = g.view(q, (dim, heads, count), q.nb[1:3], start * q.nb[2])

@@ -28,7 +28,8 @@ from mimo_edge.runtimes.base import (
     RouteSink,
     TokenIds,
 )
-from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex, kv_rows
+from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex
+from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.slots import ExpertSource
 from mimo_edge.runtimes.onnx.cache import OnnxCache

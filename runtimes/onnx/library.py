@@ -5,6 +5,7 @@ The only module that knows onnxruntime. Arrays are NumPy's own memory: nothing i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.errors import BackendError, BundleError
+from mimo_edge.native_library import check_import
 
 LEAST_VERSION = (1, 28)
 INSTALL_HINT = "pip install 'onnxruntime>=1.28'"
@@ -26,8 +28,11 @@ _TYPES: dict[str, np.dtype[Any]] = {
 
 
 def onnxruntime() -> Any:
-    """The module. Raises BackendError when it is missing, broken or too old."""
+    """The module. Raises BackendError when it is missing, broken or too old, or when importing it
+    would end the process, as on some ARM cores."""
     try:
+        if "onnxruntime" not in sys.modules:
+            check_import("onnxruntime")
         import onnxruntime as found
     except ImportError as error:
         raise BackendError(f"onnxruntime cannot be imported: {error}", INSTALL_HINT) from error
