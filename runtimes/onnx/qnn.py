@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
 from mimo_edge.errors import ProviderError
+from mimo_edge.runtimes.onnx.library import onnxruntime
 from mimo_edge.runtimes.onnx.qnn_targets import Target
 
 PROVIDER = "QNNExecutionProvider"
@@ -58,6 +57,7 @@ def register() -> Any:
     Raises ProviderError when the package is missing or its library does not load."""
     if reason := why_unavailable():
         raise ProviderError(f"there is no QNN provider: {reason}", "use --ep cpu")
+    ort = onnxruntime()
     module = importlib.import_module(PACKAGE)
     if all(device.ep_name != PROVIDER for device in ort.get_ep_devices()):
         try:
@@ -74,13 +74,13 @@ def devices() -> list[Any]:
     """The NPUs of this machine as ONNX Runtime names them. Raises ProviderError when there is
     none."""
     register()
-    found = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
+    found = [device for device in onnxruntime().get_ep_devices() if device.ep_name == PROVIDER]
     if not found:
         raise ProviderError("the QNN provider finds no device on this machine", "use --ep cpu")
     return found
 
 
-def options(target: Target | None, *, fp16: bool = False) -> dict[str, str]:
+def options(target: Target | None) -> dict[str, str]:
     """Provider options: the HTP library, and the target when something is compiled. Float nodes
     are computed in fp16, of fp16 models and in the float islands of quantised ones."""
     module = register()
@@ -97,10 +97,10 @@ def session_options(
     *,
     config: Mapping[str, str] | None = None,
     extra: Mapping[str, str] | None = None,
-) -> ort.SessionOptions:
+) -> Any:
     """Options of a session that runs on the NPU or not at all. `config` are session entries,
     `extra` provider options that win over ours (a device profile's)."""
-    made = ort.SessionOptions()
+    made = onnxruntime().SessionOptions()
     for key, value in {**_SESSION, **(config or {})}.items():
         made.add_session_config_entry(key, value)
     made.log_severity_level = 3
@@ -114,17 +114,19 @@ def open_session(
     *,
     config: Mapping[str, str] | None = None,
     extra: Mapping[str, str] | None = None,
-) -> ort.InferenceSession:
+) -> Any:
     """A session with every node on the NPU. Raises ProviderError naming the nodes that are not."""
     source = model if isinstance(model, bytes) else str(model)
     with provider_errors("opened"):
-        session = ort.InferenceSession(source, session_options(target, config=config, extra=extra))
+        session = onnxruntime().InferenceSession(
+            source, session_options(target, config=config, extra=extra)
+        )
     session.disable_fallback()
     assert_assigned(session)
     return session
 
 
-def assert_assigned(session: ort.InferenceSession) -> int:
+def assert_assigned(session: Any) -> int:
     """Check that all of a session's nodes are the provider's; the number of partitions.
 
     Raises ProviderError with the first nodes that are not."""
