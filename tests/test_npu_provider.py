@@ -61,7 +61,7 @@ def test_nodes_elsewhere_are_named() -> None:
     with pytest.raises(ProviderError, match=r"L3\.router\.best \(TopK\) on CPU.*Cast \(Cast\)"):
         qnn.assert_assigned(session(ours, cpu))
     many = ("CPUExecutionProvider", [(f"n{i}", "Add") for i in range(11)])
-    with pytest.raises(ProviderError, match="n7.* and 3 more"):
+    with pytest.raises(ProviderError, match=r"n7.* and 3 more"):
         qnn.assert_assigned(session(ours, many))
 
 
