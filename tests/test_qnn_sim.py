@@ -19,10 +19,15 @@ from tiny import random_weights
 
 from mimo_edge.errors import ProviderError
 from mimo_edge.export.onnx.activations import Activations, measure_activations
-from mimo_edge.export.onnx.npu_check import deviations
+from mimo_edge.export.onnx.npu_check import CHOICE, deviations
 from mimo_edge.export.onnx.npu_compile import Compiler, NpuPlan
 from mimo_edge.export.onnx.npu_graphs import components, linear_of
-from mimo_edge.export.onnx.npu_model import CentredBias, float_model, write_weights
+from mimo_edge.export.onnx.npu_model import (
+    CentredBias,
+    float_model,
+    with_outputs,
+    write_weights,
+)
 from mimo_edge.npu_io import NpuComponent
 from mimo_edge.runtimes.onnx import qnn
 from mimo_edge.runtimes.onnx.isolated import Worker
@@ -66,8 +71,10 @@ def test_every_component_compiles_reloads_and_computes_what_it_says(
     finally:
         made.close()
     assert [part.precision for part in found] == [precision] * len(parts), found
-    # Decoding and verifying give the same bits in one graph or the other.
-    assert all(part.single in (1, 4) for part in found)
+    if (npu, precision) == ("v73", "int4"):
+        # In integers a verify's rows have the bits of single tokens in one graph or the other; in
+        # fp16 sums over cached and new columns may come out otherwise, and rows run one by one.
+        assert all(part.single in (1, 4) for part in found)
     if precision == "fp16":
         for component, part in zip(parts, found, strict=True):
             compare_with_f32(component.name, part, npu, activations, tmp_path)
@@ -89,14 +96,17 @@ def compare_with_f32(
     feed = reader.sample(component).feed(CONFIG, component, shape)
     graph = component.build(shape, linear_of(CONFIG, "fp16"))
     write_weights(graph, CentredBias(Rows(WEIGHTS)), folder)
-    onnx.save(float_model(graph), folder / "f32.onnx")
+    model = float_model(graph)
+    choice = [n for node in model.graph.node for n in node.output if n.endswith(".router.choice")]
+    onnx.save(with_outputs(model, choice), folder / "f32.onnx")
     want = PlainSession(folder / "f32.onnx").run(feed)
+    if choice:
+        want[CHOICE] = want.pop(choice[0])
     with Worker() as worker:
         model = folder / "made" / name / target(npu).variant / part.files[shape][0]
         have = worker.call(f"{JOBS}:run_compiled", model=str(model), npu=npu, feeds=[feed])[0]
-    assert set(have) == set(want)
+    assert set(have) == set(want) - {CHOICE}
     off = deviations(have, want, shape.tokens, CONFIG.n_routed_experts)
-    assert off.pop("ids", 0) <= 0.05, off
     assert max(off.values()) < FP16_LIMIT, (name, off)
 
 
