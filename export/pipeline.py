@@ -372,8 +372,8 @@ def write_manifest(export: Export) -> None:
     stacks = {plan.name for plan in export.mapping.tensors if plan.is_expert_stack}
     side = export.side_files
     # The ONNX form last, as where it is added to a bundle.
-    names = (*export.file_names, *side, *export.compiled)
-    files = sorted(names, key=lambda name: name.startswith(f"{FOLDER}/"))
+    present = (*export.file_names, *side, *export.compiled)
+    files = sorted(present, key=lambda name: name.startswith(f"{FOLDER}/"))
     manifest = Manifest(
         tool_version=mimo_edge.__version__,
         source_name=export.name,

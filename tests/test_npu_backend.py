@@ -108,7 +108,7 @@ def test_passes_give_what_the_reference_gives(kind: Kind, tmp_path: Path) -> Non
     """Past the window and past two cache lengths, with drafts undone."""
     path, truth = make_bundle(tmp_path, kind)
     add_npu_form(path, truth)
-    ids = np.random.default_rng(1).integers(0, truth.config.vocab_size, 140)
+    ids = np.random.default_rng(1).integers(0, truth.config.vocab_size, 140).astype(np.int32)
     want = walk(ReferenceBackend(truth), ids)
     with npu_backend(path) as backend:
         assert backend.provider_stats()["on_npu"] == 0
@@ -124,7 +124,8 @@ def test_mtp_blocks_give_what_the_reference_gives(kind: Kind, tmp_path: Path) ->
     ids = np.random.default_rng(2).integers(0, truth.config.vocab_size, 120).astype(np.int32)
     reference = ReferenceBackend(truth)
     with npu_backend(path) as backend:
-        caches = [b.new_cache(200) for b in (reference, backend)]
+        both: tuple[Backend, ...] = (reference, backend)
+        caches = [b.new_cache(200) for b in both]
         hidden = reference.forward(ids, caches[0], hidden_rows=len(ids)).hidden
         backend.forward(ids, caches[1])
         for depth in range(truth.config.num_mtp_layers):
@@ -133,7 +134,7 @@ def test_mtp_blocks_give_what_the_reference_gives(kind: Kind, tmp_path: Path) ->
                 known = np.roll(ids, -1 - depth)[at : at + count]
                 found = [
                     b.mtp_forward(depth, known, hidden[at : at + count], at, cache)
-                    for b, cache in zip((reference, backend), caches, strict=True)
+                    for b, cache in zip(both, caches, strict=True)
                 ]
                 close(found[1], found[0])
 
@@ -142,7 +143,7 @@ def test_a_pass_that_is_cancelled_costs_nothing_but_itself(
     flash: tuple[Path, DictWeights],
 ) -> None:
     path, truth = flash
-    ids = np.random.default_rng(3).integers(0, truth.config.vocab_size, 90)
+    ids = np.random.default_rng(3).integers(0, truth.config.vocab_size, 90).astype(np.int32)
     with npu_backend(path) as backend:
         cache, again = backend.new_cache(128), backend.new_cache(128)
         backend.forward(ids[:50], cache)
@@ -157,7 +158,7 @@ def test_a_pass_that_is_cancelled_costs_nothing_but_itself(
 
 def test_a_verify_has_the_bits_of_single_tokens(flash: tuple[Path, DictWeights]) -> None:
     path, truth = flash
-    ids = np.random.default_rng(4).integers(0, truth.config.vocab_size, 100)
+    ids = np.random.default_rng(4).integers(0, truth.config.vocab_size, 100).astype(np.int32)
     with npu_backend(path) as backend:
         one, four = backend.new_cache(128), backend.new_cache(128)
         for cache in (one, four):

@@ -94,7 +94,7 @@ class Compiler:
         self._plan = plan
         self._target = target
         self._reader = CentredBias(reader)
-        self._activations = activations
+        self._measurements = activations
         self._folder = folder
         self._work = work
         self._worker = Worker()
@@ -168,7 +168,7 @@ class Compiler:
         return NpuComponent(component.name, component.layers, precision, files, "", single)
 
     def _sources(self, component: Component, precision: Precision, work: Path) -> dict[Shape, Path]:
-        linear = linear_of(self._plan.config, precision, self._activations.importance)
+        linear = linear_of(self._plan.config, precision, self._activations().importance)
         ranges, made = self._ranges(component), {}
         weights: Path | None = None
         for shape in component.shapes:
@@ -185,6 +185,10 @@ class Compiler:
 
     # --- what was measured, layer by layer, for a run of layers ---
 
+    def _activations(self) -> Activations:
+        assert self._measurements is not None, "only what runs on the CPU needs no measurements"
+        return self._measurements
+
     def _measured(self, component: Component) -> list[str]:
         names = [self._layer_names.get(index) for index in component.layers]
         found = [name for name in names if name is not None]
@@ -194,15 +198,15 @@ class Compiler:
         names = self._measured(component)
         made: dict[str, Range] = {}
         for name in names:
-            for value, found in self._activations.ranges[name].items():
+            for value, found in self._activations().ranges[name].items():
                 shared = value.startswith(("mask_", "cos_", "sin_"))
                 made[value] = made.get(value, found).union(found) if shared else found
         # The input is the first layer's; outputs are the last one's, which came last.
-        return made | {"h": self._activations.ranges[names[0]]["h"]} if len(names) > 1 else made
+        return made | {"h": self._activations().ranges[names[0]]["h"]} if len(names) > 1 else made
 
     def sample(self, component: Component) -> Sample:
         """Rows the component met in calibration, and the caches before them."""
-        samples = [self._activations.samples[name] for name in self._measured(component)]
+        samples = [self._activations().samples[name] for name in self._measured(component)]
         keys = {index: x for sample in samples for index, x in sample.keys.items()}
         values = {index: x for sample in samples for index, x in sample.values.items()}
         return Sample(samples[0].position, samples[0].rows, keys, values)

@@ -14,7 +14,7 @@ from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
 from mimo_edge.export.onnx import layers
 from mimo_edge.export.onnx.graph import F32, Dim, Graph, Matrix, Source
-from mimo_edge.export.onnx.layers import GraphForm
+from mimo_edge.export.onnx.layers import GraphForm, LinearOf
 from mimo_edge.export.onnx.linear import BlockLinear, FloatLinear, Linear
 from mimo_edge.export.onnx.npu_linear import Int8Linear, LpbqLinear
 from mimo_edge.gguf_meta import expected_shapes
@@ -48,7 +48,7 @@ class Component:
     name: str
     layers: tuple[int, ...]
     shapes: tuple[Shape, ...]
-    build: Callable[[Shape, layers.LinearOf], Graph]
+    build: Callable[[Shape, LinearOf], Graph]
     """The graph of a shape; of ANY_SHAPE one that takes any number of tokens and rows."""
 
 
@@ -79,7 +79,7 @@ def decoder_shard(
     full = any(not config.layer(index).sliding for index in members)
     tokens = (DECODE_TOKENS, VERIFY_TOKENS, PREFILL_TOKENS)
 
-    def build(shape: Shape, linear: layers.LinearOf) -> Graph:
+    def build(shape: Shape, linear: LinearOf) -> Graph:
         form = _form(shape, full=shape.rows, sliding=ring_rows(config))
         return layers.decoder_layers(config, members, linear, form)
 
@@ -90,7 +90,7 @@ def _mtp(config: MimoConfig, depth: int, buckets: Sequence[int]) -> Component:
     spec = config.layer(config.num_hidden_layers + depth)
     rows = (0,) if spec.sliding else buckets
 
-    def build(shape: Shape, linear: layers.LinearOf) -> Graph:
+    def build(shape: Shape, linear: LinearOf) -> Graph:
         form = _form(shape, full=shape.rows, sliding=mtp_ring_rows(config))
         return layers.mtp_block(config, depth, linear, form)
 
@@ -99,7 +99,7 @@ def _mtp(config: MimoConfig, depth: int, buckets: Sequence[int]) -> Component:
     )
 
 
-def _head(config: MimoConfig, linear: layers.LinearOf, shape: Shape) -> Graph:
+def _head(config: MimoConfig, linear: LinearOf, shape: Shape) -> Graph:
     """x [T, M], normed -> logits [T, V]."""
     g = Graph(HEAD)
     name = "token_embd.weight" if config.tie_word_embeddings else "output.weight"

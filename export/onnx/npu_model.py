@@ -57,7 +57,7 @@ def write_weights(graph: Graph, reader: RowReader, folder: Path) -> Path:
             rows = stored.matrix.read(reader, 0, stored.matrix.rows)
             for chunk in stored.pack(rows, 0):
                 file.seek(stored.parts[chunk.part].offset + chunk.offset)
-                file.write(memoryview(np.ascontiguousarray(chunk.data)).cast("B"))
+                file.write(np.ascontiguousarray(chunk.data).data)
     return path
 
 

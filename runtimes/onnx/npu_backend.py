@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.bundle import Bundle
 from mimo_edge.cancel import Cancel, check_cancel
-from mimo_edge.config import MimoConfig
+from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import ContextLengthError, UsageError
 from mimo_edge.npu_io import (
     DECODE_TOKENS,
@@ -251,7 +252,7 @@ class NpuBackend(OnnxBackend):
         self,
         part: str,
         shape: Shape,
-        specs: Iterable[object],
+        specs: Iterable[LayerSpec],
         position: int,
         total: int,
         held: dict[Kind, Positions],
@@ -275,10 +276,10 @@ class NpuBackend(OnnxBackend):
         cache: NpuCache,
         inputs: NpuInputs,
         feed: dict[str, F32],
-    ) -> dict[str, NDArray[np.generic]]:
+    ) -> dict[str, NDArray[Any]]:
         full = any(not self.config.layer(layer).sliding for layer in component.layers)
         graph = self.package.graph(component, Shape(tokens, rows if full else 0))
-        given: dict[str, NDArray[np.generic]] = {**inputs.arrays, **feed}
+        given: dict[str, NDArray[Any]] = {**inputs.arrays, **feed}
         for layer in component.layers:
             kv = cache.kv[layer]
             keys, values = kv.keys, kv.values
@@ -302,7 +303,7 @@ class NpuBackend(OnnxBackend):
         return dict(pairwise(moe))
 
     def _add_experts(
-        self, layer: int, found: dict[str, NDArray[np.generic]], h: F32, following: int | None
+        self, layer: int, found: dict[str, NDArray[Any]], h: F32, following: int | None
     ) -> None:
         total = len(h)
         kept = self._host_experts.get(total)
