@@ -14,25 +14,44 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from mimo_edge.agent import MAX_STEPS, Agent, Step, make_tools
-from mimo_edge.answer_reader import THINK_OPEN, AnswerReader, Fragment
+from mimo_edge.answer_options import AnswerOptions
+from mimo_edge.answer_reader import THINK_CLOSE, THINK_OPEN, AnswerReader, Fragment
 from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
+from mimo_edge.deadline import Deadline
 from mimo_edge.engine import PREFILL_CHUNK, Engine, Generation, GenerationStats, token_list
-from mimo_edge.errors import ContextLengthError, TokenizerError, UsageError
+from mimo_edge.errors import ContextLengthError, SnapshotError, TokenizerError, UsageError
+from mimo_edge.identity import vocabulary_identity
+from mimo_edge.idle import IdleCaches
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
+from mimo_edge.logprobs import TokenLogprob
 from mimo_edge.machine import peak_rss_bytes, usable_cores
 from mimo_edge.model_source import Model, open_model
+from mimo_edge.prompt_border import PromptBorders
 from mimo_edge.runtimes.base import F32
-from mimo_edge.sampling import Mask, Sampler, SamplingParams
+from mimo_edge.sampling import Constraint, Mask, Sampler
+from mimo_edge.sequence import Sequence as TokenSequence
 from mimo_edge.sequence_pool import SequencePool
+from mimo_edge.snapshots.prefixes import PrefixSnapshots
+from mimo_edge.snapshots.session import (
+    ChatState,
+    ModelNames,
+    OpenAnswer,
+    restore_session,
+    save_session,
+)
+from mimo_edge.snapshots.spill import SpillToDisk
+from mimo_edge.snapshots.store import DEFAULT_BYTES, SnapshotStore
 from mimo_edge.speculative import DraftSetting
-from mimo_edge.tokenizer import Tokenizer, check_unicode
+from mimo_edge.structured.wanted import Wanted
+from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.tool_calls import Malformed, ToolCall, tool_schemas
 from mimo_edge.tool_functions import Tool
 from mimo_edge.units import parse_bytes
@@ -41,7 +60,10 @@ if TYPE_CHECKING:
     # A tenth of the time to start, and only `astream` needs it.
     import asyncio
 
-FinishReason = Literal["stop", "length", "tool_calls", "repetition", "cancelled"]
+    from mimo_edge.structured.answers import Thinking
+    from mimo_edge.structured.grammars import Grammars
+
+FinishReason = Literal["stop", "length", "tool_calls", "repetition", "deadline", "cancelled"]
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 
@@ -61,12 +83,14 @@ class Piece:
     finish_reason: FinishReason | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reply:
     """A whole answer. `malformed` lists tool calls that could not be read; their text is in
-    `text`. `token_ids` holds every generated id, the stop token included."""
+    `text`. `token_ids` holds every generated id, the stop token included; `logprobs`, when asked
+    for, has one entry for each."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -75,6 +99,7 @@ class Reply:
     stats: GenerationStats
     reasoning: str = ""
     malformed: tuple[Malformed, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass
@@ -113,16 +138,36 @@ class _Totals:
 class Runtime:
     """One loaded model. Open with `Runtime.open`; a context manager; `close` may be repeated."""
 
-    def __init__(self, model: Model, context: int, draft: DraftSetting = "auto") -> None:
+    def __init__(
+        self,
+        model: Model,
+        context: int,
+        draft: DraftSetting = "auto",
+        *,
+        store: SnapshotStore | None = None,
+        idle_bytes: int | None = None,
+    ) -> None:
         self._model = model
         chunk = PREFILL_CHUNK if model.budget is None else model.budget.chunk
         self._engine = Engine(model.backend, context, draft, prefill_chunk=chunk, trace=model.trace)
         self._totals = _Totals()
         # Re-entrant: adding may let the collector close a forgotten stream, which adds as well.
         self._totals_lock = threading.RLock()
+        self._grammars: Grammars | None = None
         self._banned: Mask | None = None
+        self._borders: PromptBorders | None = None
         if model.tokenizer is not None:
             self._banned = model.tokenizer.padding_mask(model.backend.config.vocab_size)
+            self._borders = PromptBorders(model.template, model.tokenizer)
+        if idle_bytes is None and model.budget is not None:
+            idle_bytes = model.budget.idle_bytes
+        self._store = store
+        spill = None if store is None else SpillToDisk(self._engine, store)
+        self._engine.idle = IdleCaches(idle_bytes, spill)
+        self._prefixes: PrefixSnapshots | None = None
+        if store is not None and model.identity is not None:  # else nothing names what they are of
+            self._prefixes = PrefixSnapshots(store, self._names.weights)
+        self._engine.prefixes = self._prefixes
 
     @classmethod
     def open(
@@ -138,6 +183,9 @@ class Runtime:
         pin: int = 0,
         trace: str | Path | None = None,
         ep: str = "auto",
+        snapshots: str | Path | None = None,
+        snapshot_bytes: int | str | None = None,
+        idle_bytes: int | str | None = None,
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
 
@@ -154,10 +202,17 @@ class Runtime:
         (about half of f16), "f32". `pin` hottest
         experts of every layer, by the bundle's heat, are never given up when experts come from
         flash. `trace` is a file for the experts every layer chooses for every token (`mimo-edge
-        trace` reads it). "mimo-nano" is the built-in model. Raises a MimoEdgeError: BundleError,
-        CheckpointError, DeviceError when the model does not fit `ram`, BackendError, UsageError.
+        trace` reads it). `snapshots` is a folder for what was processed (system texts and tools,
+        for all processes on this device; idle conversations), at most `snapshot_bytes` bytes
+        (default 512 MiB). `idle_bytes` bounds the caches of conversations that wait: beyond it
+        those used longest ago are put away, see docs/sessions.md. By default they may have what
+        the plan for `ram` leaves, and without `ram` any amount. "mimo-nano" is the built-in model.
+        Raises a MimoEdgeError: BundleError, CheckpointError, DeviceError when the model does not
+        fit `ram`, BackendError, UsageError.
         """
         limit = None if ram is None else parse_bytes(ram)
+        idle = None if idle_bytes is None else 0 if idle_bytes == 0 else parse_bytes(idle_bytes)
+        store = _open_store(snapshots, snapshot_bytes)
         if context is not None and (
             isinstance(context, bool) or not isinstance(context, int) or context < 1
         ):
@@ -184,10 +239,14 @@ class Runtime:
             trace=None if trace is None else Path(trace),
             mtp=draft != 0,
             ep=ep,
+            idle_bytes=idle or 0,
         )
         positions = model.backend.config.max_position_embeddings
         try:
-            return cls(model, min(usual_context, positions) if context is None else context, draft)
+            context = min(usual_context, positions) if context is None else context
+            # A plan says itself what it leaves for them beyond what is reserved.
+            own = idle if model.budget is None or model.budget.ram is None else None
+            return cls(model, context, draft, store=store, idle_bytes=own)
         except BaseException:
             model.backend.close()
             if model.trace is not None:
@@ -230,16 +289,70 @@ class Runtime:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
         pool: SequencePool | None = None,
+        constrain_tools: bool | None = None,
     ) -> Session:
         """A new conversation. `enable_thinking` None leaves it to the chat template. With a `pool`
         its first prompt goes on from what an earlier session of that pool processed; `close` the
         session to give that back.
 
+        Text is free, but a tool call, once begun, can be read, names one of the `tools`, and its
+        arguments fit their schemas. `constrain_tools` False leaves it to the model; None does so,
+        with a warning in the log, only where llguidance is not installed.
+
         Raises UsageError on malformed tools, TokenizerError when texts are given to a model
         without a tokenizer.
         """
         self._engine.check_open()
-        return Session(self, system, tools or (), enable_thinking, pool)
+        return Session(self, system, tools or (), enable_thinking, pool, constrain_tools)
+
+    @property
+    def grammars(self) -> Grammars:
+        """Compiled grammars of structured answers. Raises TokenizerError without a tokenizer."""
+        if self._grammars is None:
+            from mimo_edge.structured.grammars import Grammars
+
+            if self.tokenizer is None:
+                raise TokenizerError(
+                    f"{self.name} has no tokenizer: its answers cannot be held to a form"
+                )
+            self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self._model.eos_ids)
+        return self._grammars
+
+    def restore(self, path: str | Path, *, recompute: bool = False) -> Session:
+        """The session that was saved to `path`: it goes on with exactly the tokens it would have
+        given without the interruption. `Session.resume` finishes an answer it was saved in.
+
+        Needed is the same model, backend rows (same `kv_type`) and a context that is large enough;
+        threads, drafts, `ram` and the processor may differ. With `recompute` only the vocabulary
+        must be the same: what cannot be taken over, damaged caches too, is processed again.
+        Raises SnapshotError on damage, SnapshotMismatchError when it belongs elsewhere,
+        ContextLengthError, UsageError.
+        """
+        names = self._names
+        with self._engine.turn():
+            chat, sequence = restore_session(Path(path), names, self._engine, recompute)
+            self._engine.idle.make_room(sequence)
+            self._engine.idle.settle(sequence)
+        try:
+            messages = check_messages(chat.messages)
+            session = Session(
+                self,
+                None,
+                chat.tools,
+                chat.enable_thinking,
+                constrain_tools=chat.constrain_tools,
+            )
+            session._take_up(messages, chat, sequence)
+        except (UsageError, TokenizerError) as error:
+            raise SnapshotError(f"{path} is damaged: {error.message}") from None
+        return session
+
+    @cached_property
+    def _names(self) -> ModelNames:
+        if self._model.identity is None:
+            raise UsageError(f"{self.name} was not opened from files: nothing names its weights")
+        vocabulary = vocabulary_identity(self.tokenizer, self.config.vocab_size)
+        return ModelNames(self._model.identity(), vocabulary)
 
     def sequence_pool(self, most: int) -> SequencePool:
         """A pool for sessions that end while what they processed should stay: at most `most`
@@ -270,14 +383,18 @@ class Runtime:
         max_steps: int = MAX_STEPS,
         enable_thinking: bool | None = None,
         on_step: Callable[[Step], None] | None = None,
+        constrain_tools: bool | None = None,
     ) -> Agent:
         """A new conversation in which the model calls `tools`, Python functions, by itself:
-        `agent.run("...")`. `max_steps` bounds its answers in one run; `on_step` hears of each call.
+        `agent.run("...")`. `max_steps` bounds its answers in one run; `on_step` hears of each call;
+        `constrain_tools` as in `session`.
 
         Raises UsageError on a function that makes no tool, and what `session` raises.
         """
         made = make_tools(tools)
-        session = self.session(system, [t.spec for t in made], enable_thinking)
+        session = self.session(
+            system, [t.spec for t in made], enable_thinking, constrain_tools=constrain_tools
+        )
         return Agent(session, made, max_steps, on_step)
 
     def logits(self, token_ids: Sequence[int]) -> F32:
@@ -303,6 +420,31 @@ class Runtime:
             "peak_rss_bytes": peak_rss_bytes(),
             "budget": None if self._model.budget is None else self._model.budget.to_dict(),
             "experts": self._expert_stats(totals),
+            "queue": {"waiting": self._engine.queue.waiting},
+            "idle": self._idle_stats(),
+            "snapshots": self._snapshot_stats(),
+        }
+
+    def _idle_stats(self) -> dict[str, Any]:
+        """Caches of conversations, and what happened to those that waited."""
+        idle = self._engine.idle
+        return {
+            "caches": idle.count,
+            "cache_bytes": idle.nbytes(),
+            "limit_bytes": idle.limit_bytes,
+            "away": idle.away,
+            **asdict(idle.stats),
+        }
+
+    def _snapshot_stats(self) -> dict[str, Any] | None:
+        """The folder of processed prompts."""
+        if self._store is None or self._prefixes is None:
+            return None
+        return {
+            **asdict(self._store.stats),
+            "reused_tokens": self._prefixes.reused_tokens,
+            "bytes": self._store.nbytes,
+            "limit_bytes": self._store.limit_bytes,
         }
 
     def _expert_stats(self, totals: _Totals) -> dict[str, Any] | None:
@@ -355,6 +497,8 @@ class Runtime:
     def close(self) -> None:
         """Release the model, after the token that is being computed."""
         self._engine.close()
+        if self._store is not None:
+            self._store.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -368,6 +512,26 @@ class Runtime:
         self.close()
 
 
+def _open_store(folder: str | Path | None, limit_bytes: int | str | None) -> SnapshotStore | None:
+    if folder is None:
+        if limit_bytes is not None:
+            raise UsageError("snapshot_bytes without snapshots", "name a folder for them")
+        return None
+    limit = DEFAULT_BYTES if limit_bytes is None else parse_bytes(limit_bytes)
+    return SnapshotStore(Path(folder), limit)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """An answer that is not finished. `said` grows, and `sampler` is behind it."""
+
+    messages: list[dict[str, Any]] | None
+    prompt: list[int]
+    said: list[int]
+    options: AnswerOptions
+    sampler: Sampler
+
+
 class Session:
     """A conversation: its messages, and the processed tokens that make the next turn cheap."""
 
@@ -378,6 +542,7 @@ class Session:
         tools: Sequence[Mapping[str, Any]],
         enable_thinking: bool | None,
         pool: SequencePool | None = None,
+        constrain_tools: bool | None = None,
     ) -> None:
         if runtime.tokenizer is None and (system is not None or tools):
             raise TokenizerError(
@@ -388,11 +553,13 @@ class Session:
         self._runtime = runtime
         self._tools = tuple(tools)
         self._enable_thinking = enable_thinking
+        self._constrain_tools = constrain_tools
         self._sequence = runtime._engine.sequence()
         self._pool = pool
         self._pooled = False  # whether the sequence is one the pool counts
         self._cancel = Cancel()
         self._active: Generator[Piece, None, None] | None = None
+        self._open: _Open | None = None  # what is being said, or was when the session was saved
         self._token_ids: list[int] | None = None  # set once a session runs on raw ids
         self._last: Reply | None = None
         self.messages: list[dict[str, Any]] = []
@@ -423,24 +590,58 @@ class Session:
         min_p: float = 0.0,
         top_k: int = 0,
         seed: int | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logprobs: int | None = None,
         stop: Sequence[str] = (),
         json_schema: Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
         stop_repeats: int = 0,
         max_prompt_tokens: int | None = None,
+        timeout_s: float | None = None,
+        prefix_tokens: int = 0,
     ) -> Iterator[Piece]:
         """Answer `prompt`, piece by piece; `max_tokens` None goes on to the context's end.
-        `max_prompt_tokens` is a bound on the whole prompt below the context.
+        `max_prompt_tokens` is a bound on the whole prompt below the context. `prefix_tokens` says
+        of a prompt of token ids how many at its start other prompts share: they are kept as a
+        snapshot, as system text and tools of messages are.
+
+        Tokens are chosen as `SamplingParams` says; `logprobs` N reports each token's
+        log-probability and the N likeliest ones of its place. `json_schema` or `regex` (Rust's
+        syntax, matching the whole answer) is what the text after any reasoning must be.
+        `tool_choice` is "auto", "none", "required" or the name of the tool to call,
+        `parallel_tool_calls` whether there may be several calls.
 
         `stop_repeats` N ends an answer that says the same N times in a row (1 to 256 tokens, again
-        and again) with the finish reason "repetition"; 0 lets it go on.
-        Everything is checked before this returns: UsageError, TokenizerError,
-        ContextLengthError when the prompt does not fit. Leaving the iterator early keeps what
-        was generated. A stream left unfinished is closed by the next one.
+        and again) with the finish reason "repetition"; 0 lets it go on. `timeout_s` seconds from
+        now the answer ends within a layer, with the finish reason "deadline".
+        Everything is checked before this returns: UsageError (its ConstraintError for forms that
+        cannot be enforced), TokenizerError, ContextLengthError when the prompt does not fit.
+        Leaving the iterator early keeps what was generated. A stream left unfinished is closed by
+        the next one.
         """
-        if json_schema is not None:
-            raise UsageError("json_schema: structured output is not in this build")
-        stops = _checked_stops(stop)
-        params = SamplingParams(temperature, top_p, min_p, top_k, seed)
+        deadline = Deadline(self._cancel, timeout_s)
+        options = AnswerOptions(
+            max_tokens,
+            temperature,
+            top_p,
+            min_p,
+            top_k,
+            seed,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            logprobs,
+            stop,
+            json_schema,
+            regex,
+            tool_choice,
+            parallel_tool_calls,
+            stop_repeats,
+        )
         self._close_active()
         messages, ids = self._prepare(prompt)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
@@ -448,29 +649,118 @@ class Session:
                 f"the prompt has {len(ids)} tokens, at most {max_prompt_tokens} are taken",
                 "use a shorter prompt",
             )
-        model = self._runtime._model
-        thinking = bool(
-            model.tokenizer is not None
-            and messages is not None
-            and ids[-1] == model.tokenizer.special.get(THINK_OPEN)
+        border = prefix_tokens if messages is None else self._border(messages, ids)
+        return self._begin(messages, ids, options, deadline, border=border)
+
+    def resume(self, timeout_s: float | None = None) -> Iterator[Piece]:
+        """Go on with the answer that was not finished when the session was saved, with the options
+        it was asked with: its further pieces. `last_reply` then holds the whole of it, its `stats`
+        and log-probabilities what was done since. A new prompt leaves it as it is. Raises
+        UsageError when there is none.
+        """
+        if self._open is None or self._active is not None:
+            raise UsageError("there is no answer to go on with", "give a prompt")
+        begun = self._open
+        deadline = Deadline(self._cancel, timeout_s)
+        return self._begin(begun.messages, begun.prompt, begun.options, deadline, begun)
+
+    def _begin(
+        self,
+        messages: list[dict[str, Any]] | None,
+        ids: list[int],
+        options: AnswerOptions,
+        deadline: Deadline,
+        begun: _Open | None = None,
+        border: int = 0,
+    ) -> Iterator[Piece]:
+        """The answer to the prompt `ids`, or what is missing of one that was begun."""
+        said = [] if begun is None else begun.said
+        runtime = self._runtime
+        reader, constraint = self._reader(messages, ids, options)
+        sampler = Sampler(
+            options.sampling,
+            runtime._banned,
+            prompt=ids,
+            constraint=constraint,
+            top_logprobs=options.logprobs,
         )
-        reader = AnswerReader(model.tokenizer, model.eos_ids, stops, self._tools, thinking)
+        if begun is not None:
+            sampler.resume(begun.sampler.state(), said)
         self._cancel.clear()
         if self._pool is not None and not self._pooled:
             self._sequence = self._pool.take(ids)
             self._pooled = True
-        generation = self._runtime._engine.generate(
+        generation = runtime._engine.generate(
             self._sequence,
-            ids,
-            Sampler(params, self._runtime._banned),
-            max_tokens=max_tokens,
+            [*ids, *said],
+            sampler,
+            max_tokens=options.max_tokens,
             is_last=reader.add,
             cancel=self._cancel,
-            stop_repeats=stop_repeats,
+            stop_repeats=options.stop_repeats,
+            border=border,
+            answered=len(said),
         )
-        pieces = self._run(generation, reader, messages, ids)
+        opened = _Open(messages, ids, list(said), options, sampler)
+        pieces = self._run(generation, reader, opened, deadline)
         self._active = pieces
         return pieces
+
+    def _reader(
+        self, messages: list[dict[str, Any]] | None, ids: list[int], options: AnswerOptions
+    ) -> tuple[AnswerReader, Constraint | None]:
+        """What reads the answer to a prompt, and what it must keep to. Raises UsageError."""
+        model, tools = self._runtime._model, self._tools
+        thinking = self._thinking(messages, ids)
+        wanted = Wanted.of(
+            options.json_schema,
+            options.regex,
+            options.tool_choice,
+            options.parallel_tool_calls,
+            self._constrain_tools,
+        )
+        constraint = None
+        if wanted.needs_grammars(tools):
+            constraint = wanted.constraint(self._runtime.grammars, tools, thinking)
+        reader = AnswerReader(
+            model.tokenizer,
+            model.eos_ids,
+            options.stop,
+            () if options.tool_choice == "none" else tools,
+            thinking == "open",
+            calls_first=wanted.value is not None,
+        )
+        return reader, constraint
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation and everything that was processed to a file, whole or not at all.
+
+        An answer that is suspended between two pieces is saved as far as it got; this session goes
+        on with it undisturbed. Raises UsageError while it generates in another thread or when
+        messages or tools hold what is no JSON, SnapshotError when it cannot be written.
+        """
+        if getattr(self._active, "gi_running", False):
+            raise UsageError("this session is generating in another thread", "cancel it first")
+        runtime, answer = self._runtime, self._open
+        on_ids = self._token_ids is not None or (answer is not None and answer.messages is None)
+        chat = ChatState(
+            self.messages,
+            list(self._tools),
+            self._enable_thinking,
+            self._constrain_tools,
+            [*(self._token_ids or ())] if on_ids else None,
+        )
+        if answer is not None and answer.said:
+            chat.answer = OpenAnswer(
+                answer.prompt, answer.said, answer.options.to_json(), answer.sampler.state()
+            )
+        names = runtime._names
+        with runtime._engine.turn():
+            idle = runtime._engine.idle
+            idle.make_room(self._sequence)
+            idle.bring_back(self._sequence)  # if that fails, tokens alone are saved
+            save_session(Path(path), names, chat, self._sequence)
+            idle.settle(self._sequence)
 
     def generate(self, prompt: Prompt = None, **options: Any) -> Reply:
         """Answer `prompt` at once. Options and errors as in `stream`."""
@@ -522,36 +812,39 @@ class Session:
     # --- inside -------------------------------------------------------------------------
 
     def _run(
-        self,
-        generation: Generation,
-        reader: AnswerReader,
-        messages: list[dict[str, Any]] | None,
-        prompt: list[int],
+        self, generation: Generation, reader: AnswerReader, opened: _Open, deadline: Deadline
     ) -> Generator[Piece, None, None]:
         before = (self.messages, self._token_ids)
+        messages, token_ids = opened.messages, opened.said
         if messages is not None:
             self.messages = messages
-        token_ids: list[int] = []
+        self._open, sampler = opened, opened.sampler
+        logprobs: list[TokenLogprob] = []
         whole = Fragment()
+        whole.add(reader.take())  # what was said before the session was saved
         failed = True
         try:
-            for gained in generation:
-                token_ids += gained
-                part = reader.take()
-                whole.add(part)
-                yield _piece(part, gained, None)
+            with deadline:
+                for gained in generation:
+                    token_ids += gained
+                    part = reader.take()
+                    whole.add(part)
+                    said = sampler.take_logprobs()
+                    logprobs += said
+                    yield _piece(part, gained, None, said)
             failed = False
         except (GeneratorExit, KeyboardInterrupt):
             failed = False  # the user has had enough: what was said stays
             raise
         finally:
+            self._open = None
             if failed:
                 self.messages, self._token_ids = before
             else:
                 rest = reader.finish()
                 whole.add(rest)
-                reason = _finish_reason(generation, reader, whole)
-                self._keep(reader, whole, messages, prompt, token_ids)
+                reason = _finish_reason(generation, reader, whole, deadline)
+                self._keep(reader, whole, messages, opened.prompt, token_ids)
                 self._last = Reply(
                     whole.text,
                     tuple(token_ids),
@@ -560,10 +853,38 @@ class Session:
                     generation.stats,
                     whole.reasoning,
                     tuple(whole.malformed),
+                    tuple(logprobs),
                 )
                 with self._runtime._totals_lock:
                     self._runtime._totals.add(generation.stats)
-        yield _piece(rest, [], reason)
+        yield _piece(rest, [], reason, ())
+
+    def _take_up(
+        self, messages: list[dict[str, Any]], chat: ChatState, sequence: TokenSequence
+    ) -> None:
+        """Become the session that was saved. Raises UsageError when its answer is malformed."""
+        self.messages, self._token_ids, self._sequence = messages, chat.history, sequence
+        answer = chat.answer
+        if answer is not None:
+            options = AnswerOptions.from_json(answer.options)
+            sampler = Sampler(options.sampling)
+            try:
+                sampler.resume(answer.sampler, ())
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+            told = None if chat.history is not None else messages
+            self._open = _Open(told, answer.prompt, answer.said, options, sampler)
+
+    def _leave_open(self, begun: _Open) -> None:
+        """An answer that was not finished when the session was saved, and is not gone on with,
+        stays in the history as far as it got."""
+        reader, _ = self._reader(begun.messages, begun.prompt, begun.options)
+        whole = Fragment()
+        for token in begun.said:
+            reader.add(token)
+        whole.add(reader.take())
+        whole.add(reader.finish())
+        self._keep(reader, whole, begun.messages, begun.prompt, begun.said)
 
     def _keep(
         self,
@@ -581,6 +902,13 @@ class Session:
             if whole.reasoning:
                 message["reasoning_content"] = whole.reasoning
             self.messages = [*messages, message]
+
+    def _border(self, messages: list[dict[str, Any]], ids: list[int]) -> int:
+        """Tokens at the start of a prompt that come from system text and tools alone."""
+        borders = self._runtime._borders
+        if borders is None or self._runtime._prefixes is None:
+            return 0
+        return borders.of(ids, messages, self._tools, self._enable_thinking)
 
     def _prepare(self, prompt: Prompt) -> tuple[list[dict[str, Any]] | None, list[int]]:
         """The messages with this turn added (None for raw ids) and the whole prompt's ids."""
@@ -604,6 +932,17 @@ class Session:
             model.tokenizer, messages, self._tools, enable_thinking=self._enable_thinking
         )
 
+    def _thinking(self, messages: list[dict[str, Any]] | None, prompt: list[int]) -> Thinking:
+        """Where the answer to a prompt begins; one to raw ids brings no reasoning of its own."""
+        tokenizer = self._runtime.tokenizer
+        if (
+            tokenizer is None
+            or messages is None
+            or prompt[-1] == tokenizer.special.get(THINK_CLOSE)
+        ):
+            return "over"
+        return "open" if prompt[-1] == tokenizer.special.get(THINK_OPEN) else "possible"
+
     def _check_texts(self) -> None:
         if self._runtime.tokenizer is None:
             raise TokenizerError(
@@ -614,23 +953,35 @@ class Session:
 
     def _close_active(self) -> None:
         active, self._active = self._active, None
-        if active is None:
-            return
         try:
-            active.close()
+            if active is not None:
+                active.close()
         except ValueError:  # "generator already executing"
             self._active = active
             raise UsageError(
                 "this session is generating in another thread", "cancel it or use another session"
             ) from None
+        begun, self._open = self._open, None
+        if begun is not None:
+            self._leave_open(begun)
 
 
-def _piece(part: Fragment, token_ids: Sequence[int], reason: FinishReason | None) -> Piece:
-    return Piece(part.text, tuple(token_ids), reason, part.reasoning, tuple(part.tool_calls))
+def _piece(
+    part: Fragment,
+    token_ids: Sequence[int],
+    reason: FinishReason | None,
+    logprobs: tuple[TokenLogprob, ...],
+) -> Piece:
+    calls = tuple(part.tool_calls)
+    return Piece(part.text, tuple(token_ids), reason, part.reasoning, calls, logprobs)
 
 
-def _finish_reason(generation: Generation, reader: AnswerReader, whole: Fragment) -> FinishReason:
+def _finish_reason(
+    generation: Generation, reader: AnswerReader, whole: Fragment, deadline: Deadline
+) -> FinishReason:
     reason = generation.finish_reason or "cancelled"
+    if reason == "cancelled" and deadline.passed:
+        return "deadline"
     if reason == "stop" and whole.tool_calls and not reader.hit_stop:
         return "tool_calls"
     return reason
@@ -658,14 +1009,3 @@ def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
     except (IndexError, TypeError, KeyError):
         return False
     return not isinstance(first, (str, Mapping)) and hasattr(first, "__index__")
-
-
-def _checked_stops(stop: Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(stop, Sequence):
-        raise UsageError(f"stop = {stop!r} is not a list of texts")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    for text in stops:
-        if not isinstance(text, str) or not text:
-            raise UsageError(f"stop = {text!r} is not a text")
-        check_unicode(text)
-    return stops

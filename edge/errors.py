@@ -2,6 +2,7 @@
 
 MimoEdgeError
 ├── UsageError             wrong call: bad argument, unknown name
+│   └── ConstraintError    a schema, regular expression or tool that cannot be enforced
 ├── ConfigError            a model or run configuration we refuse
 ├── CheckpointError        a Hugging Face checkpoint that is damaged, incomplete or inconsistent
 ├── QuantError             data that cannot be quantised or dequantised (NaN scale, bad shape)
@@ -14,6 +15,8 @@ MimoEdgeError
 │   └── ProviderError      an execution provider (NPU) that is missing, refused nodes or crashed
 ├── CacheError             a KV cache asked for what it no longer holds
 │   └── ContextLengthError more tokens than the context holds
+├── SnapshotError          a saved session or snapshot that is damaged or cannot be written
+│   └── SnapshotMismatchError  one of another model, cache format or version
 ├── GenerationError        a generation that cannot go on (NaN logits)
 └── Cancelled              work given up half-way because the caller asked for it
 
@@ -41,6 +44,10 @@ class UsageError(MimoEdgeError):
     """A wrong call: bad argument, unknown name."""
 
     exit_code = 2
+
+
+class ConstraintError(UsageError):
+    """A schema, regular expression or tool that cannot be enforced while answering."""
 
 
 class ConfigError(MimoEdgeError):
@@ -89,6 +96,14 @@ class CacheError(MimoEdgeError):
 
 class ContextLengthError(CacheError):
     """More tokens than the context holds."""
+
+
+class SnapshotError(MimoEdgeError):
+    """A saved session or snapshot that is damaged, incomplete, or cannot be read or written."""
+
+
+class SnapshotMismatchError(SnapshotError):
+    """A snapshot that is whole, but of another model, cache format, backend or version."""
 
 
 class GenerationError(MimoEdgeError):

@@ -10,7 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mimo_edge.cli.interrupts import Interrupts, cancelled_by_interrupts
-from mimo_edge.cli.options import BackendName, Draft, Ep, KvType, Pin, Profile, Ram, Threads
+from mimo_edge.cli.options import (
+    SNAPSHOT_BYTES,
+    SNAPSHOTS,
+    BackendName,
+    Draft,
+    Ep,
+    IdleBytes,
+    KvType,
+    Pin,
+    Profile,
+    Ram,
+    SnapshotBytes,
+    Snapshots,
+    Threads,
+    kept,
+)
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import MimoEdgeError, UsageError
 from mimo_edge.text_file import read_json
@@ -67,6 +82,9 @@ def run(
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
+    snapshots: Snapshots = SNAPSHOTS,
+    snapshot_bytes: SnapshotBytes = SNAPSHOT_BYTES,
+    idle_bytes: IdleBytes = None,
     trace: Annotated[
         Path | None, typer.Option(help="Record which experts every token uses, in this file.")
     ] = None,
@@ -101,6 +119,7 @@ def run(
         kv_type=kv_type,
         pin=pin,
         trace=trace,
+        **kept(snapshots, snapshot_bytes, idle_bytes, out),
     ) as runtime:
         from mimo_edge.nano.commands import DEMO_TOOLS, is_nano_template
 

@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
-from mimo_edge.cli.options import BackendName, Draft, Ep, KvType, Pin, Profile, Ram, Threads
+from mimo_edge.cli.options import (
+    SNAPSHOT_BYTES,
+    SNAPSHOTS,
+    BackendName,
+    Draft,
+    Ep,
+    IdleBytes,
+    KvType,
+    Pin,
+    Profile,
+    Ram,
+    SnapshotBytes,
+    Snapshots,
+    Threads,
+    kept,
+)
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import BUILT_IN, parse_draft
 from mimo_edge.errors import UsageError
@@ -66,6 +81,9 @@ def serve(
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
+    snapshots: Snapshots = SNAPSHOTS,
+    snapshot_bytes: SnapshotBytes = SNAPSHOT_BYTES,
+    idle_bytes: IdleBytes = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object once it listens.")
     ] = False,
@@ -99,6 +117,7 @@ def serve(
             draft=parse_draft(draft),
             kv_type=kv_type,
             pin=pin,
+            **kept(snapshots, snapshot_bytes, idle_bytes, out),
         ) as runtime:
             room = runtime.planned_conversations or Limits.conversations
             if concurrent is None:

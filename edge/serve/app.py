@@ -224,7 +224,7 @@ class _Answering:
     def __init__(self, service: Service, call: Call) -> None:
         self._service = service
         self._call = call
-        self._answer = Answer(call)
+        self._answer = Answer(call, service.runtime.tokenizer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._work(scope, receive, send))
