@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
-from mimo_edge.agent import MAX_STEPS, Agent, Step, make_tools
+from mimo_edge.agent import MAX_STEPS, Agent, Step, make_agent
 from mimo_edge.answer_options import AnswerOptions
 from mimo_edge.answer_reader import THINK_CLOSE, THINK_OPEN, AnswerReader, Fragment
 from mimo_edge.cancel import Cancel
@@ -54,16 +54,19 @@ from mimo_edge.structured.wanted import Wanted
 from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.tool_calls import Malformed, ToolCall, tool_schemas
 from mimo_edge.tool_functions import Tool
+from mimo_edge.totals import Totals
 from mimo_edge.units import parse_bytes
 
 if TYPE_CHECKING:
-    # A tenth of the time to start, and only `astream` needs it.
-    import asyncio
-
+    from mimo_edge.remote.address import Connection
+    from mimo_edge.remote.runtime import RemoteRuntime
     from mimo_edge.structured.answers import Thinking
     from mimo_edge.structured.grammars import Grammars
 
-FinishReason = Literal["stop", "length", "tool_calls", "repetition", "deadline", "cancelled"]
+FinishReason = Literal[
+    "stop", "length", "tool_calls", "repetition", "deadline", "cancelled", "broken"
+]
+"""Why an answer ended; "broken" where a connection broke, see `Runtime.connect`."""
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 
@@ -102,39 +105,6 @@ class Reply:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass
-class _Totals:
-    """Sums over the generations of a runtime."""
-
-    generations: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    tokens: int = 0
-    verifies: int = 0
-    prefill_ms: float = 0.0
-    decode_ms: float = 0.0
-    drafted_by_depth: list[int] = field(default_factory=list)
-    accepted_by_depth: list[int] = field(default_factory=list)
-    draft_why: str = ""
-    first_tokens: int = 0  # generations that were not cancelled before: prefill makes the first
-
-    def add(self, stats: GenerationStats) -> None:
-        self.generations += 1
-        self.first_tokens += stats.tokens > 0
-        for name in ("prompt_tokens", "reused_tokens", "tokens", "verifies"):
-            setattr(self, name, getattr(self, name) + getattr(stats, name))
-        self.prefill_ms += stats.prefill_ms
-        self.decode_ms += stats.decode_ms
-        for sums, counts in (
-            (self.drafted_by_depth, stats.drafted_by_depth),
-            (self.accepted_by_depth, stats.accepted_by_depth),
-        ):
-            sums.extend([0] * (len(counts) - len(sums)))
-            for depth, count in enumerate(counts):
-                sums[depth] += count
-        self.draft_why = stats.draft_why or self.draft_why
-
-
 class Runtime:
     """One loaded model. Open with `Runtime.open`; a context manager; `close` may be repeated."""
 
@@ -150,7 +120,7 @@ class Runtime:
         self._model = model
         chunk = PREFILL_CHUNK if model.budget is None else model.budget.chunk
         self._engine = Engine(model.backend, context, draft, prefill_chunk=chunk, trace=model.trace)
-        self._totals = _Totals()
+        self._totals = Totals()
         # Re-entrant: adding may let the collector close a forgotten stream, which adds as well.
         self._totals_lock = threading.RLock()
         self._grammars: Grammars | None = None
@@ -252,6 +222,28 @@ class Runtime:
             if model.trace is not None:
                 model.trace.close()
             raise
+
+    @staticmethod
+    def connect(
+        url: str,
+        model: str | None = None,
+        api_key: str | None = None,
+        *,
+        connection: Connection | None = None,
+    ) -> RemoteRuntime:
+        """A model behind an OpenAI-compatible server (mimo-edge, SGLang, vLLM), used like one that
+        was opened: sessions, streams, agents, tools.
+
+        `model` None takes the only one the server has. `connection` holds timeouts, retries and
+        trusted certificates. Needs the extra `remote`. Raises RemoteError when the server cannot
+        be reached or refuses, UsageError on a wrong address, several models, or an unknown one.
+        """
+        from mimo_edge.remote.address import check_extra
+
+        check_extra()
+        from mimo_edge.remote.runtime import RemoteRuntime
+
+        return RemoteRuntime.connect(url, model, api_key, connection)
 
     @property
     def name(self) -> str:
@@ -391,11 +383,8 @@ class Runtime:
 
         Raises UsageError on a function that makes no tool, and what `session` raises.
         """
-        made = make_tools(tools)
-        session = self.session(
-            system, [t.spec for t in made], enable_thinking, constrain_tools=constrain_tools
-        )
-        return Agent(session, made, max_steps, on_step)
+        session_options = {"enable_thinking": enable_thinking, "constrain_tools": constrain_tools}
+        return make_agent(self, tools, system, max_steps, on_step, **session_options)
 
     def logits(self, token_ids: Sequence[int]) -> F32:
         """Logits f32 [T, V] after every one of token_ids [T], for evaluation and tests."""
@@ -406,8 +395,7 @@ class Runtime:
         with self._totals_lock:
             counts = asdict(self._totals)
         provider = getattr(self._model.backend, "provider_stats", None)
-        totals = _Totals(**counts)  # a copy: other threads go on adding
-        new = totals.tokens - totals.first_tokens
+        totals = Totals(**counts)  # a copy: other threads go on adding
         return {
             "model": self.name,
             "backend": self._model.backend.name,
@@ -415,8 +403,9 @@ class Runtime:
             "context": self.context,
             "draft": self._engine.draft,
             **counts,
-            "tokens_per_verify": new / totals.verifies if totals.verifies else 0.0,
-            "decode_tps": new / totals.decode_ms * 1e3 if totals.decode_ms else 0.0,
+            "tokens_per_verify": totals.tokens_per_verify,
+            "prefill_tps": totals.prefill_tps,
+            "decode_tps": totals.decode_tps,
             "peak_rss_bytes": peak_rss_bytes(),
             "budget": None if self._model.budget is None else self._model.budget.to_dict(),
             "experts": self._expert_stats(totals),
@@ -447,7 +436,7 @@ class Runtime:
             "limit_bytes": self._store.limit_bytes,
         }
 
-    def _expert_stats(self, totals: _Totals) -> dict[str, Any] | None:
+    def _expert_stats(self, totals: Totals) -> dict[str, Any] | None:
         """Use of streamed experts; tokens are those processed, of prompts and answers."""
         if self._model.experts is None:
             return None
@@ -562,6 +551,7 @@ class Session:
         self._open: _Open | None = None  # what is being said, or was when the session was saved
         self._token_ids: list[int] | None = None  # set once a session runs on raw ids
         self._last: Reply | None = None
+        self._progress: GenerationStats | None = None
         self.messages: list[dict[str, Any]] = []
         """The conversation so far, as the chat template sees it."""
         if system is not None:
@@ -572,6 +562,11 @@ class Session:
         """The newest answer, complete or as far as it got."""
         return self._last
 
+    @property
+    def progress(self) -> GenerationStats | None:
+        """What the newest generation has done up to now; counts on while it runs."""
+        return self._progress
+
     def tool_result(self, text: str, name: str | None = None) -> None:
         """Add what a tool returned; `stream()` without a prompt goes on from there."""
         message: dict[str, Any] = {"role": "tool", "content": text}
@@ -579,6 +574,12 @@ class Session:
             message["name"] = name
         self._check_texts()
         self.messages.extend(check_messages([message]))
+
+    def prompt_tokens(self, prompt: Prompt = None) -> tuple[int, int]:
+        """Tokens of the whole prompt when `prompt` is answered next, and how many of them are
+        processed already. Raises as `stream`."""
+        _, ids = self._prepare(prompt)
+        return len(ids), self._sequence.shared(ids)
 
     def stream(
         self,
@@ -702,6 +703,7 @@ class Session:
             answered=len(said),
         )
         opened = _Open(messages, ids, list(said), options, sampler)
+        self._progress = generation.stats
         pieces = self._run(generation, reader, opened, deadline)
         self._active = pieces
         return pieces
@@ -769,28 +771,14 @@ class Session:
         assert self._last is not None
         return self._last
 
-    async def astream(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[Piece]:
+    def astream(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[Piece]:
         """`stream` for asyncio: the model runs in a thread, the event loop stays free.
 
         Cancelling the task cancels the generation and waits until it has stopped.
         """
-        import asyncio
+        from mimo_edge.async_stream import in_threads
 
-        pieces = self.stream(prompt, **options)
-        try:
-            while True:
-                step = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
-                try:
-                    piece = await asyncio.shield(step)
-                except asyncio.CancelledError:
-                    self.cancel()
-                    await _settled(step)
-                    raise
-                if piece is None:
-                    return
-                yield piece
-        finally:
-            pieces.close()  # type: ignore[attr-defined]
+        return in_threads(self.stream(prompt, **options), self.cancel)
 
     def cancel(self) -> None:
         """End the running generation within a layer; from any thread or signal handler."""
@@ -917,15 +905,7 @@ class Session:
                 raise UsageError("token ids cannot follow messages", "use a new session for ids")
             return None, [*(self._token_ids or []), *token_list(prompt)]
         self._check_texts()
-        if prompt is None:
-            turn: Sequence[Message] = ()
-        elif isinstance(prompt, str):
-            turn = [{"role": "user", "content": prompt}]
-        else:
-            turn = prompt  # type: ignore[assignment]
-        messages = [*self.messages, *check_messages(turn)]
-        if not any(message["role"] != "system" for message in messages):
-            raise UsageError("there is no message to answer", "give a prompt")
+        messages = messages_of(self.messages, prompt)
         model = self._runtime._model
         assert model.tokenizer is not None
         return messages, model.template.encode(
@@ -987,17 +967,20 @@ def _finish_reason(
     return reason
 
 
-async def _settled(step: asyncio.Future[Piece | None]) -> None:
-    """Wait for a step that runs in a thread, however often this task is cancelled meanwhile:
-    its generator cannot be closed before. An error of a step nobody waits for is dropped."""
-    import asyncio
-
-    while not step.done():
-        try:
-            await asyncio.wait([step])
-        except asyncio.CancelledError:
-            continue
-    step.exception()
+def messages_of(history: Sequence[dict[str, Any]], prompt: Prompt) -> list[dict[str, Any]]:
+    """A conversation with this turn added. Raises UsageError, TokenizerError."""
+    if _are_ids(prompt):
+        raise UsageError("token ids are for local models", "give a text or messages")
+    if prompt is None:
+        turn: Sequence[Message] = ()
+    elif isinstance(prompt, str):
+        turn = [{"role": "user", "content": prompt}]
+    else:
+        turn = prompt  # type: ignore[assignment]
+    messages = [*history, *check_messages(turn)]
+    if not any(message["role"] != "system" for message in messages):
+        raise UsageError("there is no message to answer", "give a prompt")
+    return messages
 
 
 def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:

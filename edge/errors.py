@@ -18,6 +18,12 @@ MimoEdgeError
 ├── SnapshotError          a saved session or snapshot that is damaged or cannot be written
 │   └── SnapshotMismatchError  one of another model, cache format or version
 ├── GenerationError        a generation that cannot go on (NaN logits)
+├── RemoteError            a server that answers in our stead did not
+│   ├── RemoteConnectError   no connection: refused, unknown name, TLS
+│   ├── RemoteTimeoutError   silent for too long
+│   ├── RemoteStatusError    it refused: an HTTP status that is no answer
+│   ├── RemoteBrokenError    the connection ended before the answer did
+│   └── RemoteProtocolError  what it sent is not an answer
 └── Cancelled              work given up half-way because the caller asked for it
 
 A message says what happened with numbers; `hint` says what to do instead.
@@ -108,6 +114,45 @@ class SnapshotMismatchError(SnapshotError):
 
 class GenerationError(MimoEdgeError):
     """A generation that cannot go on."""
+
+
+class RemoteError(MimoEdgeError):
+    """A server that answers in our stead did not."""
+
+
+class RemoteConnectError(RemoteError):
+    """No connection to the server: refused, unknown name, TLS."""
+
+
+class RemoteTimeoutError(RemoteError):
+    """The server was silent for too long."""
+
+
+class RemoteStatusError(RemoteError):
+    """The server refused. `status` is the HTTP status, `code` the reason it names, if any, and
+    `retry_after_s` how long it asks to wait."""
+
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        *,
+        status: int,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, hint)
+        self.status = status
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class RemoteBrokenError(RemoteError):
+    """The connection ended before the answer did."""
+
+
+class RemoteProtocolError(RemoteError):
+    """What the server sent is not an answer."""
 
 
 class Cancelled(MimoEdgeError):

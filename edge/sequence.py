@@ -43,6 +43,12 @@ class Sequence:
         self.tokens, self.cache, self.drafter, self.away = [], None, None, None
         self.held_bytes = 0
 
+    def shared(self, prompt: Ids[int]) -> int:
+        """How many tokens of `prompt` are processed already, if it goes on from all of them; a
+        prompt that leaves them earlier may have to start over, and counts as new."""
+        known = len(self.tokens)
+        return known if known < len(prompt) and list(prompt[:known]) == self.tokens else 0
+
     def take_over(self, other: Sequence) -> None:
         """Become what `other` is, which is used no more."""
         if self.away is not None:
