@@ -30,6 +30,7 @@ from mimo_edge.npu_io import (
 )
 from mimo_edge.onnx_io import Kind, kind_of
 from mimo_edge.runtimes.base import F32, VERIFY_ROWS, RouteSink, TokenIds
+from mimo_edge.runtimes.checks import check_finite
 from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.slots import ExpertSource
@@ -91,6 +92,7 @@ class NpuCache(OnnxCache):
 class NpuBackend(OnnxBackend):
     """A `Backend` over the graphs compiled for an NPU in a bundle, which it owns and closes."""
 
+    name = "onnx-npu"  # saved conversations name their backend: these caches are rounded otherwise
     package: NpuPackage  # type: ignore[assignment]
 
     def __init__(
@@ -158,7 +160,7 @@ class NpuBackend(OnnxBackend):
         rows = 0
         if not all(c.hybrid_layer_pattern):
             rows = cache.bucket(position)
-            cache.grow(0, c.num_hidden_layers, cache.bucket(position + total), position)
+            cache.resize(0, c.num_hidden_layers, cache.bucket(position + total), position)
             held["full"] = cache.full.positions(rows)
         tokens = self._tokens(total)
         inputs = self._filled("trunk", Shape(tokens, rows), c.layers, position, total, held)
@@ -176,7 +178,7 @@ class NpuBackend(OnnxBackend):
                 h = np.ascontiguousarray(h)
                 with self.device.cancelled_by(cancel):
                     self._add_experts(layer, found, h[:total], following.get(layer))
-        self._check_finite(h[:total], "the residual stream", position)
+        check_finite(h[:total], "the residual stream", position)
         for layer, (keys, values) in new.items():
             self._write(cache.kv[layer], c.layer(layer).sliding, position, keys, values, total)
         if "sliding" in held:
@@ -204,7 +206,7 @@ class NpuBackend(OnnxBackend):
                 total, at, rows = len(part), position + start, 0
                 if isinstance(index, FullIndex):
                     rows = cache.bucket(at)
-                    cache.grow(block, block + 1, cache.bucket(at + total), at)
+                    cache.resize(block, block + 1, cache.bucket(at + total), at)
                     held = index.positions(rows)
                 else:
                     held = index.positions()
@@ -221,7 +223,7 @@ class NpuBackend(OnnxBackend):
                 index.store(at, total)
                 h = found["h_out"][total - 1 : total]
             logits: F32 = self._head(h, 1 + depth)[0]
-            self._check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
+            check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
         except BaseException:
             index.truncate(position)
             raise
