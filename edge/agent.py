@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +22,8 @@ from mimo_edge.tool_calls import Malformed, ToolCall
 from mimo_edge.tool_functions import ArgumentError, Tool, tool
 
 if TYPE_CHECKING:
-    from mimo_edge.api import Reply, Session
+    from mimo_edge.api import Reply
+    from mimo_edge.conversation import Conversation, Opened
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class Agent:
 
     def __init__(
         self,
-        session: Session,
+        session: Conversation,
         tools: Sequence[Tool],
         max_steps: int = MAX_STEPS,
         on_step: Callable[[Step], None] | None = None,
@@ -75,7 +74,8 @@ class Agent:
         self._on_step = on_step
 
     def run(self, prompt: str, *, timeout_s: float | None = None, **options: Any) -> AgentResult:
-        """Answer `prompt`, calling tools in between. `options` are those of `Session.stream`.
+        """Answer `prompt`, calling tools in between. `options` are those of `Session.stream`; a
+        `tool_choice` is for the first answer, or none could ever be the last.
 
         `timeout_s` ends a generation within a layer; a tool that runs is waited for. Raises what
         `Session.stream` raises; an error of a tool goes to the model instead.
@@ -93,10 +93,12 @@ class Agent:
             if reply.finish_reason != "tool_calls" and not (
                 reply.finish_reason == "stop" and reply.malformed
             ):
-                late = reply.finish_reason == "cancelled" and _is_over(end)
-                reason: AgentEnd = "time" if late else reply.finish_reason
+                ended = reply.finish_reason
+                assert ended != "broken"  # raised as an error
+                reason: AgentEnd = "time" if ended == "deadline" else ended
                 return AgentResult(reply.text, reason, tuple(steps), reply)
             turn = None
+            options.pop("tool_choice", None)
             calls: list[ToolCall | Malformed] = [*reply.tool_calls, *reply.malformed]
             for call in calls:
                 step = self._call(call)
@@ -113,14 +115,10 @@ class Agent:
         self.session.cancel()
 
     def _answer(self, turn: str | None, end: float | None, options: Mapping[str, Any]) -> Reply:
-        """One generation, cancelled within a layer when its time is over."""
-        with _cancelled_at(self.session, end):
-            for _ in self.session.stream(turn, **options):
-                if _is_over(end):  # the timer may have been too early for this stream
-                    self.session.cancel()
-        reply = self.session.last_reply
-        assert reply is not None
-        return reply
+        """One generation, ended within a layer when its time is over."""
+        if end is not None:
+            options = {**options, "timeout_s": max(end - time.monotonic(), 1e-9)}
+        return self.session.generate(turn, **options)
 
     def _call(self, call: ToolCall | Malformed) -> Step:
         start = time.monotonic()
@@ -138,6 +136,20 @@ class Agent:
             _log.warning("tool %s failed", call.name, exc_info=True)
             result, failed = _failure(f"{type(error).__name__}: {error}"), True
         return Step(call, result, failed, time.monotonic() - start)
+
+
+def make_agent(
+    runtime: Opened,
+    tools: Sequence[Tool | Callable[..., Any]],
+    system: str | None,
+    max_steps: int,
+    on_step: Callable[[Step], None] | None,
+    **session_options: Any,
+) -> Agent:
+    """An agent in a new conversation of `runtime`. Raises UsageError."""
+    made = make_tools(tools)
+    session = runtime.session(system, [t.spec for t in made], **session_options)
+    return Agent(session, made, max_steps, on_step)
 
 
 def make_tools(tools: Sequence[Tool | Callable[..., Any]]) -> list[Tool]:
@@ -163,18 +175,3 @@ def _as_text(value: Any) -> str:
 
 def _is_over(end: float | None) -> bool:
     return end is not None and time.monotonic() >= end
-
-
-@contextmanager
-def _cancelled_at(session: Session, end: float | None) -> Iterator[None]:
-    """Cancel the session at `end` (monotonic seconds)."""
-    if end is None:
-        yield
-        return
-    timer = threading.Timer(max(0.0, end - time.monotonic()), session.cancel)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mimo_edge.tokenizer import Tokenizer
-from mimo_edge.tool_calls import Malformed, ToolCall, ToolCallParser, held_back
+from mimo_edge.tool_calls import OPEN, Malformed, ToolCall, ToolCallParser, held_back
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -36,7 +36,8 @@ class Fragment:
 class AnswerReader:
     """Reads one answer. `stop` strings end it and are cut off, wherever tokens split them;
     they are looked for in everything the model writes. `thinking` says that the prompt
-    already opened the think block."""
+    already opened the think block. With `calls_first` the answer is calls from its start on or
+    holds none: what looks like one inside of other text is text."""
 
     def __init__(
         self,
@@ -45,12 +46,14 @@ class AnswerReader:
         stop: Sequence[str] = (),
         tools: Sequence[Mapping[str, Any]] = (),
         thinking: bool = False,
+        calls_first: bool = False,
     ) -> None:
         self._eos_ids = eos_ids
         self._decoder = tokenizer.stream_decoder(skip_control=True) if tokenizer else None
         self._stop = tuple(stop)
         self._held = ""
         self._calls = ToolCallParser(tools) if tools else None
+        self._calls_first = calls_first
         # A think block counts at the very start only; later it is text like any other.
         self._state = "thinking" if thinking else "start"
         self._pending = ""
@@ -140,6 +143,13 @@ class AnswerReader:
         if not text:
             return
         self.content += text
+        if self._calls is not None and self._calls_first:
+            start = self.content.lstrip()[: len(OPEN)]
+            if not OPEN.startswith(start):
+                self._sort(self._calls.finish())
+                self._calls = None
+            elif start == OPEN:
+                self._calls_first = False
         if self._calls is None:
             self._ready.text += text
         else:

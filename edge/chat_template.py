@@ -181,7 +181,16 @@ def _checked_tools(tools: Sequence[Mapping[str, Any]]) -> list[Any]:
     tool_schemas(tools)
     for text in _texts(list(tools)):
         check_unicode(text)
-    return list(tools)
+    return [_shown(tool) for tool in tools]
+
+
+def _shown(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool without "strict", which is meant for the runtime and not for the model."""
+    function = tool.get("function", tool)
+    if "strict" not in function:
+        return tool
+    rest = {key: value for key, value in function.items() if key != "strict"}
+    return {**tool, "function": rest} if "function" in tool else rest
 
 
 def _texts(value: Any, depth: int = 0) -> Iterable[str]:

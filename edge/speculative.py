@@ -52,6 +52,16 @@ def check_draft(draft: DraftSetting, config: MimoConfig) -> None:
         )
 
 
+@dataclass(frozen=True)
+class DrafterState:
+    """What a Drafter knows besides the rows of its blocks in the cache: positions observed, rows of
+    every block that are final, and the H rows at hand, f32 [n, M], the newest last."""
+
+    length: int
+    final: tuple[int, ...]
+    hidden: F32
+
+
 class Drafter:
     """Proposes tokens for one sequence and keeps its MTP rows in step with the target.
 
@@ -79,6 +89,45 @@ class Drafter:
     def length(self) -> int:
         """Positions observed."""
         return self._length
+
+    def state(self) -> DrafterState:
+        """What `resume` needs, with the cache of now."""
+        width = self._backend.config.hidden_size
+        hidden = np.stack(self._hidden) if self._hidden else np.empty((0, width), np.float32)
+        return DrafterState(self._length, tuple(self._final), hidden)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether all blocks see a window, so that rows left behind stop to matter."""
+        return self.limit > 0 and self._window is not None
+
+    def skip(self, length: int) -> None:
+        """Begin behind `length` positions that were not observed: windowed blocks propose again
+        once their window lies behind there."""
+        self._hidden.clear()
+        self._length, self._final = length, [0] * self.limit
+        self._proposed = (0, [])
+
+    def resume(self, state: DrafterState) -> None:
+        """Go on from `state`, over a cache that holds what it held then. Raises ValueError when the
+        state is not one of such a drafter."""
+        enough = (
+            self._window is not None
+            or not self.limit
+            or (len(state.hidden) >= state.length - min(state.final, default=0))
+        )
+        if (
+            len(state.final) != self.limit
+            or not all(0 <= final <= state.length for final in state.final)
+            or len(state.hidden) > state.length
+            or not enough
+        ):
+            raise ValueError("the state of a drafter does not fit")
+        self._hidden.clear()
+        self._hidden.extend(np.asarray(state.hidden, np.float32))
+        self._length = state.length
+        self._final = list(state.final)
+        self._proposed = (0, [])
 
     def wanted_rows(self, rows: int, following: int = 0) -> int:
         """How many H rows, the last ones, to ask of a pass of `rows` tokens when `following` more
@@ -120,13 +169,14 @@ class Drafter:
         self,
         tokens: Sequence[int],
         count: int,
-        best: Callable[[F32], int],
+        propose: Callable[[F32], int | None],
         cancel: Cancel | None = None,
     ) -> list[int]:
         """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
 
-        `best` picks from logits [V]. Fewer, down to none, come back while the H rows that the
-        newest row's window covers are not all at hand (after a cut deeper than is kept).
+        `propose` picks from logits [V], or says None when nothing can follow. Fewer, down to none,
+        come back then, and while the H rows that the newest row's window covers are not all at
+        hand (after a cut deeper than is kept).
         """
         p = self._length - 1
         if len(tokens) != p + 2:
@@ -136,9 +186,9 @@ class Drafter:
         count = min(count, self.limit)
         first = self._first(min(self._final[:count], default=0))
         if self._chain is not None and count > 1 and first is not None and first < p:
-            drafts = self._draft_in_chain(tokens, first, count, best, cancel)
+            drafts = self._draft_in_chain(tokens, first, count, propose, cancel)
         else:
-            drafts = self._draft_one_by_one(tokens, count, best, cancel)
+            drafts = self._draft_one_by_one(tokens, count, propose, cancel)
         self._proposed = (p + 2, drafts)
         return drafts
 
@@ -177,7 +227,7 @@ class Drafter:
         self,
         tokens: Sequence[int],
         count: int,
-        best: Callable[[F32], int],
+        propose: Callable[[F32], int | None],
         cancel: Cancel | None,
     ) -> list[int]:
         p = self._length - 1
@@ -194,8 +244,11 @@ class Drafter:
             self._final[depth] = min(self._final[depth], first)
             logits = self._run(depth, known, first, p + 1, offset, cancel)
             self._final[depth] = final
-            drafts.append(best(logits))
-            known.append(drafts[-1])
+            token = propose(logits)
+            if token is None:
+                break
+            drafts.append(token)
+            known.append(token)
         return drafts
 
     def _draft_in_chain(
@@ -203,7 +256,7 @@ class Drafter:
         tokens: Sequence[int],
         first: int,
         count: int,
-        best: Callable[[F32], int],
+        propose: Callable[[F32], int | None],
         cancel: Cancel | None,
     ) -> list[int]:
         """Rows first..p of all blocks at once."""
@@ -219,8 +272,11 @@ class Drafter:
         self._final[:count] = final
         drafts: list[int] = []
         for token, row in zip(chosen, logits, strict=True):
-            drafts.append(best(row))
-            if drafts[-1] != token:  # one that is never drawn: what follows is not its continuation
+            wanted = propose(row)
+            if wanted is None:
+                break
+            drafts.append(wanted)
+            if wanted != token:  # one that cannot come: what follows is not its continuation
                 break
         return drafts
 

@@ -37,7 +37,7 @@ class Tokenizer:
     """A vocabulary, its special tokens and an encoder for the text between them.
 
     `pieces` gives the bytes of every id that text can become; `special` the added tokens
-    by text; `control` those among them that are markup and never shown.
+    by text; `control` those among them that are markup and never shown (by id once made).
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Tokenizer:
         self._pieces = dict(pieces)
         self.special = dict(special)
         self._pieces.update({id_: text.encode() for text, id_ in special.items()})
-        self._control = frozenset(self.special[text] for text in control)
+        self.control = frozenset(self.special[text] for text in control)
         self._nfc = normalize_nfc
         self._strip_first_space = strip_first_space
         by_length = sorted(self.special, key=len, reverse=True)
@@ -209,7 +209,7 @@ class Tokenizer:
     def stream_decoder(self, *, skip_control: bool = False) -> StreamDecoder:
         """A decoder for ids that arrive a few at a time."""
         return StreamDecoder(
-            self._pieces, self._control if skip_control else frozenset(), self._strip_first_space
+            self._pieces, self.control if skip_control else frozenset(), self._strip_first_space
         )
 
     def token_bytes(self, id_: int) -> bytes:

@@ -6,8 +6,9 @@
     </function>
     </tool_call>
 
-Values are HTML-unescaped and cast by the tool's JSON schema. Text that only looks like a
-call stays text and is reported as malformed: a model's mistake never raises.
+Entities (`&lt;`) of values are replaced, and they are cast by the tool's JSON schema; arrays and
+objects that are JSON as they stand are read as they stand. Text that only looks like a call stays
+text and is reported as malformed: a model's mistake never raises.
 Source: spec section 1.3; sgl-project/sglang:python/sglang/srt/function_call/mimo_detector.py.
 """
 
@@ -28,6 +29,7 @@ _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>")
 # What may follow a value: anything else starting with '<' is part of the value.
 _AFTER_VALUE = re.compile(r"\s*(?:<parameter=[^>\n]+>|</function>|</tool_call>|\Z)")
+_ENTITY = re.compile(r"&(?:#[0-9]+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
 # Values nested deeper are text: whoever copies or writes them recursively would fall over.
 _MAX_DEPTH = 64
 
@@ -159,7 +161,7 @@ class ToolCallParser:
             value, at = _value(body, parameter.end())
             if key in arguments:
                 return Malformed(text, f"parameter {key!r} is given twice")
-            arguments[key] = cast_value(value, properties.get(key))
+            arguments[key] = cast_value(value, properties.get(key), self._schemas[name])
         if body[at:].strip() not in ("", "</function>"):
             return Malformed(
                 text, f"unexpected text in the call of {name!r}: {body[at : at + 40]!r}"
@@ -210,38 +212,70 @@ def _value(body: str, start: int) -> tuple[str, int]:
 _PARAMETER_START = re.compile(r"\n(<parameter=[^>\n]+>)")
 
 
-def cast_value(text: str, schema: Any) -> Any:
-    """A parameter's text as the type its JSON schema asks for.
+def cast_value(text: str, schema: Any, root: Any = None) -> Any:
+    """A parameter's text as the type its JSON schema asks for; `root` is the schema of all
+    parameters, where a $ref looks.
 
     "null" is None where the schema allows it or says nothing. What does not parse as the
     asked type stays the unescaped text, so nothing the model said is lost.
     """
-    text = html.unescape(text)
-    types = _types(schema)
+    raw, text = text, unescape(text)
+    types = _types(schema, root)
     if text == "null" and (not types or "null" in types or "string" not in types):
         return None
     for kind in types:
-        cast = _cast(text, kind)
+        # JSON has escapes of its own: an entity inside of its strings is meant as it stands.
+        cast = _cast(raw, kind) if kind in ("array", "object") else _MISS
+        if cast is _MISS:
+            cast = _cast(text, kind)
         if cast is not _MISS:
             return cast
     return text
 
 
+def unescape(text: str) -> str:
+    """Text with HTML's entities replaced. They end with a semicolon: HTML's older names without one
+    would turn `?a=1&copy=2` into something else."""
+    return _ENTITY.sub(lambda found: html.unescape(found[0]), text)
+
+
 _MISS: Any = object()
+JSON_TYPES: dict[type, str] = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    type(None): "null",
+    list: "array",
+    dict: "object",
+}
+"""Python types of values that are no text, by their names in JSON schemas."""
 
 
-def _types(schema: Any) -> list[str]:
+def _types(schema: Any, root: Any = None, depth: int = 0) -> list[str]:
     """JSON types a schema allows, strings last because every text is one."""
-    if not isinstance(schema, Mapping):
+    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return []
     kind = schema.get("type")
     types = [name for name in [kind, *_list(kind)] if isinstance(name, str)]
-    for branch in [*_list(schema.get("anyOf")), *_list(schema.get("oneOf"))]:
-        types += _types(branch)
-    if not types and isinstance(schema.get("enum"), list):
-        names = {bool: "boolean", int: "integer", float: "number", str: "string"}
-        types = [names.get(type(value), "string") for value in schema["enum"]]
+    for key in ("anyOf", "oneOf", "allOf"):
+        for branch in _list(schema.get(key)):
+            types += _types(branch, root, depth + 1)
+    if not types and "$ref" in schema:
+        types = _types(referred(schema["$ref"], root), root, depth + 1)
+    if not types:
+        values = [*_list(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
+        types = [JSON_TYPES.get(type(value), "string") for value in values]
     return sorted(dict.fromkeys(types), key=lambda kind: kind == "string")
+
+
+def referred(pointer: Any, root: Any) -> Any:
+    """What a $ref into `root` means; None when it leads elsewhere or nowhere."""
+    if not isinstance(pointer, str) or not pointer.startswith("#/"):
+        return None
+    for part in pointer[2:].split("/"):
+        part = part.replace("~1", "/").replace("~0", "~")
+        root = root.get(part) if isinstance(root, Mapping) else None
+    return root
 
 
 def _list(value: Any) -> list[Any]:
@@ -262,7 +296,7 @@ def _cast(text: str, kind: str) -> Any:
         value = json.loads(stripped)
     except (ValueError, RecursionError):
         return _MISS
-    if not _is_sound(value):
+    if not is_sound(value):
         return _MISS
     if kind == "array":
         return value if isinstance(value, list) else _MISS
@@ -275,7 +309,7 @@ def _cast(text: str, kind: str) -> Any:
     return value if kind == "number" or isinstance(value, int) else _MISS
 
 
-def _is_sound(value: Any, depth: int = 0) -> bool:
+def is_sound(value: Any, depth: int = 0) -> bool:
     """Whether a parsed value is JSON that anyone can write again.
 
     Python's reader also takes NaN, numbers that overflow to infinity and halves of surrogate
@@ -288,5 +322,5 @@ def _is_sound(value: Any, depth: int = 0) -> bool:
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list):
-        return depth < _MAX_DEPTH and all(_is_sound(item, depth + 1) for item in value)
+        return depth < _MAX_DEPTH and all(is_sound(item, depth + 1) for item in value)
     return True

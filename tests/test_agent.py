@@ -13,6 +13,7 @@ from scripted import END, runtime
 from mimo_edge.agent import Step
 from mimo_edge.api import Runtime
 from mimo_edge.errors import UsageError
+from mimo_edge.tool_calls import Malformed, ToolCall
 
 
 def call(name: str = "dim", **arguments: Any) -> str:
@@ -66,7 +67,7 @@ def test_what_goes_wrong_is_told_to_the_model(caplog: pytest.LogCaptureFixture) 
         [call(by=200) + END, call(by="much") + END, call("fly") + END, call(by=5) + END, "Ok" + END]
     )
     with rt:
-        agent = rt.agent([lamp.dim])
+        agent = rt.agent([lamp.dim], constrain_tools=False)
         result = agent.run("dim it")
     assert result.text == "Ok"
     assert lamp.calls == [200, 5]
@@ -87,6 +88,28 @@ def test_results_without_a_json_form_are_failures_too() -> None:
         (step,) = rt.agent([odd]).run("x").steps
     assert step.failed
     assert "TypeError" in step.result
+
+
+def test_calls_a_model_cannot_get_wrong() -> None:
+    """With its calls held to their grammar, it names what there is, with values of their type."""
+    lamp = Lamp()
+    rt, _ = runtime([call("fly", by="much") + END, "Ok" + END])
+    with rt:
+        result = rt.agent([lamp.dim]).run("dim it", max_tokens=60)
+    assert all(step.call.name == "dim" for step in result.steps if isinstance(step.call, ToolCall))
+    assert not any(isinstance(step.call, Malformed) for step in result.steps) or (
+        result.finish_reason == "length"
+    )
+
+
+def test_a_forced_first_call() -> None:
+    lamp = Lamp()
+    rt, _ = runtime([call("state") + END, "Ok" + END])
+    with rt:
+        agent = rt.agent([lamp.dim, lamp.state])
+        result = agent.run("how is it?", tool_choice="state")
+        assert (result.text, result.finish_reason) == ("Ok", "stop")
+        assert [step.result for step in result.steps] == ['{"calls": 0}']
 
 
 def test_the_limit_on_steps() -> None:

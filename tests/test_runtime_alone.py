@@ -22,7 +22,7 @@ from mimo_edge.tokenizer import Tokenizer
 
 ABSENT = (
     "llama_cpp", "onnx", "onnxruntime", "gguf", "tokenizers", "sentencepiece", "typer", "rich",
-    "torch",
+    "torch", "llguidance",
 )  # fmt: skip
 ASK = """
 import json

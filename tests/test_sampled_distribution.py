@@ -22,11 +22,46 @@ from mimo_edge.engine import Engine
 from mimo_edge.runtimes.base import F32, Backend
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.sampling import Sampler, SamplingParams
+from mimo_edge.structured.answers import Value
+from mimo_edge.structured.grammars import Grammars
+from mimo_edge.tokenizer import Tokenizer
 
 VOCAB = 5
 PROMPT = [1, 2, 3]
 PARAMS = SamplingParams(temperature=1.3, top_k=4)
 CONFIG = tiny.tiny_config(vocab_size=VOCAB, eos_token_ids=())
+
+
+LETTERS = Tokenizer(
+    None,  # type: ignore[arg-type]
+    dict(enumerate((b"a", b"b", b"c", b"d"))),
+    {"<|im_end|>": 4},
+    ["<|im_end|>"],
+)
+GRAMMARS = Grammars(LETTERS, VOCAB, LETTERS.eos_ids)
+# What may follow depends on all that came before, and no answer ends within three tokens.
+FORM = Value(regex="((a|b)(a|c|d)(b|c|d)|c(a|b)(d|a)|d[a-d]a)[a-d]{3}")
+
+MakeSampler = Callable[[int | None], Sampler]
+
+
+def plain(seed: int | None) -> Sampler:
+    return Sampler(replace(PARAMS, seed=seed))
+
+
+def constrained(seed: int | None) -> Sampler:
+    params = SamplingParams(temperature=1.3, top_p=0.95, seed=seed)
+    return Sampler(params, constraint=GRAMMARS.of_answer("over", FORM))
+
+
+def penalised(seed: int | None) -> Sampler:
+    params = replace(PARAMS, seed=seed, repetition_penalty=1.5, frequency_penalty=1.0)
+    return Sampler(params, prompt=PROMPT)
+
+
+def both(seed: int | None) -> Sampler:
+    params = SamplingParams(1.0, min_p=0.05, seed=seed, presence_penalty=1.5)
+    return Sampler(params, prompt=PROMPT, constraint=GRAMMARS.of_answer("over", FORM))
 
 
 def fake() -> Backend:
@@ -58,24 +93,27 @@ class Outcome:
         return self.chi2 < self.limit and not self.impossible
 
 
-def triples(backend: Backend, draft: int, trials: int) -> Outcome:
+def triples(
+    backend: Backend, draft: int, trials: int, make_sampler: MakeSampler = plain
+) -> Outcome:
     engine = Engine(backend, 32, draft)
-    sampler = Sampler(PARAMS)
 
     def after(*tokens: int) -> Any:
+        sampler = make_sampler(None)
+        for token in tokens:
+            sampler.advance(token)
         return sampler.distribution(engine.logits([*PROMPT, *tokens])[-1])
 
     expected = np.zeros((VOCAB,) * 3)
     first = after()
-    for a in range(VOCAB):
+    for a in np.flatnonzero(first).tolist():
         second = after(a)
-        for b in range(VOCAB):
+        for b in np.flatnonzero(second).tolist():
             expected[a, b] = first[a] * second[b] * after(a, b) * trials
     seen, accepted = np.zeros_like(expected), 0
     sequence = engine.sequence()
     for seed in range(trials):
-        sampler = Sampler(replace(PARAMS, seed=seed))
-        generation = engine.generate(sequence, PROMPT, sampler, max_tokens=3)
+        generation = engine.generate(sequence, PROMPT, make_sampler(seed), max_tokens=3)
         a, b, c = (token for step in generation for token in step)
         seen[a, b, c] += 1
         accepted += sum(generation.stats.accepted_by_depth)
@@ -97,6 +135,22 @@ def test_drafted_samples_have_the_plain_distribution(
     assert outcome.honest, outcome
     assert outcome.accepted > trials / 15  # drafts were in play
     backend.close()
+
+
+@pytest.mark.parametrize("make_sampler", [constrained, penalised, both])
+def test_grammar_and_penalties_leave_exactly_their_distribution(make_sampler: MakeSampler) -> None:
+    """What is expected comes from the processed logits of every place; nothing else is seen."""
+    outcome = triples(fake(), 2, 4000, make_sampler)
+    assert outcome.honest, outcome
+    assert outcome.accepted > 250
+
+
+def test_proposals_that_are_counted_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong: what was only drafted is penalised."""
+    monkeypatch.setattr(Sampler, "retract", lambda self: self._proposed.clear())
+    outcome = triples(fake(), 2, 4000, penalised)
+    assert not outcome.honest
+    assert outcome.chi2 > 2 * outcome.limit
 
 
 def always_accept(

@@ -92,7 +92,7 @@ def test_banned_ids_are_never_drawn(temperature: float) -> None:
     sampler = Sampler(SamplingParams(temperature, seed=0), banned)
     logits = np.array([0, 50, 1, 60], np.float32)
     assert {sampler.sample(logits) for _ in range(200)} <= {0, 2}
-    assert sampler.best(logits) == 2
+    assert sampler.propose(logits) == 2
 
 
 def test_draws_follow_the_distribution_and_the_seed() -> None:

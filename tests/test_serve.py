@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from scripted import END, runtime
@@ -195,7 +196,8 @@ class TestTools:
                 "choices"
             ]
         assert choice["finish_reason"] == "stop"
-        assert choice["message"]["content"] == CALL
+        assert "tool_calls" not in choice["message"]
+        assert "<tool_call>" not in choice["message"]["content"]
 
     def test_results_are_read(self) -> None:
         """A whole round: the second turn goes on from what the first one processed."""
@@ -221,6 +223,125 @@ class TestTools:
         assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == (
             first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"] - 1
         )
+
+
+class TestForms:
+    """Answers held to a form; the model itself would say something else."""
+
+    POINT: ClassVar[dict[str, Any]] = {
+        "type": "object",
+        "properties": {"x": {"enum": ["on", "off"]}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+
+    def test_a_schema(self) -> None:
+        form = {"type": "json_schema", "json_schema": {"name": "point", "schema": self.POINT}}
+        with scripted(['{"x": 5}' + END]) as (served, _):
+            body = {"messages": USER, "response_format": form, "max_tokens": 40}
+            (choice,) = served.chat(**body).json()["choices"]
+            found = events(served.chat(**body, stream=True))
+        value = json.loads(choice["message"]["content"])
+        assert value["x"] in ("on", "off")
+        text = "".join(e["choices"][0]["delta"].get("content", "") for e in found)
+        assert text == choice["message"]["content"]
+
+    def test_an_object(self) -> None:
+        with scripted(['{"a": [1, null]}' + END, "[1]" + END]) as (served, _):
+            form = {"type": "json_object"}
+            (choice,) = served.chat(messages=USER, response_format=form).json()["choices"]
+            assert json.loads(choice["message"]["content"]) == {"a": [1, None]}
+
+    def test_a_regex(self, server: Served) -> None:
+        body = {"prompt": "x", "regex": "(yes|no)", "max_tokens": 9}
+        response = server.client.post("/v1/completions", json=body)
+        assert response.json()["choices"][0]["text"] in ("yes", "no")
+
+    @pytest.mark.parametrize(
+        "choice", ["required", {"type": "function", "function": {"name": "stop"}}], ids=str
+    )
+    def test_forced_calls(self, choice: Any) -> None:
+        stop = {"type": "function", "function": {"name": "stop", "strict": True}}
+        want = "<tool_call>\n<function=stop>\n</function>\n</tool_call>"
+        for said in ("I would rather talk." + END, want + END):
+            with scripted([said], thinking=False) as (served, _):
+                tools = [stop] if isinstance(choice, str) else [DIM, stop]
+                (answer,) = served.chat(messages=USER, tools=tools, tool_choice=choice).json()[
+                    "choices"
+                ]
+            calls = answer["message"]["tool_calls"]
+            assert {call["function"]["name"] for call in calls} == {"stop"}
+            assert answer["finish_reason"] in ("tool_calls", "length")
+
+    def test_one_call(self) -> None:
+        with scripted([CALL + CALL + END]) as (served, _):
+            (choice,) = served.chat(
+                messages=USER, tools=[DIM], parallel_tool_calls=False, max_tokens=120
+            ).json()["choices"]
+        assert len(choice["message"]["tool_calls"]) == 1
+
+    def test_loose_tools_keep_their_values_free(self) -> None:
+        loose = {"function": {**DIM["function"], "strict": False}}  # type: ignore[dict-item]
+        odd = CALL.replace(">3<", ">three<")
+        with scripted([odd + END]) as (served, _):
+            (choice,) = served.chat(messages=USER, tools=[loose]).json()["choices"]
+        (call,) = choice["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"])["by"] == "three"
+
+
+class TestLogprobs:
+    def test_chat(self, server: Served) -> None:
+        body = {"messages": USER, "logprobs": True, "top_logprobs": 2}
+        (choice,) = server.chat(**body).json()["choices"]
+        content = choice["logprobs"]["content"]
+        text = b"".join(bytes(entry["bytes"]) for entry in content).decode()
+        assert text == THOUGHT
+        for entry in content:
+            assert entry["token"].encode() == bytes(entry["bytes"])
+            assert len(entry["top_logprobs"]) == 2
+            best = entry["top_logprobs"][0]
+            assert (best["token"], best["logprob"]) == (entry["token"], entry["logprob"])
+            assert -1e-6 < entry["logprob"] <= 0
+        found = events(server.chat(**body, stream=True))
+        streamed = [
+            entry
+            for event in found
+            if event["choices"][0]["logprobs"]
+            for entry in event["choices"][0]["logprobs"]["content"]
+        ]
+        assert streamed == content
+
+    def test_only_when_asked(self, server: Served) -> None:
+        assert server.chat(messages=USER).json()["choices"][0]["logprobs"] is None
+        (choice,) = server.chat(messages=USER, logprobs=True).json()["choices"]
+        assert {len(e["top_logprobs"]) for e in choice["logprobs"]["content"]} == {0}
+
+    def test_completion(self, server: Served) -> None:
+        body = {"prompt": "turn on", "max_tokens": 5, "logprobs": 3}
+        (choice,) = server.client.post("/v1/completions", json=body).json()["choices"]
+        shown = choice["logprobs"]
+        assert len(shown["tokens"]) == len(shown["token_logprobs"]) == len(shown["text_offset"])
+        assert "".join(shown["tokens"]) == choice["text"]
+        assert shown["text_offset"][0] == 0
+        for token, logprob, top in zip(
+            shown["tokens"], shown["token_logprobs"], shown["top_logprobs"], strict=True
+        ):
+            assert top[token] == logprob == max(top.values())
+
+
+class TestTime:
+    def test_a_deadline_is_an_end(self) -> None:
+        with scripted(["word " * 500], draft=0) as (served, backend):
+            whole = backend.next_logits
+
+            def slow(tokens: list[int]) -> Any:
+                time.sleep(0.002)
+                return whole(tokens)
+
+            backend.next_logits = slow  # type: ignore[method-assign]
+            body = served.chat(messages=USER, timeout_s=0.2).json()
+        assert body["choices"][0]["finish_reason"] == "length"
+        assert 0 < body["usage"]["completion_tokens"] < 500
 
 
 ANSWERS = [f"<think></think>answer {n}" + END for n in range(4)]
@@ -276,14 +397,32 @@ class TestReuse:
 REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 2}, "n"),
     ({"n": True}, "n"),
-    ({"logprobs": True}, "logprobs"),
     ({"top_logprobs": 3}, "top_logprobs"),
-    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+    ({"logprobs": 3}, "logprobs"),
+    ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"frequency_penalty": "x"}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"timeout_s": 0}, "timeout_s"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
-    ({"tool_choice": "required", "tools": [DIM]}, "tool_choice"),
+    ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "dim", "tools": [DIM]}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {}}, "tools": [DIM]}, "tool_choice"),
+    (
+        {"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [DIM]},
+        "tool_choice",
+    ),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}, "response_format"),
+    ({"response_format": {"type": "yaml"}}, "response_format"),
+    ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex"),
+    ({"regex": ""}, "regex"),
+    ({"regex": "("}, None),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+        None,
+    ),
     ({"reasoning_effort": "high"}, "reasoning_effort"),
     ({"temprature": 1}, "temprature"),
     ({"temperature": "hot"}, "temperature"),
@@ -315,7 +454,8 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"tools": {}}, "tools"),
     ({"tools": [{"type": "custom"}]}, "tools"),
     ({"tools": [DIM, DIM]}, "tools"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools"),
+    ({"tools": [{"function": {"name": "f", "strict": "yes"}}]}, "tools[0].strict"),
+    ({"tools": [{"function": {"name": "f", "parameters": {"not": {}}}}]}, None),
     ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs.x"),
     ({"model": 5}, "model"),
 ]
@@ -385,7 +525,9 @@ class TestRefusals:
             {"prompt": "\ud800"},
             {"prompt": "a", "echo": True},
             {"prompt": "a", "best_of": 2},
-            {"prompt": "a", "logprobs": 0},
+            {"prompt": "a", "logprobs": 21},
+            {"prompt": "a", "logprobs": True},
+            {"prompt": "a", "regex": "("},
             {"prompt": "a", "suffix": "x"},
         ],
     )
@@ -404,7 +546,7 @@ class TestRefusals:
     def test_other_methods_and_paths(self, server: Served) -> None:
         assert server.client.get("/v1/chat/completions").status_code == 405
         assert server.client.get("/v1/chat/completions").json()["error"]["message"]
-        assert server.client.get("/").status_code == 404
+        assert server.client.get("/nothing").status_code == 404
 
     def test_a_page_of_another_name_is_kept_out(self, server: Served) -> None:
         for host, status in (

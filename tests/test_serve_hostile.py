@@ -22,6 +22,8 @@ FIELDS = [
     "model", "messages", "prompt", "tools", "tool_choice", "stream", "stream_options", "stop",
     "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "max_completion_tokens", "n",
     "response_format", "logprobs", "logit_bias", "user", "metadata", "chat_template_kwargs",
+    "regex", "top_logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "parallel_tool_calls", "timeout_s",
 ]  # fmt: skip
 WORDS = ["system", "user", "assistant", "tool", "role", "content", "function", "name", "type"]
 WORDS += [
@@ -114,6 +116,32 @@ def test_one_bad_field(server: Served, field: str, value: Any) -> None:
 def test_messages_and_tools(server: Served, said: Any, given_tools: Any) -> None:
     body = {"messages": [*GOOD, *said], "tools": given_tools, "max_tokens": 2}
     check(server, json.dumps(body).encode())
+
+
+KEYWORDS = [
+    "type", "properties", "items", "enum", "const", "anyOf", "allOf", "oneOf", "$ref", "$defs",
+    "required", "pattern", "minLength", "maxItems", "additionalProperties", "minimum", "format",
+    "patternProperties", "multipleOf", "not", "x-guidance",
+]  # fmt: skip
+schemas = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYWORDS) | texts, inner, max_size=4)
+    ),
+    max_leaves=10,
+)
+
+
+@slow
+@given(schema=schemas, regex=texts | st.text("()[]{}*+?|\\^$.ab", max_size=12))
+def test_forms(server: Served, schema: Any, regex: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    body = {"messages": GOOD, "response_format": form, "max_tokens": 4}
+    check(server, json.dumps(body).encode())
+    check(server, json.dumps({"messages": GOOD, "regex": regex, "max_tokens": 4}).encode())
+    tool = {"name": "f", "parameters": {"properties": {"a": schema}}}
+    check(server, json.dumps({"messages": GOOD, "tools": [tool], "max_tokens": 2}).encode())
 
 
 def test_it_still_answers(server: Served) -> None:

@@ -91,8 +91,8 @@ def test_errors(served: Served) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             ai.chat.completions.create(model="scripted", messages=USER, n=3)
         assert caught.value.param == "n"
-        schema: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
-        with pytest.raises(openai.BadRequestError, match="structured output"):
+        schema: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}
+        with pytest.raises(openai.BadRequestError, match="cannot be enforced"):
             ai.chat.completions.create(model="scripted", messages=USER, response_format=schema)
     with client(served, "wrong") as ai, pytest.raises(openai.AuthenticationError):
         ai.models.list()
@@ -139,6 +139,31 @@ def test_a_round_of_tools(stream: bool) -> None:
         answer = ai.chat.completions.create(messages=turn, **options)
     assert answer.choices[0].message.content == "Done."
     assert answer.usage.prompt_tokens_details.cached_tokens > 20
+
+
+def test_structured_answers() -> None:
+    """Parsed by the client itself: into a pydantic model, into a forced call's arguments."""
+    from pydantic import BaseModel
+
+    class Light(BaseModel):
+        room: str
+        level: int
+
+    rt, _ = runtime(['<think></think>{"room": "客厅", "level": 3}' + END, CALL + END])
+    with serving(rt) as served, client(served) as ai:
+        parsed = ai.chat.completions.parse(model="scripted", messages=USER, response_format=Light)
+        assert parsed.choices[0].message.parsed == Light(room="客厅", level=3)
+        forced = ai.chat.completions.create(
+            model="scripted",
+            messages=[*USER, {"role": "assistant", "content": "hm"}, *USER],
+            tools=TOOLS,
+            tool_choice={"type": "function", "function": {"name": "dim"}},
+            logprobs=True,
+            top_logprobs=1,
+        )
+    (choice,) = forced.choices
+    assert json.loads(choice.message.tool_calls[0].function.arguments) == {"by": 3}
+    assert choice.logprobs.content[0].top_logprobs[0].token == choice.logprobs.content[0].token
 
 
 def test_the_built_in_model() -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mimo_edge.errors import ContextLengthError, MimoEdgeError, TokenizerError, UsageError
+from mimo_edge.errors import (
+    ConstraintError,
+    ContextLengthError,
+    MimoEdgeError,
+    TokenizerError,
+    UsageError,
+)
 
 _MAX_MESSAGE = 1000
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -49,6 +55,8 @@ def refusal_of(error: MimoEdgeError, *, asked: bool, param: str | None = None) -
     then a wrong call is the client's, later it is ours."""
     if asked and isinstance(error, ContextLengthError):
         return Refusal(400, str(error), param=param, code="context_length_exceeded")
+    if isinstance(error, ConstraintError):  # also what shows while an answer is written
+        return Refusal(400, str(error), param=param, code="unsupported")
     if asked and isinstance(error, (UsageError, TokenizerError)):
         return Refusal(400, str(error), param=param)
     return Refusal(500, f"{type(error).__name__}: {error}")
