@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mimo_edge.errors import MimoEdgeError
     from mimo_edge.export.pipeline import export_bundle
     from mimo_edge.planner import Plan, plan
+    from mimo_edge.remote.address import Connection
+    from mimo_edge.remote.policy import Policy
     from mimo_edge.tool_functions import Tool, tool
 
 __version__ = "0.1.0"
@@ -25,10 +27,12 @@ _PUBLIC = {
     "Agent": "mimo_edge.agent",
     "AgentResult": "mimo_edge.agent",
     "Bundle": "mimo_edge.bundle",
+    "Connection": "mimo_edge.remote.address",
     "MimoConfig": "mimo_edge.config",
     "MimoEdgeError": "mimo_edge.errors",
     "Piece": "mimo_edge.api",
     "Plan": "mimo_edge.planner",
+    "Policy": "mimo_edge.remote.policy",
     "Reply": "mimo_edge.api",
     "Runtime": "mimo_edge.api",
     "Session": "mimo_edge.api",
@@ -42,10 +46,12 @@ __all__ = [
     "Agent",
     "AgentResult",
     "Bundle",
+    "Connection",
     "MimoConfig",
     "MimoEdgeError",
     "Piece",
     "Plan",
+    "Policy",
     "Reply",
     "Runtime",
     "Session",

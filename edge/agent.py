@@ -22,7 +22,8 @@ from mimo_edge.tool_calls import Malformed, ToolCall
 from mimo_edge.tool_functions import ArgumentError, Tool, tool
 
 if TYPE_CHECKING:
-    from mimo_edge.api import Reply, Session
+    from mimo_edge.api import Reply
+    from mimo_edge.conversation import Conversation, Opened
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Agent:
 
     def __init__(
         self,
-        session: Session,
+        session: Conversation,
         tools: Sequence[Tool],
         max_steps: int = MAX_STEPS,
         on_step: Callable[[Step], None] | None = None,
@@ -93,6 +94,7 @@ class Agent:
                 reply.finish_reason == "stop" and reply.malformed
             ):
                 ended = reply.finish_reason
+                assert ended != "broken"  # raised as an error
                 reason: AgentEnd = "time" if ended == "deadline" else ended
                 return AgentResult(reply.text, reason, tuple(steps), reply)
             turn = None
@@ -134,6 +136,20 @@ class Agent:
             _log.warning("tool %s failed", call.name, exc_info=True)
             result, failed = _failure(f"{type(error).__name__}: {error}"), True
         return Step(call, result, failed, time.monotonic() - start)
+
+
+def make_agent(
+    runtime: Opened,
+    tools: Sequence[Tool | Callable[..., Any]],
+    system: str | None,
+    max_steps: int,
+    on_step: Callable[[Step], None] | None,
+    **session_options: Any,
+) -> Agent:
+    """An agent in a new conversation of `runtime`. Raises UsageError."""
+    made = make_tools(tools)
+    session = runtime.session(system, [t.spec for t in made], **session_options)
+    return Agent(session, made, max_steps, on_step)
 
 
 def make_tools(tools: Sequence[Tool | Callable[..., Any]]) -> list[Tool]:

@@ -13,41 +13,60 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
-from mimo_edge.agent import MAX_STEPS, Agent, Step, make_tools
+from mimo_edge.agent import MAX_STEPS, Agent, Step, make_agent
+from mimo_edge.answer_options import AnswerOptions
 from mimo_edge.answer_reader import THINK_CLOSE, THINK_OPEN, AnswerReader, Fragment
 from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import Message, check_messages
 from mimo_edge.config import MimoConfig
 from mimo_edge.deadline import Deadline
 from mimo_edge.engine import PREFILL_CHUNK, Engine, Generation, GenerationStats, token_list
-from mimo_edge.errors import ContextLengthError, TokenizerError, UsageError
+from mimo_edge.errors import ContextLengthError, SnapshotError, TokenizerError, UsageError
+from mimo_edge.identity import vocabulary_identity
+from mimo_edge.idle import IdleCaches
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
-from mimo_edge.logprobs import MAX_TOP, TokenLogprob
+from mimo_edge.logprobs import TokenLogprob
 from mimo_edge.machine import peak_rss_bytes, usable_cores
 from mimo_edge.model_source import Model, open_model
+from mimo_edge.prompt_border import PromptBorders
 from mimo_edge.runtimes.base import F32
-from mimo_edge.sampling import Mask, Sampler, SamplingParams
+from mimo_edge.sampling import Constraint, Mask, Sampler
+from mimo_edge.sequence import Sequence as TokenSequence
 from mimo_edge.sequence_pool import SequencePool
+from mimo_edge.snapshots.prefixes import PrefixSnapshots
+from mimo_edge.snapshots.session import (
+    ChatState,
+    ModelNames,
+    OpenAnswer,
+    restore_session,
+    save_session,
+)
+from mimo_edge.snapshots.spill import SpillToDisk
+from mimo_edge.snapshots.store import DEFAULT_BYTES, SnapshotStore
 from mimo_edge.speculative import DraftSetting
 from mimo_edge.structured.wanted import Wanted
-from mimo_edge.tokenizer import Tokenizer, check_unicode
+from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.tool_calls import Malformed, ToolCall, tool_schemas
 from mimo_edge.tool_functions import Tool
+from mimo_edge.totals import Totals
 from mimo_edge.units import parse_bytes
 
 if TYPE_CHECKING:
-    # A tenth of the time to start, and only `astream` needs it.
-    import asyncio
-
+    from mimo_edge.remote.address import Connection
+    from mimo_edge.remote.runtime import RemoteRuntime
     from mimo_edge.structured.answers import Thinking
     from mimo_edge.structured.grammars import Grammars
 
-FinishReason = Literal["stop", "length", "tool_calls", "repetition", "deadline", "cancelled"]
+FinishReason = Literal[
+    "stop", "length", "tool_calls", "repetition", "deadline", "cancelled", "broken"
+]
+"""Why an answer ended; "broken" where a connection broke, see `Runtime.connect`."""
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 
@@ -86,53 +105,39 @@ class Reply:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass
-class _Totals:
-    """Sums over the generations of a runtime."""
-
-    generations: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    tokens: int = 0
-    verifies: int = 0
-    prefill_ms: float = 0.0
-    decode_ms: float = 0.0
-    drafted_by_depth: list[int] = field(default_factory=list)
-    accepted_by_depth: list[int] = field(default_factory=list)
-    draft_why: str = ""
-    first_tokens: int = 0  # generations that were not cancelled before: prefill makes the first
-
-    def add(self, stats: GenerationStats) -> None:
-        self.generations += 1
-        self.first_tokens += stats.tokens > 0
-        for name in ("prompt_tokens", "reused_tokens", "tokens", "verifies"):
-            setattr(self, name, getattr(self, name) + getattr(stats, name))
-        self.prefill_ms += stats.prefill_ms
-        self.decode_ms += stats.decode_ms
-        for sums, counts in (
-            (self.drafted_by_depth, stats.drafted_by_depth),
-            (self.accepted_by_depth, stats.accepted_by_depth),
-        ):
-            sums.extend([0] * (len(counts) - len(sums)))
-            for depth, count in enumerate(counts):
-                sums[depth] += count
-        self.draft_why = stats.draft_why or self.draft_why
-
-
 class Runtime:
     """One loaded model. Open with `Runtime.open`; a context manager; `close` may be repeated."""
 
-    def __init__(self, model: Model, context: int, draft: DraftSetting = "auto") -> None:
+    def __init__(
+        self,
+        model: Model,
+        context: int,
+        draft: DraftSetting = "auto",
+        *,
+        store: SnapshotStore | None = None,
+        idle_bytes: int | None = None,
+    ) -> None:
         self._model = model
         chunk = PREFILL_CHUNK if model.budget is None else model.budget.chunk
         self._engine = Engine(model.backend, context, draft, prefill_chunk=chunk, trace=model.trace)
-        self._totals = _Totals()
+        self._totals = Totals()
         # Re-entrant: adding may let the collector close a forgotten stream, which adds as well.
         self._totals_lock = threading.RLock()
         self._grammars: Grammars | None = None
         self._banned: Mask | None = None
+        self._borders: PromptBorders | None = None
         if model.tokenizer is not None:
             self._banned = model.tokenizer.padding_mask(model.backend.config.vocab_size)
+            self._borders = PromptBorders(model.template, model.tokenizer)
+        if idle_bytes is None and model.budget is not None:
+            idle_bytes = model.budget.idle_bytes
+        self._store = store
+        spill = None if store is None else SpillToDisk(self._engine, store)
+        self._engine.idle = IdleCaches(idle_bytes, spill)
+        self._prefixes: PrefixSnapshots | None = None
+        if store is not None and model.identity is not None:  # else nothing names what they are of
+            self._prefixes = PrefixSnapshots(store, self._names.weights)
+        self._engine.prefixes = self._prefixes
 
     @classmethod
     def open(
@@ -148,6 +153,9 @@ class Runtime:
         pin: int = 0,
         trace: str | Path | None = None,
         ep: str = "auto",
+        snapshots: str | Path | None = None,
+        snapshot_bytes: int | str | None = None,
+        idle_bytes: int | str | None = None,
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
 
@@ -163,10 +171,17 @@ class Runtime:
         (about half of f16), "f32". `pin` hottest
         experts of every layer, by the bundle's heat, are never given up when experts come from
         flash. `trace` is a file for the experts every layer chooses for every token (`mimo-edge
-        trace` reads it). "mimo-nano" is the built-in model. Raises a MimoEdgeError: BundleError,
-        CheckpointError, DeviceError when the model does not fit `ram`, BackendError, UsageError.
+        trace` reads it). `snapshots` is a folder for what was processed (system texts and tools,
+        for all processes on this device; idle conversations), at most `snapshot_bytes` bytes
+        (default 512 MiB). `idle_bytes` bounds the caches of conversations that wait: beyond it
+        those used longest ago are put away, see docs/sessions.md. By default they may have what
+        the plan for `ram` leaves, and without `ram` any amount. "mimo-nano" is the built-in model.
+        Raises a MimoEdgeError: BundleError, CheckpointError, DeviceError when the model does not
+        fit `ram`, BackendError, UsageError.
         """
         limit = None if ram is None else parse_bytes(ram)
+        idle = None if idle_bytes is None else 0 if idle_bytes == 0 else parse_bytes(idle_bytes)
+        store = _open_store(snapshots, snapshot_bytes)
         if context is not None and (
             isinstance(context, bool) or not isinstance(context, int) or context < 1
         ):
@@ -193,15 +208,41 @@ class Runtime:
             trace=None if trace is None else Path(trace),
             mtp=draft != 0,
             ep=ep,
+            idle_bytes=idle or 0,
         )
         positions = model.backend.config.max_position_embeddings
         try:
-            return cls(model, min(usual_context, positions) if context is None else context, draft)
+            context = min(usual_context, positions) if context is None else context
+            # A plan says itself what it leaves for them beyond what is reserved.
+            own = idle if model.budget is None or model.budget.ram is None else None
+            return cls(model, context, draft, store=store, idle_bytes=own)
         except BaseException:
             model.backend.close()
             if model.trace is not None:
                 model.trace.close()
             raise
+
+    @staticmethod
+    def connect(
+        url: str,
+        model: str | None = None,
+        api_key: str | None = None,
+        *,
+        connection: Connection | None = None,
+    ) -> RemoteRuntime:
+        """A model behind an OpenAI-compatible server (mimo-edge, SGLang, vLLM), used like one that
+        was opened: sessions, streams, agents, tools.
+
+        `model` None takes the only one the server has. `connection` holds timeouts, retries and
+        trusted certificates. Needs the extra `remote`. Raises RemoteError when the server cannot
+        be reached or refuses, UsageError on a wrong address, several models, or an unknown one.
+        """
+        from mimo_edge.remote.address import check_extra
+
+        check_extra()
+        from mimo_edge.remote.runtime import RemoteRuntime
+
+        return RemoteRuntime.connect(url, model, api_key, connection)
 
     @property
     def name(self) -> str:
@@ -268,6 +309,42 @@ class Runtime:
             self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self._model.eos_ids)
         return self._grammars
 
+    def restore(self, path: str | Path, *, recompute: bool = False) -> Session:
+        """The session that was saved to `path`: it goes on with exactly the tokens it would have
+        given without the interruption. `Session.resume` finishes an answer it was saved in.
+
+        Needed is the same model, backend rows (same `kv_type`) and a context that is large enough;
+        threads, drafts, `ram` and the processor may differ. With `recompute` only the vocabulary
+        must be the same: what cannot be taken over, damaged caches too, is processed again.
+        Raises SnapshotError on damage, SnapshotMismatchError when it belongs elsewhere,
+        ContextLengthError, UsageError.
+        """
+        names = self._names
+        with self._engine.turn():
+            chat, sequence = restore_session(Path(path), names, self._engine, recompute)
+            self._engine.idle.make_room(sequence)
+            self._engine.idle.settle(sequence)
+        try:
+            messages = check_messages(chat.messages)
+            session = Session(
+                self,
+                None,
+                chat.tools,
+                chat.enable_thinking,
+                constrain_tools=chat.constrain_tools,
+            )
+            session._take_up(messages, chat, sequence)
+        except (UsageError, TokenizerError) as error:
+            raise SnapshotError(f"{path} is damaged: {error.message}") from None
+        return session
+
+    @cached_property
+    def _names(self) -> ModelNames:
+        if self._model.identity is None:
+            raise UsageError(f"{self.name} was not opened from files: nothing names its weights")
+        vocabulary = vocabulary_identity(self.tokenizer, self.config.vocab_size)
+        return ModelNames(self._model.identity(), vocabulary)
+
     def sequence_pool(self, most: int) -> SequencePool:
         """A pool for sessions that end while what they processed should stay: at most `most`
         conversations are held, in use and idle. Raises UsageError when the memory plan of a
@@ -305,11 +382,8 @@ class Runtime:
 
         Raises UsageError on a function that makes no tool, and what `session` raises.
         """
-        made = make_tools(tools)
-        session = self.session(
-            system, [t.spec for t in made], enable_thinking, constrain_tools=constrain_tools
-        )
-        return Agent(session, made, max_steps, on_step)
+        session_options = {"enable_thinking": enable_thinking, "constrain_tools": constrain_tools}
+        return make_agent(self, tools, system, max_steps, on_step, **session_options)
 
     def logits(self, token_ids: Sequence[int]) -> F32:
         """Logits f32 [T, V] after every one of token_ids [T], for evaluation and tests."""
@@ -319,22 +393,47 @@ class Runtime:
         """JSON-ready totals of this runtime and the peak memory of the process."""
         with self._totals_lock:
             counts = asdict(self._totals)
-        totals = _Totals(**counts)  # a copy: other threads go on adding
-        new = totals.tokens - totals.first_tokens
+        totals = Totals(**counts)  # a copy: other threads go on adding
         return {
             "model": self.name,
             "backend": self._model.backend.name,
             "context": self.context,
             "draft": self._engine.draft,
             **counts,
-            "tokens_per_verify": new / totals.verifies if totals.verifies else 0.0,
-            "decode_tps": new / totals.decode_ms * 1e3 if totals.decode_ms else 0.0,
+            "tokens_per_verify": totals.tokens_per_verify,
+            "prefill_tps": totals.prefill_tps,
+            "decode_tps": totals.decode_tps,
             "peak_rss_bytes": peak_rss_bytes(),
             "budget": None if self._model.budget is None else self._model.budget.to_dict(),
             "experts": self._expert_stats(totals),
+            "queue": {"waiting": self._engine.queue.waiting},
+            "idle": self._idle_stats(),
+            "snapshots": self._snapshot_stats(),
         }
 
-    def _expert_stats(self, totals: _Totals) -> dict[str, Any] | None:
+    def _idle_stats(self) -> dict[str, Any]:
+        """Caches of conversations, and what happened to those that waited."""
+        idle = self._engine.idle
+        return {
+            "caches": idle.count,
+            "cache_bytes": idle.nbytes(),
+            "limit_bytes": idle.limit_bytes,
+            "away": idle.away,
+            **asdict(idle.stats),
+        }
+
+    def _snapshot_stats(self) -> dict[str, Any] | None:
+        """The folder of processed prompts."""
+        if self._store is None or self._prefixes is None:
+            return None
+        return {
+            **asdict(self._store.stats),
+            "reused_tokens": self._prefixes.reused_tokens,
+            "bytes": self._store.nbytes,
+            "limit_bytes": self._store.limit_bytes,
+        }
+
+    def _expert_stats(self, totals: Totals) -> dict[str, Any] | None:
         """Use of streamed experts; tokens are those processed, of prompts and answers."""
         if self._model.experts is None:
             return None
@@ -384,6 +483,8 @@ class Runtime:
     def close(self) -> None:
         """Release the model, after the token that is being computed."""
         self._engine.close()
+        if self._store is not None:
+            self._store.close()
 
     def __enter__(self) -> Runtime:
         return self
@@ -395,6 +496,26 @@ class Runtime:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _open_store(folder: str | Path | None, limit_bytes: int | str | None) -> SnapshotStore | None:
+    if folder is None:
+        if limit_bytes is not None:
+            raise UsageError("snapshot_bytes without snapshots", "name a folder for them")
+        return None
+    limit = DEFAULT_BYTES if limit_bytes is None else parse_bytes(limit_bytes)
+    return SnapshotStore(Path(folder), limit)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """An answer that is not finished. `said` grows, and `sampler` is behind it."""
+
+    messages: list[dict[str, Any]] | None
+    prompt: list[int]
+    said: list[int]
+    options: AnswerOptions
+    sampler: Sampler
 
 
 class Session:
@@ -424,8 +545,10 @@ class Session:
         self._pooled = False  # whether the sequence is one the pool counts
         self._cancel = Cancel()
         self._active: Generator[Piece, None, None] | None = None
+        self._open: _Open | None = None  # what is being said, or was when the session was saved
         self._token_ids: list[int] | None = None  # set once a session runs on raw ids
         self._last: Reply | None = None
+        self._progress: GenerationStats | None = None
         self.messages: list[dict[str, Any]] = []
         """The conversation so far, as the chat template sees it."""
         if system is not None:
@@ -436,6 +559,11 @@ class Session:
         """The newest answer, complete or as far as it got."""
         return self._last
 
+    @property
+    def progress(self) -> GenerationStats | None:
+        """What the newest generation has done up to now; counts on while it runs."""
+        return self._progress
+
     def tool_result(self, text: str, name: str | None = None) -> None:
         """Add what a tool returned; `stream()` without a prompt goes on from there."""
         message: dict[str, Any] = {"role": "tool", "content": text}
@@ -443,6 +571,12 @@ class Session:
             message["name"] = name
         self._check_texts()
         self.messages.extend(check_messages([message]))
+
+    def prompt_tokens(self, prompt: Prompt = None) -> tuple[int, int]:
+        """Tokens of the whole prompt when `prompt` is answered next, and how many of them are
+        processed already. Raises as `stream`."""
+        _, ids = self._prepare(prompt)
+        return len(ids), self._sequence.shared(ids)
 
     def stream(
         self,
@@ -466,9 +600,12 @@ class Session:
         stop_repeats: int = 0,
         max_prompt_tokens: int | None = None,
         timeout_s: float | None = None,
+        prefix_tokens: int = 0,
     ) -> Iterator[Piece]:
         """Answer `prompt`, piece by piece; `max_tokens` None goes on to the context's end.
-        `max_prompt_tokens` is a bound on the whole prompt below the context.
+        `max_prompt_tokens` is a bound on the whole prompt below the context. `prefix_tokens` says
+        of a prompt of token ids how many at its start other prompts share: they are kept as a
+        snapshot, as system text and tools of messages are.
 
         Tokens are chosen as `SamplingParams` says; `logprobs` N reports each token's
         log-probability and the N likeliest ones of its place. `json_schema` or `regex` (Rust's
@@ -485,8 +622,8 @@ class Session:
         the next one.
         """
         deadline = Deadline(self._cancel, timeout_s)
-        stops = _checked_stops(stop)
-        params = SamplingParams(
+        options = AnswerOptions(
+            max_tokens,
             temperature,
             top_p,
             min_p,
@@ -495,13 +632,14 @@ class Session:
             repetition_penalty,
             presence_penalty,
             frequency_penalty,
+            logprobs,
+            stop,
+            json_schema,
+            regex,
+            tool_choice,
+            parallel_tool_calls,
+            stop_repeats,
         )
-        if logprobs is not None and (
-            isinstance(logprobs, bool)
-            or not isinstance(logprobs, int)
-            or not 0 <= logprobs <= MAX_TOP
-        ):
-            raise UsageError(f"logprobs = {logprobs!r}", f"use 0 to {MAX_TOP}, or None")
         self._close_active()
         messages, ids = self._prepare(prompt)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
@@ -509,45 +647,119 @@ class Session:
                 f"the prompt has {len(ids)} tokens, at most {max_prompt_tokens} are taken",
                 "use a shorter prompt",
             )
-        model = self._runtime._model
-        thinking = self._thinking(messages, ids)
-        wanted = Wanted.of(
-            json_schema, regex, tool_choice, parallel_tool_calls, self._constrain_tools
+        border = prefix_tokens if messages is None else self._border(messages, ids)
+        return self._begin(messages, ids, options, deadline, border=border)
+
+    def resume(self, timeout_s: float | None = None) -> Iterator[Piece]:
+        """Go on with the answer that was not finished when the session was saved, with the options
+        it was asked with: its further pieces. `last_reply` then holds the whole of it, its `stats`
+        and log-probabilities what was done since. A new prompt leaves it as it is. Raises
+        UsageError when there is none.
+        """
+        if self._open is None or self._active is not None:
+            raise UsageError("there is no answer to go on with", "give a prompt")
+        begun = self._open
+        deadline = Deadline(self._cancel, timeout_s)
+        return self._begin(begun.messages, begun.prompt, begun.options, deadline, begun)
+
+    def _begin(
+        self,
+        messages: list[dict[str, Any]] | None,
+        ids: list[int],
+        options: AnswerOptions,
+        deadline: Deadline,
+        begun: _Open | None = None,
+        border: int = 0,
+    ) -> Iterator[Piece]:
+        """The answer to the prompt `ids`, or what is missing of one that was begun."""
+        said = [] if begun is None else begun.said
+        runtime = self._runtime
+        reader, constraint = self._reader(messages, ids, options)
+        sampler = Sampler(
+            options.sampling,
+            runtime._banned,
+            prompt=ids,
+            constraint=constraint,
+            top_logprobs=options.logprobs,
         )
-        constraint = None
-        if wanted.needs_grammars(self._tools):
-            constraint = wanted.constraint(self._runtime.grammars, self._tools, thinking)
-        reader = AnswerReader(
-            model.tokenizer,
-            model.eos_ids,
-            stops,
-            () if tool_choice == "none" else self._tools,
-            thinking == "open",
-            calls_first=wanted.value is not None,
-        )
+        if begun is not None:
+            sampler.resume(begun.sampler.state(), said)
         self._cancel.clear()
         if self._pool is not None and not self._pooled:
             self._sequence = self._pool.take(ids)
             self._pooled = True
-        sampler = Sampler(
-            params,
-            self._runtime._banned,
-            prompt=ids,
-            constraint=constraint,
-            top_logprobs=logprobs,
-        )
-        generation = self._runtime._engine.generate(
+        generation = runtime._engine.generate(
             self._sequence,
-            ids,
+            [*ids, *said],
             sampler,
-            max_tokens=max_tokens,
+            max_tokens=options.max_tokens,
             is_last=reader.add,
             cancel=self._cancel,
-            stop_repeats=stop_repeats,
+            stop_repeats=options.stop_repeats,
+            border=border,
+            answered=len(said),
         )
-        pieces = self._run(generation, reader, sampler, deadline, messages, ids)
+        opened = _Open(messages, ids, list(said), options, sampler)
+        self._progress = generation.stats
+        pieces = self._run(generation, reader, opened, deadline)
         self._active = pieces
         return pieces
+
+    def _reader(
+        self, messages: list[dict[str, Any]] | None, ids: list[int], options: AnswerOptions
+    ) -> tuple[AnswerReader, Constraint | None]:
+        """What reads the answer to a prompt, and what it must keep to. Raises UsageError."""
+        model, tools = self._runtime._model, self._tools
+        thinking = self._thinking(messages, ids)
+        wanted = Wanted.of(
+            options.json_schema,
+            options.regex,
+            options.tool_choice,
+            options.parallel_tool_calls,
+            self._constrain_tools,
+        )
+        constraint = None
+        if wanted.needs_grammars(tools):
+            constraint = wanted.constraint(self._runtime.grammars, tools, thinking)
+        reader = AnswerReader(
+            model.tokenizer,
+            model.eos_ids,
+            options.stop,
+            () if options.tool_choice == "none" else tools,
+            thinking == "open",
+            calls_first=wanted.value is not None,
+        )
+        return reader, constraint
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation and everything that was processed to a file, whole or not at all.
+
+        An answer that is suspended between two pieces is saved as far as it got; this session goes
+        on with it undisturbed. Raises UsageError while it generates in another thread or when
+        messages or tools hold what is no JSON, SnapshotError when it cannot be written.
+        """
+        if getattr(self._active, "gi_running", False):
+            raise UsageError("this session is generating in another thread", "cancel it first")
+        runtime, answer = self._runtime, self._open
+        on_ids = self._token_ids is not None or (answer is not None and answer.messages is None)
+        chat = ChatState(
+            self.messages,
+            list(self._tools),
+            self._enable_thinking,
+            self._constrain_tools,
+            [*(self._token_ids or ())] if on_ids else None,
+        )
+        if answer is not None and answer.said:
+            chat.answer = OpenAnswer(
+                answer.prompt, answer.said, answer.options.to_json(), answer.sampler.state()
+            )
+        names = runtime._names
+        with runtime._engine.turn():
+            idle = runtime._engine.idle
+            idle.make_room(self._sequence)
+            idle.bring_back(self._sequence)  # if that fails, tokens alone are saved
+            save_session(Path(path), names, chat, self._sequence)
+            idle.settle(self._sequence)
 
     def generate(self, prompt: Prompt = None, **options: Any) -> Reply:
         """Answer `prompt` at once. Options and errors as in `stream`."""
@@ -556,28 +768,14 @@ class Session:
         assert self._last is not None
         return self._last
 
-    async def astream(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[Piece]:
+    def astream(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[Piece]:
         """`stream` for asyncio: the model runs in a thread, the event loop stays free.
 
         Cancelling the task cancels the generation and waits until it has stopped.
         """
-        import asyncio
+        from mimo_edge.async_stream import in_threads
 
-        pieces = self.stream(prompt, **options)
-        try:
-            while True:
-                step = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
-                try:
-                    piece = await asyncio.shield(step)
-                except asyncio.CancelledError:
-                    self.cancel()
-                    await _settled(step)
-                    raise
-                if piece is None:
-                    return
-                yield piece
-        finally:
-            pieces.close()  # type: ignore[attr-defined]
+        return in_threads(self.stream(prompt, **options), self.cancel)
 
     def cancel(self) -> None:
         """End the running generation within a layer; from any thread or signal handler."""
@@ -599,20 +797,16 @@ class Session:
     # --- inside -------------------------------------------------------------------------
 
     def _run(
-        self,
-        generation: Generation,
-        reader: AnswerReader,
-        sampler: Sampler,
-        deadline: Deadline,
-        messages: list[dict[str, Any]] | None,
-        prompt: list[int],
+        self, generation: Generation, reader: AnswerReader, opened: _Open, deadline: Deadline
     ) -> Generator[Piece, None, None]:
         before = (self.messages, self._token_ids)
+        messages, token_ids = opened.messages, opened.said
         if messages is not None:
             self.messages = messages
-        token_ids: list[int] = []
+        self._open, sampler = opened, opened.sampler
         logprobs: list[TokenLogprob] = []
         whole = Fragment()
+        whole.add(reader.take())  # what was said before the session was saved
         failed = True
         try:
             with deadline:
@@ -628,13 +822,14 @@ class Session:
             failed = False  # the user has had enough: what was said stays
             raise
         finally:
+            self._open = None
             if failed:
                 self.messages, self._token_ids = before
             else:
                 rest = reader.finish()
                 whole.add(rest)
                 reason = _finish_reason(generation, reader, whole, deadline)
-                self._keep(reader, whole, messages, prompt, token_ids)
+                self._keep(reader, whole, messages, opened.prompt, token_ids)
                 self._last = Reply(
                     whole.text,
                     tuple(token_ids),
@@ -648,6 +843,33 @@ class Session:
                 with self._runtime._totals_lock:
                     self._runtime._totals.add(generation.stats)
         yield _piece(rest, [], reason, ())
+
+    def _take_up(
+        self, messages: list[dict[str, Any]], chat: ChatState, sequence: TokenSequence
+    ) -> None:
+        """Become the session that was saved. Raises UsageError when its answer is malformed."""
+        self.messages, self._token_ids, self._sequence = messages, chat.history, sequence
+        answer = chat.answer
+        if answer is not None:
+            options = AnswerOptions.from_json(answer.options)
+            sampler = Sampler(options.sampling)
+            try:
+                sampler.resume(answer.sampler, ())
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+            told = None if chat.history is not None else messages
+            self._open = _Open(told, answer.prompt, answer.said, options, sampler)
+
+    def _leave_open(self, begun: _Open) -> None:
+        """An answer that was not finished when the session was saved, and is not gone on with,
+        stays in the history as far as it got."""
+        reader, _ = self._reader(begun.messages, begun.prompt, begun.options)
+        whole = Fragment()
+        for token in begun.said:
+            reader.add(token)
+        whole.add(reader.take())
+        whole.add(reader.finish())
+        self._keep(reader, whole, begun.messages, begun.prompt, begun.said)
 
     def _keep(
         self,
@@ -666,6 +888,13 @@ class Session:
                 message["reasoning_content"] = whole.reasoning
             self.messages = [*messages, message]
 
+    def _border(self, messages: list[dict[str, Any]], ids: list[int]) -> int:
+        """Tokens at the start of a prompt that come from system text and tools alone."""
+        borders = self._runtime._borders
+        if borders is None or self._runtime._prefixes is None:
+            return 0
+        return borders.of(ids, messages, self._tools, self._enable_thinking)
+
     def _prepare(self, prompt: Prompt) -> tuple[list[dict[str, Any]] | None, list[int]]:
         """The messages with this turn added (None for raw ids) and the whole prompt's ids."""
         if _are_ids(prompt):
@@ -673,15 +902,7 @@ class Session:
                 raise UsageError("token ids cannot follow messages", "use a new session for ids")
             return None, [*(self._token_ids or []), *token_list(prompt)]
         self._check_texts()
-        if prompt is None:
-            turn: Sequence[Message] = ()
-        elif isinstance(prompt, str):
-            turn = [{"role": "user", "content": prompt}]
-        else:
-            turn = prompt  # type: ignore[assignment]
-        messages = [*self.messages, *check_messages(turn)]
-        if not any(message["role"] != "system" for message in messages):
-            raise UsageError("there is no message to answer", "give a prompt")
+        messages = messages_of(self.messages, prompt)
         model = self._runtime._model
         assert model.tokenizer is not None
         return messages, model.template.encode(
@@ -709,15 +930,17 @@ class Session:
 
     def _close_active(self) -> None:
         active, self._active = self._active, None
-        if active is None:
-            return
         try:
-            active.close()
+            if active is not None:
+                active.close()
         except ValueError:  # "generator already executing"
             self._active = active
             raise UsageError(
                 "this session is generating in another thread", "cancel it or use another session"
             ) from None
+        begun, self._open = self._open, None
+        if begun is not None:
+            self._leave_open(begun)
 
 
 def _piece(
@@ -741,17 +964,20 @@ def _finish_reason(
     return reason
 
 
-async def _settled(step: asyncio.Future[Piece | None]) -> None:
-    """Wait for a step that runs in a thread, however often this task is cancelled meanwhile:
-    its generator cannot be closed before. An error of a step nobody waits for is dropped."""
-    import asyncio
-
-    while not step.done():
-        try:
-            await asyncio.wait([step])
-        except asyncio.CancelledError:
-            continue
-    step.exception()
+def messages_of(history: Sequence[dict[str, Any]], prompt: Prompt) -> list[dict[str, Any]]:
+    """A conversation with this turn added. Raises UsageError, TokenizerError."""
+    if _are_ids(prompt):
+        raise UsageError("token ids are for local models", "give a text or messages")
+    if prompt is None:
+        turn: Sequence[Message] = ()
+    elif isinstance(prompt, str):
+        turn = [{"role": "user", "content": prompt}]
+    else:
+        turn = prompt  # type: ignore[assignment]
+    messages = [*history, *check_messages(turn)]
+    if not any(message["role"] != "system" for message in messages):
+        raise UsageError("there is no message to answer", "give a prompt")
+    return messages
 
 
 def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
@@ -763,14 +989,3 @@ def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
     except (IndexError, TypeError, KeyError):
         return False
     return not isinstance(first, (str, Mapping)) and hasattr(first, "__index__")
-
-
-def _checked_stops(stop: Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(stop, Sequence):
-        raise UsageError(f"stop = {stop!r} is not a list of texts")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    for text in stops:
-        if not isinstance(text, str) or not text:
-            raise UsageError(f"stop = {text!r} is not a text")
-        check_unicode(text)
-    return stops

@@ -3,7 +3,8 @@
 `plan` adds up what must be there whatever happens (the process, weights, KV cache, graphs) and
 gives what is left to the slots of routed experts. When even one token's experts do not fit, it
 refuses with the whole table. The bound is on the process: a memory cgroup of that size never
-kills it. One conversation is planned for; every further one needs its KV cache and graphs again.
+kills it. One conversation is planned for; every further one needs its KV cache and graphs again,
+which `idle_bytes` reserves.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ _DIRECT_UNIT = PAGE
 # The largest alignment for which FlashFile grows a bounce buffer, at both ends.
 _BOUNCE_SPARE = 2 * 65536
 _PARTS = ("gate", "up", "down")
+IDLE = "idle sessions"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,16 @@ class Budget:
         if self.ram is None:
             return None
         each = sum(line.nbytes for line in self.lines if line.name in ("KV cache", "graphs"))
-        return 1 + max(0, self.ram - self.nbytes) // max(1, each)
+        return 1 + (self.idle_bytes or 0) // max(1, each)
+
+    @property
+    def idle_bytes(self) -> int | None:
+        """Bytes that caches of conversations may hold which are not being computed: what is
+        reserved for them, and what is left. None without a bound, unless some are reserved."""
+        reserved = sum(line.nbytes for line in self.lines if line.name == IDLE)
+        if self.ram is None:
+            return reserved or None
+        return reserved + max(0, self.ram - self.nbytes)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(name, size, note) of every line and the total, for people."""
@@ -138,11 +149,19 @@ def plan(
     lanes: int = DEFAULT_LANES,
     process_bytes: int | None = None,
     kv_type: str = DEFAULT_KV_TYPE,
+    idle_bytes: int = 0,
 ) -> Budget:
     """The budget of a model, as `fit`. Raises DeviceError with the table when `ram` is too small,
     UsageError when the format does not fit the model."""
     found = fit(
-        config, tensors, context, ram, lanes=lanes, process_bytes=process_bytes, kv_type=kv_type
+        config,
+        tensors,
+        context,
+        ram,
+        lanes=lanes,
+        process_bytes=process_bytes,
+        kv_type=kv_type,
+        idle_bytes=idle_bytes,
     )
     if isinstance(found, Shortfall):
         raise _too_small(found)
@@ -158,12 +177,14 @@ def fit(
     lanes: int = DEFAULT_LANES,
     process_bytes: int | None = None,
     kv_type: str = DEFAULT_KV_TYPE,
+    idle_bytes: int = 0,
 ) -> Budget | Shortfall:
     """The budget of a model with `tensors` for conversations of `context` tokens in a KV cache of
     format `kv_type`, or what it lacks.
 
     Without `ram`, or when everything fits, all weights are resident. `process_bytes`: what this
-    process holds already. Raises UsageError when the format does not fit the model.
+    process holds already, `idle_bytes`: reserved for caches of conversations that wait. Raises
+    UsageError when the format does not fit the model.
     """
     check_kv_type(kv_type, config)
     context = min(context, config.max_position_embeddings)
@@ -173,6 +194,7 @@ def fit(
         Line("process", base, "Python, libraries, tokenizer"),
         Line("file pages", FILE_PAGES_BYTES, "header, embedding rows"),
         *_weight_lines(config, tensors),
+        *idle_lines(idle_bytes),
         Line("KV cache", kv_bytes(config, context, kv_type), f"{context} tokens, {kv_type}"),
     ]
     experts = sum(tensors[name].nbytes for name in routed)
@@ -254,6 +276,11 @@ def slot_sizes(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> tuple[i
         ):
             bounce = max(bounce, max(*sizes, COALESCE_BYTES) + _BOUNCE_SPARE)
     return slot_bytes, bounce
+
+
+def idle_lines(idle_bytes: int) -> list[Line]:
+    """The line of what is reserved for conversations that wait, if anything is."""
+    return [Line(IDLE, idle_bytes, "caches of conversations that wait")] if idle_bytes else []
 
 
 def _too_small(found: Shortfall) -> DeviceError:

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import operator
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ids
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 
+from mimo_edge.cache_rows import CacheLayout
 from mimo_edge.cancel import Cancel, check_cancel
 from mimo_edge.errors import (
     BackendError,
-    CacheError,
     Cancelled,
     ContextLengthError,
     GenerationError,
@@ -31,14 +31,15 @@ from mimo_edge.errors import (
     UsageError,
 )
 from mimo_edge.experts.trace import Phase, TraceWriter
+from mimo_edge.idle import IdleCaches
 from mimo_edge.repetition import RepeatGuard, check_stop_repeats
 from mimo_edge.runtimes.base import F32, Backend, Cache, ForwardResult, PreparingBackend
 from mimo_edge.sampling import Sampler
+from mimo_edge.sequence import Sequence
 from mimo_edge.speculative import (
     MAX_DRAFT,
     AdaptivePolicy,
     CostTable,
-    Drafter,
     DraftPolicy,
     DraftSetting,
     FixedPolicy,
@@ -46,12 +47,37 @@ from mimo_edge.speculative import (
     check_draft,
     max_draft,
 )
+from mimo_edge.turns import TurnQueue
 from mimo_edge.units import even_part
+
+__all__ = ["Engine", "Generation", "GenerationStats", "Prefixes", "Sequence", "token_list"]
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled"]
 PREFILL_CHUNK = 256
-# How often somebody who waits for a turn looks whether he still wants it.
-_TURN_POLL_S = 0.02
+
+
+class Prefixes(Protocol):
+    """Beginnings of prompts that are kept; see snapshots/prefixes.py. Used by whoever has the
+    turn."""
+
+    def wanted(self, border: int) -> bool:
+        """Whether a beginning of that many tokens is worth keeping."""
+        ...
+
+    def load(
+        self,
+        engine: Engine,
+        sequence: Sequence,
+        prefix: Ids[int],
+        drafting: bool,
+        cancel: Cancel | None = None,
+    ) -> bool:
+        """Make `sequence` what it is after `prefix`, if that is kept. Raises Cancelled."""
+        ...
+
+    def keep(self, engine: Engine, sequence: Sequence) -> None:
+        """Keep what `sequence` is now."""
+        ...
 
 
 @dataclass
@@ -87,10 +113,12 @@ class GenerationStats:
 
 
 class Engine:
-    """Generates token ids with one backend; sequences take turns step by step.
+    """Generates token ids with one backend; sequences take turns step by step, in the order in
+    which they ask.
 
     `context` is the most tokens a sequence may hold, `draft` as in speculative decoding. `trace`
-    is where the backend records its routes: the engine names the phases and closes it.
+    is where the backend records its routes: the engine names the phases and closes it. `idle` keeps
+    the caches of all sequences within their bound, `prefixes` the beginnings of prompts.
     Raises UsageError when `draft` is more than the model can propose, ContextLengthError
     when the model has fewer positions than `context`.
     """
@@ -123,8 +151,10 @@ class Engine:
         self._trace = trace
         # Shared by all sequences: what drafting costs and brings need not be learnt by each.
         self._auto = AdaptivePolicy(max_draft(backend.config), CostTable())
+        self.idle = IdleCaches()
+        self.prefixes: Prefixes | None = None
         # A backend takes one call at a time: threads queue here between steps.
-        self._lock = threading.RLock()
+        self.queue = TurnQueue()
         self._pid = os.getpid()
         self.closed = False
 
@@ -139,7 +169,22 @@ class Engine:
 
     def sequence(self) -> Sequence:
         """A new, empty sequence."""
-        return Sequence(self)
+        made = Sequence(self)
+        self.idle.add(made)
+        return made
+
+    def forget(self, sequence: Sequence) -> None:
+        """Reset a sequence nothing may be built on, while nobody else puts it away."""
+        if os.getpid() == self._pid:  # in a forked process the turn may be taken for ever
+            with self.queue.turn():
+                sequence.reset()
+
+    @cached_property
+    def layout(self) -> CacheLayout:
+        """What rows of caches are here. The caller has the turn."""
+        cache = self.backend.new_cache(self.context, MAX_DRAFT + 1)
+        cache.close()
+        return cache.layout
 
     def generate(
         self,
@@ -152,8 +197,12 @@ class Engine:
         cancel: Cancel | None = None,
         draft: DraftSetting | None = None,
         stop_repeats: int = 0,
+        border: int = 0,
+        answered: int = 0,
     ) -> Generation:
-        """Continue `prompt` (the whole of it, also what the sequence already holds).
+        """Continue `prompt` (the whole of it, also what the sequence already holds). Its first
+        `border` tokens are a beginning that other prompts share; its last `answered` tokens are the
+        answer's own, which goes on.
 
         `is_last` is asked once for every token, in order, and ends the generation with that
         token. So does a sequence of up to repetition.MAX_PERIOD tokens that comes `stop_repeats`
@@ -166,7 +215,10 @@ class Engine:
         setting = self.draft if draft is None else draft
         check_draft(setting, self.backend.config)
         check_stop_repeats(stop_repeats)
-        ids = self._checked(prompt)
+        # The newest token of an answer may have found no room in the context.
+        ids = self._checked(prompt, self.context + (answered > 0))
+        if self.prefixes is None or not (0 < border < len(ids) and self.prefixes.wanted(border)):
+            border = 0
         return Generation(
             self,
             sequence,
@@ -177,6 +229,8 @@ class Engine:
             cancel or Cancel(),
             setting,
             RepeatGuard(stop_repeats) if stop_repeats else None,
+            border,
+            answered,
         )
 
     def logits(self, token_ids: Ids[int]) -> F32:
@@ -208,16 +262,27 @@ class Engine:
 
     @contextmanager
     def turn(self, cancel: Cancel | None = None) -> Iterator[None]:
-        """The backend for one step, when the others are done with theirs. Raises as `check_open`,
-        and Cancelled while waiting."""
+        """The backend for one step, when those who asked before are done with theirs. Raises as
+        `check_open`, and Cancelled while waiting."""
         self.check_open()
-        while not self._lock.acquire(timeout=_TURN_POLL_S):
-            check_cancel(cancel)
-        try:
+        with self.queue.turn(cancel):
             self.check_open()
             yield
-        finally:
-            self._lock.release()
+
+    @contextmanager
+    def step_of(self, sequence: Sequence, cancel: Cancel | None = None) -> Iterator[None]:
+        """The turn, for a step of `sequence`: its cache is in memory, and what others hold keeps
+        its bound. A step that fails is undone."""
+        with self.turn(cancel):
+            try:
+                self.idle.prepare(sequence, cancel)
+                yield
+            except BaseException as error:
+                # Here and not later: without the turn, others may want to put the sequence away.
+                sequence.recover(error)
+                raise
+            finally:
+                self.idle.settle(sequence)
 
     def close(self) -> None:
         """Close the backend, after the step that is running. Calling it twice is harmless; in a
@@ -225,7 +290,7 @@ class Engine:
         if os.getpid() != self._pid:
             self.closed = True
             return
-        with self._lock:
+        with self.queue.turn():
             if not self.closed:
                 self.closed = True
                 self.backend.close()
@@ -242,7 +307,7 @@ class Engine:
                 "threads and their locks do not survive fork: open the model after forking",
             )
 
-    def _checked(self, prompt: Ids[int]) -> list[int]:
+    def _checked(self, prompt: Ids[int], limit: int | None = None) -> list[int]:
         ids = token_list(prompt)
         vocab = self.backend.config.vocab_size
         if not ids:
@@ -250,7 +315,7 @@ class Engine:
         bad = next((token for token in ids if not 0 <= token < vocab), None)
         if bad is not None:
             raise UsageError(f"token id {bad} is outside the vocabulary of {vocab}")
-        if len(ids) > self.context:
+        if len(ids) > (limit or self.context):
             raise ContextLengthError(
                 f"the prompt has {len(ids)} tokens, the context holds {self.context}",
                 "use a larger --context or a shorter prompt",
@@ -268,108 +333,6 @@ def token_list(token_ids: Ids[int]) -> list[int]:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-class Sequence:
-    """Tokens processed so far, their cache and the drafter that follows it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.tokens: list[int] = []
-        self.cache: Cache | None = None
-        self.drafter: Drafter | None = None
-
-    def reset(self) -> None:
-        """Forget everything; the next prompt is processed from its start."""
-        self.tokens, self.cache, self.drafter = [], None, None
-
-    def nbytes(self) -> int:
-        """Bytes of the cache."""
-        return self.cache.nbytes() if self.cache is not None else 0
-
-    def recover(self) -> None:
-        """After a step that failed half-way: back to the tokens that stand. When rows that the
-        next token needs are gone, everything is forgotten."""
-        if self.cache is None:
-            return
-        try:
-            self.cache.rollback(self.cache.length - len(self.tokens))
-        except CacheError:
-            self.reset()
-            return
-        if self.drafter is not None and self.drafter.length != len(self.tokens):
-            self.reset()
-
-    def adopt(self, prompt: Ids[int], drafting: bool) -> int:
-        """Keep what `prompt` shares with the processed tokens; how many tokens that is.
-
-        At least the last token of the prompt is left to process: its logits are needed.
-        """
-        if self.cache is not None:
-            shared = _common_prefix(self.tokens, prompt)
-            keep = min(shared, len(prompt) - 1)
-            whole = keep == len(self.tokens)
-            if drafting and self.drafter is None:
-                whole, keep = False, 0  # H rows were not kept: drafting must see them
-            elif not whole and self._engine.backend.config.family == "mimo":
-                # A block that sees everything continues from H of the last shared token.
-                keep = max(0, keep - 1)
-            if keep and not whole:
-                try:
-                    self.cache.rollback(len(self.tokens) - keep)
-                except CacheError:
-                    keep = 0  # sliding rows that far back are gone: start over
-            if keep:
-                if self.drafter is not None and not whole:
-                    self.drafter.truncate(keep, shared)
-                del self.tokens[keep:]
-                return keep
-            self.reset()
-        self.cache = self._engine.backend.new_cache(self._engine.context, MAX_DRAFT + 1)
-        if drafting:
-            self.drafter = Drafter(self._engine.backend, self.cache)
-        return 0
-
-    def advance(
-        self,
-        token_ids: Ids[int],
-        logits_rows: int,
-        phase: Phase = Phase.PREFILL,
-        cancel: Cancel | None = None,
-        following: int = 0,
-    ) -> tuple[F32, F32]:
-        """Process tokens; logits of the last rows and the H rows the drafter wants, given that
-        `following` more tokens are sure to come.
-
-        The caller says with `commit` how many of them stand.
-        """
-        assert self.cache is not None
-        wanted = 0
-        if self.drafter is not None:
-            wanted = self.drafter.wanted_rows(len(token_ids), following)
-        result = self._engine.forward(
-            token_ids,
-            self.cache,
-            phase,
-            logits_rows=logits_rows,
-            hidden_rows=wanted,
-            cancel=cancel,
-        )
-        return result.logits, result.hidden
-
-    def commit(
-        self, token_ids: Ids[int], hidden: F32, rows: int, cancel: Cancel | None = None
-    ) -> None:
-        """Keep the first `rows` of the tokens just processed and undo the rest."""
-        assert self.cache is not None
-        if rows < len(token_ids):
-            self.cache.rollback(len(token_ids) - rows)
-            hidden = hidden[:rows]
-        self.tokens.extend(token_ids[:rows])
-        if self.drafter is not None:
-            self.drafter.observe(hidden, rows)
-            with suppress(Cancelled):  # the tokens stand; the next step will notice
-                self.drafter.flush(self.tokens, cancel=cancel)
 
 
 class Generation:
@@ -390,6 +353,8 @@ class Generation:
         cancel: Cancel,
         draft: DraftSetting,
         repeats: RepeatGuard | None,
+        border: int,
+        answered: int,
     ) -> None:
         self._engine = engine
         self._sequence = sequence
@@ -400,7 +365,11 @@ class Generation:
         self._cancel = cancel
         self._draft = draft
         self._repeats = repeats
+        self._border = border
+        self._answered = answered
         self._ended: FinishReason | None = None
+        for token in prompt[len(prompt) - answered :]:
+            self._is_last(token)
         config = engine.backend.config
         depths = max_draft(config) if draft == "auto" else draft
         self._policy = engine.draft_policy(draft)
@@ -417,22 +386,20 @@ class Generation:
         except GeneratorExit:
             raise
         except Cancelled:
-            self._sequence.recover()
             self.finish_reason = "cancelled"
-        except MimoEdgeError as error:
-            if isinstance(error, GenerationError):
-                self._sequence.reset()  # NaN in rows nobody should see still spreads from there
-            else:
-                self._sequence.recover()
-            raise
-        except BaseException:
-            # A bug, or an interrupt in the middle of anything: nothing may be built on this.
-            self._sequence.reset()
+        except BaseException as error:
+            # What failed in a step was undone there. Between two: a sample of broken logits, an
+            # interrupt.
+            if isinstance(error, GenerationError) or not isinstance(error, MimoEdgeError):
+                self._engine.forget(self._sequence)
             raise
         finally:
             self.stats.draft_why = self._policy.why()
 
     def _run(self) -> Iterator[list[int]]:
+        if self._answered and (self._ended is not None or self._at_limit(len(self._prompt) - 1)):
+            self.finish_reason = self._ended or "length"
+            return
         logits = self._prefill()
         token = self._sampler.sample(logits)
         self._is_last(token)
@@ -440,7 +407,7 @@ class Generation:
         self.stats.first_token_ms = self.stats.prefill_ms
         yield [token]
         self._policy.begin()
-        while self._ended is None and not self._at_limit():
+        while self._ended is None and not self._at_limit(len(self._sequence.tokens)):
             check_cancel(self._cancel)
             gained = self._step(token)
             token = gained[-1]
@@ -454,32 +421,49 @@ class Generation:
             self._ended = "repetition"
         return self._ended is not None
 
-    def _at_limit(self) -> bool:
-        """Whether max_tokens are out, or the last token found no room in the context."""
-        if self._max_tokens is not None and self.stats.tokens >= self._max_tokens:
+    def _at_limit(self, processed: int) -> bool:
+        """Whether max_tokens are out, or the last token finds no room behind `processed` ones."""
+        if self._max_tokens is not None and self._said >= self._max_tokens:
             return True
-        return len(self._sequence.tokens) >= self._engine.context
+        return processed >= self._engine.context
+
+    @property
+    def _said(self) -> int:
+        """Tokens of the answer so far."""
+        return self._answered + self.stats.tokens
 
     def _prefill(self) -> F32:
         """Process the prompt in chunks; logits [V] of its last token."""
-        engine, sequence = self._engine, self._sequence
+        engine, sequence, prompt = self._engine, self._sequence, self._prompt
         drafting = self._draft != 0 and max_draft(engine.backend.config) > 0
         with engine.turn(self._cancel):
-            at = self.stats.reused_tokens = sequence.adopt(self._prompt, drafting)
+            engine.idle.make_room(sequence)
+            start = engine.clock()
+            at = self.stats.reused_tokens = sequence.adopt(
+                prompt, drafting, self._border, self._cancel
+            )
+            engine.idle.settle(sequence)
+            self.stats.prefill_ms += (engine.clock() - start) * 1e3
         while True:
             check_cancel(self._cancel)
-            chunk = self._prompt[at : at + even_part(len(self._prompt) - at, engine.prefill_chunk)]
-            with engine.turn(self._cancel):
+            # Whether it is found or computed, what follows a border is processed by itself: the
+            # rounding of a pass depends on its rows, and the answer must not.
+            end = self._border if at < self._border else len(prompt)
+            chunk = prompt[at : at + even_part(end - at, engine.prefill_chunk)]
+            with engine.step_of(sequence, self._cancel):
                 start = engine.clock()
-                following = len(self._prompt) - at - len(chunk)
+                following = end - at - len(chunk)
+                last = end == len(prompt) and not following
                 # The last layer of a chunk matters only where somebody looks at its rows.
                 rows, hidden = sequence.advance(
-                    chunk, 0 if following else 1, cancel=self._cancel, following=following
+                    chunk, 1 if last else 0, cancel=self._cancel, following=following
                 )
                 sequence.commit(chunk, hidden, len(chunk), self._cancel)
+                at += len(chunk)
+                if at == self._border and engine.prefixes is not None:
+                    engine.prefixes.keep(engine, sequence)
                 self.stats.prefill_ms += (engine.clock() - start) * 1e3
-            at += len(chunk)
-            if not following:  # at least one token is always left to process
+            if last:  # at least one token is always left to process
                 logits: F32 = rows[-1]
                 return logits
 
@@ -489,8 +473,8 @@ class Generation:
         room = engine.context - len(sequence.tokens) - 1
         left = room + 1
         if self._max_tokens is not None:
-            left = min(left, self._max_tokens - stats.tokens)
-        with engine.turn(self._cancel):
+            left = min(left, self._max_tokens - self._said)
+        with engine.step_of(sequence, self._cancel):
             start, prepared = engine.clock(), engine.prepared
             # More drafts than can still be used would only be thrown away.
             cold = sequence.drafter is not None and sequence.drafter.cold
@@ -524,10 +508,3 @@ class Generation:
             stats.drafted_by_depth[depth] += 1
             stats.accepted_by_depth[depth] += depth < len(hits) and hits[depth]
         return gained
-
-
-def _common_prefix(a: Ids[int], b: Ids[int]) -> int:
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))

@@ -14,7 +14,15 @@ MimoEdgeError
 ├── BackendError           a backend that is missing, unsupported or failed
 ├── CacheError             a KV cache asked for what it no longer holds
 │   └── ContextLengthError more tokens than the context holds
+├── SnapshotError          a saved session or snapshot that is damaged or cannot be written
+│   └── SnapshotMismatchError  one of another model, cache format or version
 ├── GenerationError        a generation that cannot go on (NaN logits)
+├── RemoteError            a server that answers in our stead did not
+│   ├── RemoteConnectError   no connection: refused, unknown name, TLS
+│   ├── RemoteTimeoutError   silent for too long
+│   ├── RemoteStatusError    it refused: an HTTP status that is no answer
+│   ├── RemoteBrokenError    the connection ended before the answer did
+│   └── RemoteProtocolError  what it sent is not an answer
 └── Cancelled              work given up half-way because the caller asked for it
 
 A message says what happened with numbers; `hint` says what to do instead.
@@ -91,8 +99,55 @@ class ContextLengthError(CacheError):
     """More tokens than the context holds."""
 
 
+class SnapshotError(MimoEdgeError):
+    """A saved session or snapshot that is damaged, incomplete, or cannot be read or written."""
+
+
+class SnapshotMismatchError(SnapshotError):
+    """A snapshot that is whole, but of another model, cache format, backend or version."""
+
+
 class GenerationError(MimoEdgeError):
     """A generation that cannot go on."""
+
+
+class RemoteError(MimoEdgeError):
+    """A server that answers in our stead did not."""
+
+
+class RemoteConnectError(RemoteError):
+    """No connection to the server: refused, unknown name, TLS."""
+
+
+class RemoteTimeoutError(RemoteError):
+    """The server was silent for too long."""
+
+
+class RemoteStatusError(RemoteError):
+    """The server refused. `status` is the HTTP status, `code` the reason it names, if any, and
+    `retry_after_s` how long it asks to wait."""
+
+    def __init__(
+        self,
+        message: str,
+        hint: str = "",
+        *,
+        status: int,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, hint)
+        self.status = status
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+class RemoteBrokenError(RemoteError):
+    """The connection ended before the answer did."""
+
+
+class RemoteProtocolError(RemoteError):
+    """What the server sent is not an answer."""
 
 
 class Cancelled(MimoEdgeError):

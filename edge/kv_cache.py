@@ -14,11 +14,20 @@ at position i sees max(0, i - W + 1)..i. A row a query should see but that is go
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mimo_edge.cache_rows import (
+    CacheLayout,
+    LayerRows,
+    check_rows,
+    checked,
+    pack_rows,
+    unpack_rows,
+)
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
 from mimo_edge.runtimes.base import VERIFY_ROWS
@@ -67,6 +76,14 @@ class LayerCache(Protocol):
         """Forget the rows from `length` on; nothing happens if there are none."""
         ...
 
+    def rows(self) -> LayerRows:
+        """All rows that are intact, as bytes."""
+        ...
+
+    def place(self, rows: LayerRows) -> None:
+        """Take rows over, into a cache that is empty."""
+        ...
+
     def nbytes(self) -> int:
         """Bytes held now."""
         ...
@@ -105,6 +122,16 @@ class FullCache:
 
     def truncate(self, length: int) -> None:
         self._length = min(self._length, length)
+
+    def rows(self) -> LayerRows:
+        held = np.arange(self._length)
+        return LayerRows(0, pack_rows(self._keys, held), pack_rows(self._values, held))
+
+    def place(self, rows: LayerRows) -> None:
+        self._grow(rows.end)
+        self._keys[:, : rows.end] = unpack_rows(rows.keys, self._keys)
+        self._values[:, : rows.end] = unpack_rows(rows.values, self._values)
+        self._length = rows.end
 
     def nbytes(self) -> int:
         return self._keys.nbytes + self._values.nbytes + self._positions.nbytes
@@ -200,6 +227,20 @@ class SlidingCache:
     def truncate(self, length: int) -> None:
         self._length = min(self._length, length)
 
+    def rows(self) -> LayerRows:
+        first = min(self._oldest(), self._length)
+        slots = np.arange(first, self._length) % self._rows
+        return LayerRows(first, pack_rows(self._keys, slots), pack_rows(self._values, slots))
+
+    def place(self, rows: LayerRows) -> None:
+        first = max(rows.first, rows.end - self._rows)
+        kept = np.arange(first, rows.end, dtype=np.int64)
+        slots = kept % self._rows
+        self._keys[:, slots] = unpack_rows(rows.keys[first - rows.first :], self._keys)
+        self._values[:, slots] = unpack_rows(rows.values[first - rows.first :], self._values)
+        self._positions[slots] = kept
+        self._start, self._length, self._high = first, rows.end, rows.end
+
     def nbytes(self) -> int:
         return self._keys.nbytes + self._values.nbytes + self._positions.nbytes
 
@@ -229,10 +270,18 @@ class ModelCache:
     The forward pass writes the layers and then commits the length once, so a pass that failed
     half-way leaves the length as it was; if it had already overwritten rows that are needed
     again, the next write raises CacheError. `verify_rows` = q: most rows written before it is
-    known how many stay (drafts + 1); at least the last q - 1 can be undone.
+    known how many stay (drafts + 1); at least the last q - 1 can be undone. `scaled_values` says
+    whether the backend scales values before it writes them.
     """
 
-    def __init__(self, config: MimoConfig, context: int, verify_rows: int = VERIFY_ROWS) -> None:
+    def __init__(
+        self,
+        config: MimoConfig,
+        context: int,
+        verify_rows: int = VERIFY_ROWS,
+        *,
+        scaled_values: bool = True,
+    ) -> None:
         if context < 1 or verify_rows < 1:
             raise UsageError(
                 f"a cache of {context} tokens and {verify_rows} verify rows", "both start at 1"
@@ -244,6 +293,7 @@ class ModelCache:
             )
         self.config = config
         self.verify_rows = verify_rows
+        self.layout = CacheLayout.of(config, "f32", scaled_values)
         self._capacity = context
         self._length = 0
         specs = [config.layer(i) for i in range(config.num_hidden_layers + config.num_mtp_layers)]
@@ -286,8 +336,35 @@ class ModelCache:
             cache.truncate(length)
         self._length = length
 
+    def rows(self) -> Iterable[LayerRows]:
+        """See `runtimes.base.Cache`."""
+        return (cache.rows() for cache in (*self.layers, *self.mtp))
+
+    def restore(self, length: int, rows: Iterable[LayerRows]) -> None:
+        """See `runtimes.base.Cache`."""
+        if self._length:
+            raise CacheError(f"this cache holds {self._length} tokens", "use a new one")
+        if length > self._capacity:
+            raise ContextLengthError(
+                f"{length} tokens exceed the context of {self._capacity}", "use a larger context"
+            )
+        placed = []
+        for cache, one in zip((*self.layers, *self.mtp), checked(self.layout, rows), strict=True):
+            cache.place(one)
+            placed.append((one.first, len(one.keys)))
+        check_rows(self.layout, length, placed)
+        self._length = length
+
     def nbytes(self) -> int:
         return sum(cache.nbytes() for cache in (*self.layers, *self.mtp))
+
+    def held_bytes(self) -> int:
+        """See `runtimes.base.Cache`."""
+        return self.nbytes()
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.layers, self.mtp, self._length = [], [], 0
 
 
 def _layer_cache(config: MimoConfig, spec: LayerSpec, context: int, verify_rows: int) -> LayerCache:

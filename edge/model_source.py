@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, BundleError, DeviceError, UsageError
 from mimo_edge.experts.trace import TraceWriter
+from mimo_edge.identity import files_identity, manifest_identity
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
 from mimo_edge.manifest import MANIFEST_NAME
 from mimo_edge.runtimes.base import Backend, RouteSink, Weights
@@ -40,7 +42,7 @@ _THREADED_WIDTH = 1024
 class Model:
     """An opened model. `tokenizer` is None when it works on token ids only. `experts` is set
     when routed experts are read from flash, `budget` when the backend plans its memory, `trace`
-    when routes are recorded."""
+    when routes are recorded. `identity` names the weights, see `mimo_edge.identity`."""
 
     name: str
     backend: Backend
@@ -50,6 +52,7 @@ class Model:
     experts: CachedExperts | None = None
     budget: memory.Budget | None = None
     trace: TraceWriter | None = None
+    identity: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class _Source:
     weights: Weights
     tokenizer: Tokenizer | None
     template: str | None
+    identity: Callable[[], str]
     bundle: Bundle | None = None  # the packed files behind `weights`, if there are any
 
 
@@ -76,6 +80,7 @@ def open_model(
     trace: Path | None = None,
     mtp: bool = True,
     ep: str = "auto",
+    idle_bytes: int = 0,
 ) -> Model:
     """Open a bundle folder, a GGUF file or a checkpoint folder; "mimo-nano" is the built-in one.
 
@@ -85,8 +90,8 @@ def open_model(
     format of its KV cache (None: `prefer_kv_type`, but see `budget.usual_kv_type`), `pin` how many
     hottest experts of every layer stay in memory; without `mtp` its MTP blocks are not loaded.
     `trace` is the file routes are recorded in while the model runs; whoever uses the model closes
-    it. Raises UsageError, BundleError, CheckpointError, BackendError, or DeviceError when the model
-    does not fit `ram`.
+    it. `idle_bytes` are reserved for conversations that wait. Raises UsageError, BundleError,
+    CheckpointError, BackendError, or DeviceError when the model does not fit `ram`.
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
@@ -123,12 +128,12 @@ def open_model(
                     "use --backend ggml, or leave --kv-type out",
                 )
             opened, experts, budget = _open_onnx(
-                source, ram, context, threads, ep, pin, routes, mtp
+                source, ram, context, threads, ep, pin, routes, mtp, idle_bytes
             )
         elif backend == "ggml":
             kind = kv_type or memory.usual_kv_type(prefer_kv_type, config, context)
             opened, experts, budget = _open_ggml(
-                source, ram, context, threads, kind, pin, routes, mtp
+                source, ram, context, threads, kind, pin, routes, mtp, idle_bytes
             )
         else:
             if kv_type not in (None, "f32"):
@@ -136,7 +141,7 @@ def open_model(
                     f"the reference backend keeps its KV cache in f32, not {kv_type}",
                     "use --backend ggml, or leave --kv-type out",
                 )
-            opened = _open_reference(source, ram, context, threads, routes)
+            opened = _open_reference(source, ram, context, threads, routes, idle_bytes)
     except BaseException:
         source.weights.close()
         if writer is not None:
@@ -146,7 +151,16 @@ def open_model(
     if source.tokenizer is not None:
         eos |= source.tokenizer.eos_ids
     return Model(
-        source.name, opened, source.tokenizer, template, frozenset(eos), experts, budget, writer
+        source.name,
+        opened,
+        source.tokenizer,
+        template,
+        frozenset(eos),
+        experts,
+        budget,
+        writer,
+        # The ONNX form of a bundle has weights of its own.
+        partial(_onnx_identity, source.identity) if backend == "onnx" else source.identity,
     )
 
 
@@ -156,6 +170,7 @@ def _open_reference(
     context: int,
     threads: int | None,
     routes: RouteSink | None,
+    idle_bytes: int,
 ) -> Backend:
     from mimo_edge.runtimes.reference import ReferenceBackend
 
@@ -166,7 +181,7 @@ def _open_reference(
         with suppress(BackendError):  # a speed-up only: nobody asked for it
             set_blas_threads(1)
     if ram is not None:
-        _check_ram(config, ram, context)
+        _check_ram(config, ram - idle_bytes, context)
     return ReferenceBackend(source.weights, routes=routes)
 
 
@@ -179,6 +194,7 @@ def _open_ggml(
     pin: int,
     routes: RouteSink | None,
     mtp: bool,
+    idle_bytes: int,
 ) -> tuple[Backend, CachedExperts | None, memory.Budget]:
     """The ggml backend: all weights resident, or routed experts on flash when `ram` demands it.
     It takes over the files behind `source`."""
@@ -197,6 +213,7 @@ def _open_ggml(
         ram,
         process_bytes=memory.resident_bytes(),
         kv_type=kv_type,
+        idle_bytes=idle_bytes,
     )
     from mimo_edge.experts.table import ExpertTable
     from mimo_edge.runtimes.ggml.backend import GgmlBackend
@@ -250,6 +267,7 @@ def _open_onnx(
     pin: int,
     routes: RouteSink | None,
     mtp: bool,
+    idle_bytes: int,
 ) -> tuple[Backend, CachedExperts | None, memory.Budget]:
     """The ONNX backend over a bundle; routed experts in as many slots as `ram` allows. It takes
     over the files behind `source`."""
@@ -275,6 +293,7 @@ def _open_onnx(
         context,
         ram,
         process_bytes=memory.resident_bytes(),
+        idle_bytes=idle_bytes,
     )
     from mimo_edge.experts.table import ExpertTable
     from mimo_edge.runtimes.ggml.expert_source import CachedExperts
@@ -318,7 +337,14 @@ def _open_source(path: str | Path) -> _Source:
     bundle = Bundle.open(place)
     try:
         tokenizer = _bundle_tokenizer(bundle.tokenizer_path, bundle.metadata)
-        return _Source(bundle.name, bundle.weights(), tokenizer, bundle.chat_template, bundle)
+        return _Source(
+            bundle.name,
+            bundle.weights(),
+            tokenizer,
+            bundle.chat_template,
+            partial(_bundle_identity, bundle),
+            bundle,
+        )
     except BaseException:
         bundle.close()
         raise
@@ -336,10 +362,27 @@ def _open_checkpoint(folder: Path, name: str | None) -> _Source:
         path = files.get("tokenizer.json") or files.get("tokenizer.model")
         tokenizer = open_tokenizer(path) if path is not None else None
         template = read_chat_template(files, checkpoint.chat_template)
-        return _Source(name or checkpoint.name, CheckpointWeights(checkpoint), tokenizer, template)
+        weights = [folder / name for name in checkpoint.files]
+        return _Source(
+            name or checkpoint.name,
+            CheckpointWeights(checkpoint),
+            tokenizer,
+            template,
+            partial(files_identity, checkpoint.config, weights),
+        )
     except BaseException:
         checkpoint.close()
         raise
+
+
+def _onnx_identity(bundle: Callable[[], str]) -> str:
+    return f"onnx:{bundle()}"
+
+
+def _bundle_identity(bundle: Bundle) -> str:
+    if bundle.manifest is not None:
+        return manifest_identity(bundle.manifest)
+    return files_identity(bundle.config, bundle.files)
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:

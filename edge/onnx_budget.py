@@ -39,9 +39,11 @@ def plan(
     *,
     process_bytes: int | None = None,
     lanes: int = DEFAULT_LANES,
+    idle_bytes: int = 0,
 ) -> Budget:
     """The budget of a bundle's ONNX form for conversations of `context` tokens; `tensors` are those
-    of its GGUF files. Raises DeviceError with the table when `ram` is too small."""
+    of its GGUF files, `idle_bytes` are reserved for conversations that wait. Raises DeviceError
+    with the table when `ram` is too small."""
     context = min(context, config.max_position_embeddings)
     base = memory.PROCESS_BYTES if process_bytes is None else process_bytes
     layers, mtp, largest, sessions = _graph_bytes(config, manifest)
@@ -50,6 +52,7 @@ def plan(
         Line("file pages", memory.FILE_PAGES_BYTES, "header, embedding rows"),
         Line("weights", layers + sessions * _SESSION_BYTES, f"{sessions} graphs, packed"),
         *([Line("MTP", mtp, f"{config.num_mtp_layers} blocks")] if mtp else []),
+        *memory.idle_lines(idle_bytes),
         Line("KV cache", kv_bytes(config, context), f"{context} tokens, f32"),
     ]
     slot_bytes, total = 0, 0

@@ -12,6 +12,7 @@ from mimo_edge.errors import UsageError
 
 MAX_PERIOD = 256
 """Longest cycle that is looked for, in tokens: a long paragraph."""
+_NEVER = 1 << 40
 
 
 def check_stop_repeats(repeats: int) -> None:
@@ -29,7 +30,8 @@ class RepeatGuard:
 
     def __init__(self, repeats: int) -> None:
         periods = np.arange(1, MAX_PERIOD + 1)
-        self._enough = periods * (repeats - 1)
+        # More than any answer is long; whole numbers beyond have no place in the array.
+        self._enough = periods * (min(repeats, _NEVER) - 1)
         self._recent = np.full(MAX_PERIOD, -1)  # index p - 1: the token p before the next one
         self._same = np.zeros(MAX_PERIOD, np.int64)  # how many in a row equal the one p before
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +128,20 @@ class Sampler:
         self._logprobs: list[TokenLogprob] = []
         # Nothing is counted, followed or reported: the logits are all there is.
         self._plain = self._penalties is None and constraint is None and top_logprobs is None
+
+    def state(self) -> dict[str, Any]:
+        """Where the random stream is, JSON-ready."""
+        return dict(self._rng.bit_generator.state)
+
+    def resume(self, state: dict[str, Any], said: Sequence[int]) -> None:
+        """Go on from `state`, after the answer's tokens `said`. Raises ValueError when it is no
+        state of such a stream."""
+        try:
+            self._rng.bit_generator.state = state
+        except (TypeError, KeyError, OverflowError) as error:
+            raise ValueError(f"no state of a random stream: {error}") from None
+        for token in said:
+            self.advance(token)
 
     def sample(self, logits: F32) -> int:
         """The next token for logits [V]. Raises GenerationError on NaN, and when nothing that is

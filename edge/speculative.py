@@ -52,6 +52,16 @@ def check_draft(draft: DraftSetting, config: MimoConfig) -> None:
         )
 
 
+@dataclass(frozen=True)
+class DrafterState:
+    """What a Drafter knows besides the rows of its blocks in the cache: positions observed, rows of
+    every block that are final, and the H rows at hand, f32 [n, M], the newest last."""
+
+    length: int
+    final: tuple[int, ...]
+    hidden: F32
+
+
 class Drafter:
     """Proposes tokens for one sequence and keeps its MTP rows in step with the target.
 
@@ -79,6 +89,45 @@ class Drafter:
     def length(self) -> int:
         """Positions observed."""
         return self._length
+
+    def state(self) -> DrafterState:
+        """What `resume` needs, with the cache of now."""
+        width = self._backend.config.hidden_size
+        hidden = np.stack(self._hidden) if self._hidden else np.empty((0, width), np.float32)
+        return DrafterState(self._length, tuple(self._final), hidden)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether all blocks see a window, so that rows left behind stop to matter."""
+        return self.limit > 0 and self._window is not None
+
+    def skip(self, length: int) -> None:
+        """Begin behind `length` positions that were not observed: windowed blocks propose again
+        once their window lies behind there."""
+        self._hidden.clear()
+        self._length, self._final = length, [0] * self.limit
+        self._proposed = (0, [])
+
+    def resume(self, state: DrafterState) -> None:
+        """Go on from `state`, over a cache that holds what it held then. Raises ValueError when the
+        state is not one of such a drafter."""
+        enough = (
+            self._window is not None
+            or not self.limit
+            or (len(state.hidden) >= state.length - min(state.final, default=0))
+        )
+        if (
+            len(state.final) != self.limit
+            or not all(0 <= final <= state.length for final in state.final)
+            or len(state.hidden) > state.length
+            or not enough
+        ):
+            raise ValueError("the state of a drafter does not fit")
+        self._hidden.clear()
+        self._hidden.extend(np.asarray(state.hidden, np.float32))
+        self._length = state.length
+        self._final = list(state.final)
+        self._proposed = (0, [])
 
     def wanted_rows(self, rows: int, following: int = 0) -> int:
         """How many H rows, the last ones, to ask of a pass of `rows` tokens when `following` more

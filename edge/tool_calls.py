@@ -296,7 +296,7 @@ def _cast(text: str, kind: str) -> Any:
         value = json.loads(stripped)
     except (ValueError, RecursionError):
         return _MISS
-    if not _is_sound(value):
+    if not is_sound(value):
         return _MISS
     if kind == "array":
         return value if isinstance(value, list) else _MISS
@@ -309,7 +309,7 @@ def _cast(text: str, kind: str) -> Any:
     return value if kind == "number" or isinstance(value, int) else _MISS
 
 
-def _is_sound(value: Any, depth: int = 0) -> bool:
+def is_sound(value: Any, depth: int = 0) -> bool:
     """Whether a parsed value is JSON that anyone can write again.
 
     Python's reader also takes NaN, numbers that overflow to infinity and halves of surrogate
@@ -322,5 +322,5 @@ def _is_sound(value: Any, depth: int = 0) -> bool:
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list):
-        return depth < _MAX_DEPTH and all(_is_sound(item, depth + 1) for item in value)
+        return depth < _MAX_DEPTH and all(is_sound(item, depth + 1) for item in value)
     return True

@@ -9,13 +9,14 @@ Tensors are named as in GGUF (`blk.N.attn_q.weight`); MTP block k is `blk.{layer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mimo_edge.cache_rows import CacheLayout, LayerRows
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 
@@ -89,8 +90,33 @@ class Cache(Protocol):
         """
         ...
 
+    @property
+    def layout(self) -> CacheLayout:
+        """What its rows are; caches of equal layout can take each other's."""
+        ...
+
+    def rows(self) -> Iterable[LayerRows]:
+        """Everything that is held: of every decoder layer, then of every MTP block, the rows that
+        are intact. They are only lent, each until the next one is asked for."""
+        ...
+
+    def restore(self, length: int, rows: Iterable[LayerRows]) -> None:
+        """Become what a cache of this layout and `length` tokens was when it gave `rows`.
+
+        Raises CacheError when this one is not empty or the rows do not fit, ContextLengthError
+        when it has no room for them, and whatever `rows` raises; it is useless then."""
+        ...
+
     def nbytes(self) -> int:
-        """Bytes held now."""
+        """Bytes of rows held now."""
+        ...
+
+    def held_bytes(self) -> int:
+        """Bytes held in all: rows, and what is kept to compute with them."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back now. Twice is harmless; using it afterwards is an error."""
         ...
 
 

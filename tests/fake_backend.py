@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
+from mimo_edge.cache_rows import CacheLayout, LayerRows, RowFormat, check_rows, checked
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError
@@ -13,7 +15,9 @@ from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
 
 
 class FakeCache:
-    """Tokens instead of rows; undoes at most `verify_rows - 1` of the last call."""
+    """Tokens instead of rows; undoes at most `verify_rows - 1` of the last call.
+
+    As rows, a token is the keys of its position, in one layer and in every MTP block."""
 
     def __init__(self, capacity: int, undoable: int) -> None:
         self.tokens: list[int] = []
@@ -21,6 +25,9 @@ class FakeCache:
         self.undoable = undoable
         self.highest = 0
         self.mtp: dict[tuple[int, int], int] = {}  # (depth, row) -> token it was computed from
+        self.closed = False
+        one = RowFormat("f32", 1, 1, 1, None)
+        self.layout = CacheLayout((one,), (replace(one, window=1),) * 3, True)
 
     @property
     def length(self) -> int:
@@ -31,8 +38,41 @@ class FakeCache:
             raise CacheError(f"cannot undo {n}")
         del self.tokens[self.length - n :]
 
+    def rows(self) -> Iterator[LayerRows]:
+        assert not self.closed
+        yield token_rows(0, self.tokens)
+        for depth in range(3):
+            end = max(
+                (row + 1 for k, row in self.mtp if k == depth and row < self.length), default=0
+            )
+            first = end
+            while (depth, first - 1) in self.mtp:  # what lies before a hole is of no use
+                first -= 1
+            yield token_rows(first, [self.mtp[depth, row] for row in range(first, end)])
+
+    def restore(self, length: int, rows: Iterable[LayerRows]) -> None:
+        assert not self.closed
+        assert not self.tokens
+        taken = list(checked(self.layout, rows))
+        check_rows(self.layout, length, [(one.first, len(one.keys)) for one in taken])
+        trunk, *blocks = [(one.first, one.keys.view("<i4")[:, 0].tolist()) for one in taken]
+        self.tokens, self.highest = trunk[1], length
+        for depth, (first, tokens) in enumerate(blocks):
+            self.mtp.update({(depth, first + i): token for i, token in enumerate(tokens)})
+
     def nbytes(self) -> int:
-        return 8 * len(self.tokens)
+        return 0 if self.closed else 8 * len(self.tokens)
+
+    def held_bytes(self) -> int:
+        return self.nbytes()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def token_rows(first: int, tokens: list[int]) -> LayerRows:
+    keys = np.array(tokens, "<i4").reshape(-1, 1).view(np.uint8)
+    return LayerRows(first, keys, np.zeros((len(tokens), 4), np.uint8))
 
 
 class FakeBackend:
@@ -89,6 +129,7 @@ class FakeBackend:
     ) -> ForwardResult:
         assert isinstance(cache, FakeCache)
         assert not self.closed
+        assert not cache.closed
         assert token_ids.dtype == np.int32
         assert len(token_ids) > 0
         self.on_call("forward", len(token_ids))

@@ -114,3 +114,9 @@ def test_a_session_goes_on_after_a_repetition() -> None:
         assert (reply.text, reply.finish_reason) == ("Two", "stop")
         with pytest.raises(UsageError, match="stop_repeats = 1"):
             session.stream("x", stop_repeats=1)
+
+
+def test_counts_beyond_any_answer_never_come_true() -> None:
+    for repeats in (1 << 40, 1 << 63, 10**30):
+        guard = RepeatGuard(repeats)
+        assert not any(guard.add(7) for _ in range(1000))

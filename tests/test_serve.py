@@ -546,7 +546,7 @@ class TestRefusals:
     def test_other_methods_and_paths(self, server: Served) -> None:
         assert server.client.get("/v1/chat/completions").status_code == 405
         assert server.client.get("/v1/chat/completions").json()["error"]["message"]
-        assert server.client.get("/").status_code == 404
+        assert server.client.get("/nothing").status_code == 404
 
     def test_a_page_of_another_name_is_kept_out(self, server: Served) -> None:
         for host, status in (

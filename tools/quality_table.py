@@ -20,7 +20,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -31,6 +31,7 @@ import numpy as np
 
 import mimo_edge
 from mimo_edge.api import Runtime
+from mimo_edge.cache_rows import CacheLayout, LayerRows
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import MimoEdgeError, UsageError
@@ -134,13 +135,28 @@ class _NoRows:
 
     length = 0
     capacity = CONTEXT
+    layout = CacheLayout((), (), True)
 
     def rollback(self, n: int) -> None:
         """Nothing to undo."""
 
+    def rows(self) -> tuple[LayerRows, ...]:
+        """Nothing is held."""
+        return ()
+
+    def restore(self, length: int, rows: Iterable[LayerRows]) -> None:
+        """Nothing is restored."""
+
     def nbytes(self) -> int:
         """Nothing is held."""
         return 0
+
+    def held_bytes(self) -> int:
+        """Nothing is held."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Remembered:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+from mimo_edge.cli.output import Output
 
 Draft = Annotated[str, typer.Option(help="Tokens drafted per step: 0, 1, 2, 3 or auto.")]
 Ram = Annotated[str | None, typer.Option(help='Bound on memory, as "900MiB".')]
@@ -23,3 +27,50 @@ KvType = Annotated[
 Pin = Annotated[
     int, typer.Option(help="Hottest experts of every layer that always stay in memory.")
 ]
+Snapshots = Annotated[
+    str,
+    typer.Option(
+        help="Folder where processed system texts and tools are kept; auto is the user's cache "
+        "folder, off keeps none."
+    ),
+]
+SnapshotBytes = Annotated[str, typer.Option(help="Most bytes kept there.")]
+IdleBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for conversations that wait; beyond it they go to the snapshot folder "
+        "(what the memory plan leaves; without --ram any amount)."
+    ),
+]
+SNAPSHOTS, SNAPSHOT_BYTES = "auto", "512MiB"
+
+
+def snapshot_folder(snapshots: str, out: Output) -> Path | None:
+    """The folder `--snapshots` means; None when nothing is kept. The user's cache folder is left
+    out when it cannot be written, a folder that was named is not."""
+    if snapshots == "off":
+        return None
+    if snapshots != "auto":
+        return Path(snapshots)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        folder = Path(base).expanduser() / "mimo-edge" / "snapshots"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # no home
+        out.note(f"processed prompts are not kept: {error}")
+        return None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        out.note(f"processed prompts are not kept: {folder} cannot be written")
+        return None
+    return folder
+
+
+def kept(
+    snapshots: str, snapshot_bytes: str, idle_bytes: str | None, out: Output
+) -> dict[str, Any]:
+    """What `Runtime.open` is told about snapshots and idle conversations."""
+    folder = snapshot_folder(snapshots, out)
+    idle = 0 if idle_bytes == "0" else idle_bytes
+    if folder is None:
+        return {"idle_bytes": idle}
+    return {"snapshots": folder, "snapshot_bytes": snapshot_bytes, "idle_bytes": idle}

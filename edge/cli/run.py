@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mimo_edge.cli.chat import Chat, lines, live_line, report
 from mimo_edge.cli.interrupts import Interrupts, cancelled_by_interrupts
-from mimo_edge.cli.options import BackendName, Draft, Ep, KvType, Pin, Profile, Ram, Threads
+from mimo_edge.cli.options import (
+    SNAPSHOT_BYTES,
+    SNAPSHOTS,
+    BackendName,
+    Draft,
+    Ep,
+    IdleBytes,
+    KvType,
+    Pin,
+    Profile,
+    Ram,
+    SnapshotBytes,
+    Snapshots,
+    Threads,
+    kept,
+)
 from mimo_edge.cli.output import Output
+from mimo_edge.cli.status_line import StatusLine, is_possible
 from mimo_edge.errors import MimoEdgeError, UsageError
 from mimo_edge.text_file import read_json
 
@@ -67,6 +84,9 @@ def run(
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
+    snapshots: Snapshots = SNAPSHOTS,
+    snapshot_bytes: SnapshotBytes = SNAPSHOT_BYTES,
+    idle_bytes: IdleBytes = None,
     trace: Annotated[
         Path | None, typer.Option(help="Record which experts every token uses, in this file.")
     ] = None,
@@ -77,7 +97,7 @@ def run(
     out = Output(json=json, verbose=verbose)
     if json and prompt is None:
         raise UsageError("--json needs a prompt", "add -p")
-    tool_list = _read_tools(tools) if tools is not None else None
+    tool_list = read_tools(tools) if tools is not None else None
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -101,6 +121,7 @@ def run(
         kv_type=kv_type,
         pin=pin,
         trace=trace,
+        **kept(snapshots, snapshot_bytes, idle_bytes, out),
     ) as runtime:
         from mimo_edge.nano.commands import DEMO_TOOLS, is_nano_template
 
@@ -108,7 +129,10 @@ def run(
             # It was trained on commands with tools, without thinking.
             tool_list = DEMO_TOOLS if tool_list is None else tool_list
             think = False if think is None else think
-        session = runtime.session(system=system, tools=tool_list, enable_thinking=think)
+
+        def start() -> Session:
+            return runtime.session(system=system, tools=tool_list, enable_thinking=think)
+
         out.detail(
             f"{runtime.name}: backend {runtime.stats()['backend']}, context {runtime.context}, "
             f"{len(tool_list or ())} tools"
@@ -116,9 +140,9 @@ def run(
         for line in runtime.memory_plan():
             out.detail(line)
         if prompt is not None:
-            _answer(out, runtime, session, prompt, options)
+            _answer(out, runtime, start(), prompt, options)
         else:
-            _chat(out, runtime, session, options)
+            _chat(out, runtime, start, tool_list or [], options)
 
 
 def parse_draft(text: str) -> DraftSetting:
@@ -146,32 +170,48 @@ def _answer(
         raise typer.Exit(INTERRUPTED)
 
 
-def _chat(out: Output, runtime: Runtime, session: Session, options: dict[str, Any]) -> None:
-    """Questions from standard input until it ends; Ctrl-C stops an answer, twice the chat."""
+def _chat(
+    out: Output,
+    runtime: Runtime,
+    start: Callable[[], Session],
+    tools: list[Any],
+    options: dict[str, Any],
+) -> None:
+    """Questions from standard input until it ends; Ctrl-C stops an answer, twice the chat.
+    Commands that begin with a slash are for people: in a pipe such a line is a question."""
     interactive = sys.stdin.isatty()
     if interactive:
-        out.note(f"{runtime.name}; end with Ctrl-D, stop an answer with Ctrl-C")
-    for line in _lines(interactive):
-        if not line.strip():
-            continue
+        out.note(f"{runtime.name}; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
+    chat = Chat(out, runtime, start, tools, options)
+    for line in lines(interactive):
         try:
-            interrupted = _stream(out, session, line, options)
+            for prompt in chat.prompt_of(line) if interactive else [line] * bool(line.strip()):
+                interrupted = _stream(out, chat.session, prompt, options, runtime)
+                if chat.session.last_reply is not None:
+                    _remarks(out, chat.session.last_reply)
+                    for text in experts_line(runtime):
+                        out.detail(text)
+                if interactive:
+                    chat.answered()
+                elif interrupted:
+                    raise typer.Exit(INTERRUPTED)
         except MimoEdgeError as error:
             if not interactive:
                 raise
-            out.note(f"error: {error}")
-            continue
-        reply = session.last_reply
-        if reply is not None:
-            _remarks(out, reply)
-            for text in experts_line(runtime):
-                out.detail(text)
-        if interrupted and not interactive:
-            raise typer.Exit(INTERRUPTED)
+            report(out, error)
+        if chat.over:
+            return
 
 
-def _stream(out: Output, session: Session, prompt: str, options: dict[str, Any]) -> bool:
-    """Print an answer as it comes; whether Ctrl-C ended it. A second Ctrl-C does not wait."""
+def _stream(
+    out: Output,
+    session: Session,
+    prompt: str | None,
+    options: dict[str, Any],
+    runtime: Runtime | None = None,
+) -> bool:
+    """Print an answer as it comes; whether Ctrl-C ended it. A second Ctrl-C does not wait. With a
+    `runtime`, live figures are shown below it on a terminal."""
     interrupts = Interrupts()
     try:
         with cancelled_by_interrupts(session.cancel) as interrupts:
@@ -179,7 +219,10 @@ def _stream(out: Output, session: Session, prompt: str, options: dict[str, Any])
             pieces = session.stream(prompt, **options)
             if interrupts:  # before there was anything to cancel
                 session.cancel()
-            _print_pieces(out, pieces)
+            with StatusLine(runtime is not None and is_possible()) as status:
+                if runtime is not None:
+                    pieces = _with_figures(pieces, status, runtime, session)
+                _print_pieces(out, pieces)
     except KeyboardInterrupt:
         session.stop()
         out.text("")
@@ -194,18 +237,12 @@ def _remarks(out: Output, reply: Reply) -> None:
         out.note(stats_line(reply))
 
 
-def _lines(interactive: bool) -> Iterator[str]:
-    while True:
-        if interactive:
-            sys.stderr.write("> ")
-            sys.stderr.flush()
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError as error:
-            raise UsageError(f"the input is not UTF-8 ({error.reason})") from error
-        if not line:
-            return
-        yield line.rstrip("\r\n")
+def _with_figures(
+    pieces: Iterator[Piece], status: StatusLine, runtime: Runtime, session: Session
+) -> Iterator[Piece]:
+    for piece in pieces:
+        status.show(lambda: live_line(runtime, session))
+        yield piece
 
 
 def _print_pieces(out: Output, pieces: Iterator[Piece]) -> None:
@@ -296,7 +333,8 @@ def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
     }
 
 
-def _read_tools(path: Path) -> list[Any]:
+def read_tools(path: Path) -> list[Any]:
+    """A list of tools from a JSON file. Raises UsageError."""
     tools = read_json(path, _MAX_TOOLS_BYTES, UsageError)
     if not isinstance(tools, list):
         raise UsageError(f"{path} holds a {type(tools).__name__}, not a list of tools")

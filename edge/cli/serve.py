@@ -7,9 +7,24 @@ from typing import Annotated
 
 import typer
 
-from mimo_edge.cli.options import BackendName, Draft, Ep, KvType, Pin, Profile, Ram, Threads
+from mimo_edge.cli.options import (
+    SNAPSHOT_BYTES,
+    SNAPSHOTS,
+    BackendName,
+    Draft,
+    Ep,
+    IdleBytes,
+    KvType,
+    Pin,
+    Profile,
+    Ram,
+    SnapshotBytes,
+    Snapshots,
+    Threads,
+    kept,
+)
 from mimo_edge.cli.output import Output
-from mimo_edge.cli.run import BUILT_IN, parse_draft
+from mimo_edge.cli.run import BUILT_IN, parse_draft, read_tools
 from mimo_edge.errors import UsageError
 
 _MAX_KEY_BYTES = 4096
@@ -43,6 +58,9 @@ def serve(
         bool | None,
         typer.Option("--think/--no-think", help="Let the model reason first, or not."),
     ] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="JSON file with tools the chat page offers (OpenAI form).")
+    ] = None,
     concurrent: Annotated[
         int | None,
         typer.Option(help="Generations that run at a time (4, or what the memory plan has)."),
@@ -66,6 +84,9 @@ def serve(
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
+    snapshots: Snapshots = SNAPSHOTS,
+    snapshot_bytes: SnapshotBytes = SNAPSHOT_BYTES,
+    idle_bytes: IdleBytes = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object once it listens.")
     ] = False,
@@ -77,14 +98,16 @@ def serve(
     check_extra()
     out = Output(json=json, verbose=verbose)
     key = _key(api_key, api_key_file)
+    tool_list = None if tools is None else read_tools(tools)
     # Before the model is loaded: what is wrong with the address is known at once.
     bound, local = bind(host, port, key, no_auth)
     with bound:
         import uvicorn  # noqa: F401  what it takes belongs into the memory plan
 
         from mimo_edge.api import Runtime
-        from mimo_edge.nano.commands import is_nano_template
+        from mimo_edge.nano.commands import DEMO_TOOLS, is_nano_template
         from mimo_edge.serve.limits import Limits
+        from mimo_edge.tool_calls import tool_schemas
         from mimo_edge.units import parse_bytes
 
         body_bytes = parse_bytes(max_body)
@@ -99,6 +122,7 @@ def serve(
             draft=parse_draft(draft),
             kv_type=kv_type,
             pin=pin,
+            **kept(snapshots, snapshot_bytes, idle_bytes, out),
         ) as runtime:
             room = runtime.planned_conversations or Limits.conversations
             if concurrent is None:
@@ -113,8 +137,11 @@ def serve(
                 conversations=conversations,
                 queue_wait_s=queue_wait,
             )
-            if think is None and is_nano_template(runtime.chat_template):
-                think = False  # it was trained without
+            if is_nano_template(runtime.chat_template):
+                # It was trained on commands with tools, without thinking.
+                tool_list = DEMO_TOOLS if tool_list is None else tool_list
+                think = False if think is None else think
+            tool_schemas(tool_list or ())
             server = make_server(
                 runtime,
                 limits=limits,
@@ -122,14 +149,15 @@ def serve(
                 local=local,
                 aliases=tuple(alias or ()),
                 thinking=think,
+                tools=tool_list or (),
             )
             for line in runtime.memory_plan():
                 out.detail(line)
             url = url_of(bound)
             out.result({"url": f"{url}/v1", "model": runtime.name, "context": runtime.context})
             out.note(
-                f"{runtime.name} at {url}/v1, context {runtime.context}, {concurrent} at a time, "
-                f"{queued} may wait; Ctrl-C ends"
+                f"{runtime.name} at {url}/v1, chat page at {url}, context {runtime.context}, "
+                f"{concurrent} at a time, {queued} may wait; Ctrl-C ends"
             )
             server.run(sockets=[bound])
 

@@ -6,12 +6,14 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mimo_edge.api import Piece, Reply
 from mimo_edge.engine import GenerationStats
 from mimo_edge.logprobs import TokenLogprob
 from mimo_edge.serve.calls import Call
+from mimo_edge.serve.refusal import Refusal
 from mimo_edge.serve.token_logprobs import chat_logprobs, completion_logprobs
 from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.tool_calls import ToolCall
@@ -46,6 +48,8 @@ class Answer:
         self._id = ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(12)
         self._created = int(time.time())
         self._calls = 0
+        self._tokens = 0
+        self._progress: GenerationStats | None = None
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -74,8 +78,14 @@ class Answer:
         if self._chat:
             yield self._chunk({"role": "assistant", "content": ""}, None)
 
-    def chunks(self, piece: Piece) -> Iterator[bytes]:
-        """A piece as events; none when it shows nothing yet."""
+    def see(self, piece: Piece) -> None:
+        """Take note of a piece of an answer that is told whole: its reply says all."""
+
+    def chunks(self, piece: Piece, progress: GenerationStats | None = None) -> Iterator[bytes]:
+        """A piece as events; none when it shows nothing yet. `progress` is that of the generation,
+        which may be ahead of the piece."""
+        self._tokens += len(piece.token_ids)
+        self._progress = progress
         self._logprobs += piece.logprobs
         if not self._chat:
             text = piece.reasoning + piece.text
@@ -105,6 +115,10 @@ class Answer:
             )
         yield DONE
 
+    def error(self, refusal: Refusal) -> bytes:
+        """What a stream says that cannot go on."""
+        return event(refusal.body())
+
     @property
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self._chat else "text_completion"
@@ -126,7 +140,9 @@ class Answer:
         }
         choice["delta" if self._chat else "text"] = content
         chunk = {**self._head(self._chunk_kind), "choices": [choice]}
-        if self._call.include_usage:
+        if self._call.usage_so_far and self._progress is not None:
+            chunk["usage"] = usage(replace(self._progress, tokens=self._tokens))
+        elif self._call.include_usage:
             chunk["usage"] = None
         return event(chunk)
 

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import ipaddress
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,12 +18,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mimo_edge.api import Reply, Runtime
-from mimo_edge.serve.answers import KEEP_ALIVE, Answer, event, to_json
+from mimo_edge.machine import rss_bytes
+from mimo_edge.serve.answers import KEEP_ALIVE, Answer, to_json
 from mimo_edge.serve.body import parse_json
 from mimo_edge.serve.calls import Call, read_chat, read_completion
 from mimo_edge.serve.limits import Limits
 from mimo_edge.serve.metrics import CONTENT_TYPE, Metrics
+from mimo_edge.serve.openapi import description
+from mimo_edge.serve.page import PATHS, routes
 from mimo_edge.serve.refusal import Refusal
+from mimo_edge.serve.response_events import ResponseAnswer
+from mimo_edge.serve.responses import read_response
 from mimo_edge.serve.work import Job, Workshop
 
 Reader = Callable[[Mapping[str, Any], tuple[str, ...]], Call]
@@ -31,15 +36,18 @@ Reader = Callable[[Mapping[str, Any], tuple[str, ...]], Call]
 # How often a server asks whether it should stop.
 _STOP_POLL_S = 0.1
 _JSON = "application/json"
+# Asked for without a key.
+_OPEN = PATHS | {"/health", "/openapi.json"}
 
 
 class Service:
     """One runtime behind OpenAI's API; `app` is the ASGI application.
 
-    `api_key` is asked of everything but /health. `local` says that only this machine can connect:
-    requests must then name it in their Host header, so that no web page reaches the server through
-    a name of its own. `aliases` are further names of the model. `stopping` is polled; once it is
-    true, running answers end.
+    `api_key` is asked of everything but /health, /openapi.json and the files of the chat page,
+    which offers `tools`. `local` says that only this machine can connect: requests must then name
+    it in their Host header, so that no web page reaches the server through a name of its own.
+    `aliases` are further names of the model. `stopping` is polled; once it is true, running answers
+    end.
     """
 
     def __init__(
@@ -51,6 +59,7 @@ class Service:
         local: bool = True,
         aliases: tuple[str, ...] = (),
         thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         stopping: Callable[[], bool] | None = None,
     ) -> None:
         self.runtime = runtime
@@ -60,16 +69,22 @@ class Service:
         self.workshop = Workshop(runtime, self.limits, thinking)
         self._key = None if api_key is None else api_key.encode()
         self._local = local
+        self._tools = list(tools)
         self._stopping = stopping
         self._since = int(time.time())
         inner = Starlette(
             routes=[
+                *routes(),
+                Route("/stats", self._stats),
+                Route("/tools.json", self._page_tools),
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 Route("/v1/models", self._list_models),
                 Route("/v1/models/{name:path}", self._one_model),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._complete, methods=["POST"]),
+                Route("/v1/responses", self._respond, methods=["POST"]),
+                Route("/openapi.json", self._openapi),
             ],
             exception_handlers={
                 Refusal: _refused,
@@ -85,7 +100,7 @@ class Service:
         headers = dict(scope["headers"])
         if self._local and not _names_this_machine(headers.get(b"host", b"")):
             raise Refusal(403, "the Host header does not name this machine", code="wrong_host")
-        if self._key is None or scope["path"] == "/health":
+        if self._key is None or scope["path"] in _OPEN:
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         # compare_digest takes the same time wherever the keys differ.
@@ -97,6 +112,11 @@ class Service:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        tokenizer = self.runtime.tokenizer
+        return 0 if tokenizer is None else len(tokenizer.encode(text))
+
     # --- routes -------------------------------------------------------------------------
 
     async def _health(self, request: Request) -> Response:
@@ -107,6 +127,19 @@ class Service:
     async def _metrics(self, request: Request) -> Response:
         text = await asyncio.to_thread(self.metrics.text, self.workshop)
         return Response(text.encode(), media_type=CONTENT_TYPE)
+
+    async def _stats(self, request: Request) -> Response:
+        stats = await asyncio.to_thread(self.runtime.stats)
+        gate = self.workshop.gate
+        now = {
+            "resident_bytes": rss_bytes(),
+            "requests_running": gate.running,
+            "requests_queued": gate.waiting,
+        }
+        return _json({**stats, **now})
+
+    async def _page_tools(self, request: Request) -> Response:
+        return _json({"tools": self._tools})
 
     async def _list_models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._model(name) for name in self.models]})
@@ -131,6 +164,12 @@ class Service:
 
     async def _complete(self, request: Request) -> ASGIApp:
         return await self._called(request, read_completion)
+
+    async def _respond(self, request: Request) -> ASGIApp:
+        return await self._called(request, read_response)
+
+    async def _openapi(self, request: Request) -> Response:
+        return _json(description(self._key is not None))
 
     async def _called(self, request: Request, reader: Reader) -> ASGIApp:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -224,7 +263,9 @@ class _Answering:
     def __init__(self, service: Service, call: Call) -> None:
         self._service = service
         self._call = call
-        self._answer = Answer(call, service.runtime.tokenizer)
+        self._answer: Answer | ResponseAnswer = Answer(call, service.runtime.tokenizer)
+        if call.kind == "response":
+            self._answer = ResponseAnswer(call, service.count)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._work(scope, receive, send))
@@ -255,8 +296,9 @@ class _Answering:
         await _json(self._answer.whole(reply))(scope, receive, send)
 
     async def _reply(self, job: Job) -> Reply:
-        async for _ in job.pieces(self._service.limits.keep_alive_s):
-            pass
+        async for piece in job.pieces(self._service.limits.keep_alive_s):
+            if piece is not None:
+                self._answer.see(piece)
         assert job.reply is not None
         return job.reply
 
@@ -277,13 +319,13 @@ class _Answering:
                 if piece is None:
                     await say(KEEP_ALIVE)
                     continue
-                for data in self._answer.chunks(piece):
+                for data in self._answer.chunks(piece, job.progress):
                     await say(data)
             assert job.reply is not None
             for data in self._answer.last(job.reply):
                 await say(data)
         except Refusal as refusal:  # too late for a status
-            await say(event(refusal.body()))
+            await say(self._answer.error(refusal))
         await say(b"", more=False)
 
 

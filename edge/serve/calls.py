@@ -49,12 +49,12 @@ _NEUTRAL_COMPLETION: dict[str, Any] = {**_NEUTRAL, "best_of": 1, "echo": False, 
 
 @dataclass(frozen=True)
 class Call:
-    """One request: `prompt` messages (chat), or a text or token ids (completion).
+    """One request: `prompt` messages (chat, response), or a text or token ids (completion).
 
     `options` are those of `Session.stream`. `thinking` None leaves it to the server.
     """
 
-    kind: Literal["chat", "completion"]
+    kind: Literal["chat", "completion", "response"]
     model: str
     prompt: list[dict[str, Any]] | str | list[int]
     options: dict[str, Any]
@@ -62,40 +62,50 @@ class Call:
     thinking: bool | None = None
     stream: bool = False
     include_usage: bool = False
+    usage_so_far: bool = False
 
 
 def read_chat(raw: Mapping[str, Any], models: tuple[str, ...]) -> Call:
     """A /v1/chat/completions body; `models` are the names this server goes by, the first its own.
     Raises Refusal."""
     fields = Fields(raw)
-    model = _model(fields, models)
+    model = read_model(fields, models)
     messages = _messages(fields)
-    tools = _tools(fields)
+    tools = read_tools(fields)
     thinking = _thinking(fields)
-    stream, include_usage = _streaming(fields)
-    options = _options(fields, ("max_completion_tokens", "max_tokens"))
-    options |= _tool_options(fields, tools) | _format(fields)
+    stream, include_usage, so_far = _streaming(fields)
+    options = read_options(fields, ("max_completion_tokens", "max_tokens"))
+    options |= read_tool_options(fields, tools) | read_format(fields)
     options["logprobs"] = _chat_logprobs(fields)
     fields.finish(_HARMLESS, _NEUTRAL_CHAT)
-    return Call("chat", model, messages, options, tools, thinking, stream, include_usage)
+    return Call("chat", model, messages, options, tools, thinking, stream, include_usage, so_far)
 
 
 def read_completion(raw: Mapping[str, Any], models: tuple[str, ...]) -> Call:
     """A /v1/completions body, as `read_chat`."""
     fields = Fields(raw)
-    model = _model(fields, models)
+    model = read_model(fields, models)
     prompt = _prompt(fields)
-    stream, include_usage = _streaming(fields)
-    options = _options(fields, ("max_tokens",))
+    stream, include_usage, so_far = _streaming(fields)
+    options = read_options(fields, ("max_tokens",))
     if options["max_tokens"] is None:
         options["max_tokens"] = COMPLETION_TOKENS
-    options |= _format(fields)
+    options |= read_format(fields)
     options["logprobs"] = _count_within(fields, "logprobs", MAX_TOP)
     fields.finish(_HARMLESS, _NEUTRAL_COMPLETION)
-    return Call("completion", model, prompt, options, stream=stream, include_usage=include_usage)
+    return Call(
+        "completion",
+        model,
+        prompt,
+        options,
+        stream=stream,
+        include_usage=include_usage,
+        usage_so_far=so_far,
+    )
 
 
-def _model(fields: Fields, models: tuple[str, ...]) -> str:
+def read_model(fields: Fields, models: tuple[str, ...]) -> str:
+    """The model a request names, which must be here. Raises Refusal 404."""
     name = fields.text("model")
     if name is not None and name not in models:
         raise Refusal(
@@ -130,12 +140,18 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
 
 def _check_message(message: dict[str, Any], where: str) -> None:
     rest = Fields(message, where)
-    for known in ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"):
+    for known in ("role", "content", "reasoning_content"):
         rest.take(known)
+    for known in ("name", "tool_call_id"):
+        rest.text(known)
+    calls = rest.take("tool_calls", [])
+    if not isinstance(calls, list):
+        raise rest.wrong("tool_calls", calls, "a list")
     rest.finish(frozenset({"refusal", "annotations"}))
 
 
-def _tools(fields: Fields) -> tuple[Mapping[str, Any], ...]:
+def read_tools(fields: Fields) -> tuple[Mapping[str, Any], ...]:
+    """`tools`. Raises Refusal."""
     tools = fields.take("tools", [])
     if not isinstance(tools, list):
         raise fields.wrong("tools", tools, "a list")
@@ -155,8 +171,8 @@ def _tools(fields: Fields) -> tuple[Mapping[str, Any], ...]:
     return tuple(tools)
 
 
-def _tool_options(fields: Fields, tools: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
-    """`tool_choice` as a session takes it, and `parallel_tool_calls`."""
+def read_tool_options(fields: Fields, tools: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
+    """`tool_choice` as a session takes it, and `parallel_tool_calls`. Raises Refusal."""
     choice = fields.take("tool_choice", "auto")
     if isinstance(choice, dict):
         inner = Fields(choice, "tool_choice.")
@@ -189,19 +205,24 @@ def _thinking(fields: Fields) -> bool | None:
     return wanted
 
 
-def _streaming(fields: Fields) -> tuple[bool, bool]:
+def _streaming(fields: Fields) -> tuple[bool, bool, bool]:
+    """Whether to stream, with usage at the end, and with usage in every chunk (as vLLM has it)."""
     stream = bool(fields.flag("stream"))
     inner = fields.inner("stream_options")
     if inner is None:
-        return stream, False
+        return stream, False, False
     if not stream:
         raise Refusal(400, "stream_options needs stream", param="stream_options")
     include_usage = bool(inner.flag("include_usage"))
+    so_far = bool(inner.flag("continuous_usage_stats"))
+    if so_far and not include_usage:
+        raise Refusal(400, "continuous_usage_stats needs include_usage", param="stream_options")
     inner.finish(frozenset({"include_obfuscation"}))
-    return stream, include_usage
+    return stream, include_usage, so_far
 
 
-def _options(fields: Fields, max_names: tuple[str, ...]) -> dict[str, Any]:
+def read_options(fields: Fields, max_names: tuple[str, ...]) -> dict[str, Any]:
+    """Options of `Session.stream`; the most tokens go by one of `max_names`. Raises Refusal."""
     options: dict[str, Any] = {
         "temperature": fields.number("temperature", 0.0),
         "top_p": fields.number("top_p", 1.0),
@@ -264,7 +285,7 @@ def _stops(fields: Fields) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _format(fields: Fields) -> dict[str, Any]:
+def read_format(fields: Fields) -> dict[str, Any]:
     """`response_format`, or SGLang's `regex`, as the options of a session."""
     regex = fields.text("regex")
     inner = fields.inner("response_format")
@@ -288,16 +309,22 @@ def _format(fields: Fields) -> dict[str, Any]:
                 param="response_format",
             )
         inner.finish()
+    return check_format(schema, regex, "response_format")
+
+
+def check_format(schema: Any, regex: str | None, param: str) -> dict[str, Any]:
+    """A schema or a regular expression as the options of a session; `param` is the field the
+    schema came in. Raises Refusal."""
     try:
         if schema is not None:
             schema = check_schema(schema, "the schema")
         if regex is not None:
             check_regex(regex, "regex")
     except MimoEdgeError as error:
-        name = "response_format" if schema is not None else "regex"
+        name = param if schema is not None else "regex"
         raise refusal_of(error, asked=True, param=name) from None
     if schema is not None and regex is not None:
-        raise Refusal(400, "response_format and regex are both given", param="regex")
+        raise Refusal(400, f"{param} and regex are both given", param="regex")
     return {"json_schema": schema, "regex": regex}
 
 

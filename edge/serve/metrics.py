@@ -68,6 +68,24 @@ class Metrics:
                     for depth, count in enumerate(stats[f"{name}_by_depth"], 1)
                 ],
             )
+        for name, help_ in (
+            ("put_away", "Idle conversations whose cache was given up for others."),
+            ("restored", "Of those, brought back from disk."),
+            ("recomputed", "Of those, processed again."),
+        ):
+            add(f"conversations_{name}_total", "counter", help_, stats["idle"][name])
+        snapshots = stats["snapshots"]
+        if snapshots is not None:
+            for name, help_ in (
+                ("hits", "Prompts whose beginning was processed before and kept."),
+                ("misses", "Prompts whose beginning was not."),
+                ("written", "Snapshots written."),
+                ("evicted", "Snapshots deleted to keep the bound."),
+                ("damaged", "Snapshots that were damaged or foreign."),
+                ("failed_writes", "Snapshots that could not be written."),
+            ):
+                add(f"snapshot_{name}_total", "counter", help_, snapshots[name])
+            add("snapshot_bytes", "gauge", "Bytes of all snapshots.", snapshots["bytes"])
         experts = stats["experts"]
         if experts is not None:
             for name, help_ in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mimo_edge.api import Runtime
@@ -84,6 +85,7 @@ def make_server(
     local: bool = True,
     aliases: tuple[str, ...] = (),
     thinking: bool | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Any:
     """A uvicorn server of `runtime`: `run(sockets=[bound])` serves until it is told to stop by a
     signal, or by `should_exit` from another thread."""
@@ -100,6 +102,7 @@ def make_server(
         local=local,
         aliases=aliases,
         thinking=thinking,
+        tools=tools,
         stopping=lambda: bool(server.should_exit),
     )
     config = uvicorn.Config(

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from mimo_edge.api import Piece, Prompt, Reply, Runtime, Session
+from mimo_edge.engine import GenerationStats
 from mimo_edge.errors import MimoEdgeError
 from mimo_edge.serve.calls import Call
 from mimo_edge.serve.limits import Limits
@@ -99,6 +100,11 @@ class Job:
         self._given_up = True
         if self._session is not None:
             self._session.cancel()
+
+    @property
+    def progress(self) -> GenerationStats | None:
+        """What the generation has done up to now."""
+        return None if self._session is None else self._session.progress
 
     async def start(self) -> None:
         """Wait until the prompt is read. Raises Refusal."""

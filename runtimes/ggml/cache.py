@@ -9,12 +9,13 @@ sliding layers (they move in step); masks are made from it, so a stale slot is n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mimo_edge.cache_rows import CacheLayout, LayerRows, check_rows, checked
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
 from mimo_edge.runtimes.ggml.cache_memory import (
@@ -201,6 +202,8 @@ class GgmlCache:
         self.config = config
         self.device = device
         self.verify_rows = verify_rows
+        # Values are scaled behind the output projection, as in llama.cpp.
+        self.layout = CacheLayout.of(config, kv_type, scaled_values=False)
         self._capacity = context
         self._length = 0
         shape = CacheShape(kv_type, context, verify_rows)
@@ -277,10 +280,63 @@ class GgmlCache:
             index.truncate(length)
         self._length = length
 
+    def rows(self) -> Iterable[LayerRows]:
+        """See `runtimes.base.Cache`: views of global layers, copies of rings."""
+        for index, kv in self._places():
+            keys, values = kv.data()
+            if isinstance(index, FullIndex):
+                yield LayerRows(0, keys[: index.length], values[: index.length])
+            else:
+                first = min(index.oldest(), index.length)
+                slots = np.arange(first, index.length) % index.rows
+                yield LayerRows(first, keys[slots], values[slots])
+
+    def restore(self, length: int, rows: Iterable[LayerRows]) -> None:
+        """See `runtimes.base.Cache`."""
+        if self._length or self.closed:
+            raise CacheError(f"this cache holds {self._length} tokens or is closed")
+        if length > self._capacity:
+            raise ContextLengthError(
+                f"{length} tokens exceed the context of {self._capacity}", "use a larger context"
+            )
+        for index, _ in self._places():
+            if isinstance(index, FullIndex):
+                index.high = length  # should this fail, whoever gets the memory clears so many
+        placed: list[tuple[int, int]] = []
+        starts: dict[int, int] = {}  # by index, of which layers share theirs
+        for (index, kv), one in zip(self._places(), checked(self.layout, rows), strict=True):
+            if one.end > length:
+                raise CacheError(f"rows up to {one.end} of {length} tokens")
+            first = one.first if isinstance(index, FullIndex) else max(one.first, one.end - kv.rows)
+            slots: Any = slice(first, one.end)
+            if one.end > kv.rows:
+                slots = np.arange(first, one.end) % kv.rows
+            for target, source in zip(kv.data(), (one.keys, one.values), strict=True):
+                target[slots] = source[first - one.first :]
+            placed.append((one.first, len(one.keys)))
+            starts[id(index)] = max(first, starts.get(id(index), 0))
+        check_rows(self.layout, length, placed)
+        for (index, _), (begin, count) in zip(self._places(), placed, strict=True):
+            first = starts[id(index)]
+            index.store(first, begin + count - first)
+        self._length = length
+
+    def _places(self) -> list[tuple[Index, KvTensors]]:
+        """Which rows every layer holds, and where, then every MTP block."""
+        trunk: list[tuple[Index, KvTensors]] = [
+            (self.ring if self.config.layer(i).sliding else self.full, kv)
+            for i, kv in enumerate(self.layers)
+        ]
+        return [*trunk, *zip(self.mtp_index, self.mtp, strict=True)]
+
     def nbytes(self) -> int:
         """Bytes of KV held now: rings whole, global rows as far as they were ever written."""
         written = _written(self.memory, self.config, self.full, self.mtp_index)
         return sum(kv.row_bytes * rows for kv, rows in written)
+
+    def held_bytes(self) -> int:
+        """See `runtimes.base.Cache`."""
+        return self.nbytes() + self.graphs.nbytes
 
     def close(self) -> None:
         """End the conversation. Twice is harmless; using the cache afterwards is refused."""

@@ -13,6 +13,9 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.kv_format import ring_type
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0
@@ -43,6 +46,16 @@ class KvTensors:
         self.value = value
         self.rows = rows
         self.row_bytes = key.nb[1] + value.nb[1]
+
+    def data(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Keys u8 [rows, bytes of a row] and values, as they lie in memory, whatever their type."""
+        keys, values = (
+            np.ctypeslib.as_array(
+                (ctypes.c_uint8 * (self.rows * tensor.nb[1])).from_address(tensor.address)
+            ).reshape(self.rows, tensor.nb[1])
+            for tensor in (self.key, self.value)
+        )
+        return keys, values
 
     def zero(self, rows: int) -> None:
         """Clear the first `rows` rows."""

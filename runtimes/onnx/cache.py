@@ -9,11 +9,20 @@ that were undone are never seen. Keys and values are f32 [1, G, R, D].
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from mimo_edge.cache_rows import (
+    CacheLayout,
+    LayerRows,
+    check_rows,
+    checked,
+    pack_rows,
+    unpack_rows,
+)
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
 from mimo_edge.runtimes.base import F32
@@ -85,6 +94,8 @@ class OnnxCache:
                 "positions"
             )
         self.owner = owner
+        # Values are scaled in the output projection.
+        self.layout = CacheLayout.of(config, "f32", scaled_values=False)
         self.config = config
         self.verify_rows = verify_rows
         self.generation = 0
@@ -133,9 +144,11 @@ class OnnxCache:
             )
 
     def grow(self, first: int, last: int, rows: int, used: int) -> None:
-        """Let global layers among blocks first..last - 1 hold `rows` rows, `used` of them kept."""
+        """Let global layers among blocks first..last - 1 hold `rows` rows, `used` of them kept.
+        Fewer than before, when a verify that reached into the next block was undone: graphs attend
+        to whole arrays, and a token to as many columns as it would without drafts."""
         for index in range(first, last):
-            if not self.config.layer(index).sliding and self.kv[index].rows < rows:
+            if not self.config.layer(index).sliding and self.kv[index].rows != rows:
                 self.kv[index] = self.kv[index].grown(rows, used)
                 self.generation += 1
 
@@ -164,9 +177,66 @@ class OnnxCache:
             index.truncate(length)
         self._length = length
 
+    def rows(self) -> Iterable[LayerRows]:
+        """See `runtimes.base.Cache`."""
+        for index, kv in zip(self._indices(), self.kv, strict=True):
+            first = 0
+            if isinstance(index, RingIndex):
+                first = min(index.oldest(), index.length)
+            slots = np.arange(first, index.length)
+            if isinstance(index, RingIndex):
+                slots %= index.rows
+            yield LayerRows(first, pack_rows(kv.keys[0], slots), pack_rows(kv.values[0], slots))
+
+    def restore(self, length: int, rows: Iterable[LayerRows]) -> None:
+        """See `runtimes.base.Cache`."""
+        if self._length:
+            raise CacheError(f"this cache holds {self._length} tokens")
+        if length > self._capacity:
+            raise ContextLengthError(
+                f"{length} tokens exceed the context of {self._capacity}", "use a larger context"
+            )
+        placed: list[tuple[int, int]] = []
+        starts: dict[int, int] = {}  # by index, of which layers share theirs
+        indices = self._indices()
+        for block, (index, one) in enumerate(zip(indices, checked(self.layout, rows), strict=True)):
+            if one.end > length:
+                raise CacheError(f"rows up to {one.end} of {length} tokens")
+            first = one.first
+            if isinstance(index, RingIndex):
+                first = max(first, one.end - index.rows)
+            else:
+                self.kv[block] = self.kv[block].grown(one.end, 0)
+            slots = np.arange(first, one.end)
+            if isinstance(index, RingIndex):
+                slots %= index.rows
+            kv = self.kv[block]
+            for target, source in ((kv.keys[0], one.keys), (kv.values[0], one.values)):
+                target[:, slots] = unpack_rows(source[first - one.first :], target)
+            placed.append((one.first, len(one.keys)))
+            starts[id(index)] = max(first, starts.get(id(index), 0))
+        check_rows(self.layout, length, placed)
+        for index, (begin, count) in zip(indices, placed, strict=True):
+            start = starts[id(index)]
+            index.store(start, begin + count - start)
+        self.generation += 1
+        self._length = length
+
+    def _indices(self) -> list[RingIndex | FullIndex]:
+        """Which rows every layer holds, then every MTP block."""
+        trunk: list[RingIndex | FullIndex] = [
+            self.ring if self.config.layer(i).sliding else self.full
+            for i in range(self.config.num_hidden_layers)
+        ]
+        return [*trunk, *self.mtp_index]
+
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(kv.nbytes for kv in self.kv)
+
+    def held_bytes(self) -> int:
+        """See `runtimes.base.Cache`; what passes take is in the plan, and not known here."""
+        return self.nbytes()
 
     # --- passes made for this cache ---
 
@@ -195,6 +265,7 @@ class OnnxCache:
             self._passes.pop(small.pop(0)).close()
 
     def close(self) -> None:
-        """Free the passes. Twice is harmless."""
+        """Free passes and rows. Twice is harmless; using it afterwards is an error."""
         while self._passes:
             self._passes.popitem()[1].close()
+        self.kv, self._length = [], 0

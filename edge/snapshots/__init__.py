@@ -1,0 +1,1 @@
+"""Processed tokens on disk: saved sessions, prompts that are processed once, idle caches."""
