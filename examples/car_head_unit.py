@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import mimo_edge as me
+from mimo_edge.tool_functions import ArgumentError
 
 DEADLINE_S = 5.0
 COMMANDS = (
@@ -39,7 +40,7 @@ class Car:
     def set_temperature(self, degrees: int, zone: Zone | None = None) -> None:
         """Set the car climate"""
         if not 16 <= degrees <= 30:
-            raise ValueError(f"the climate goes from 16 to 30 degrees, not {degrees}")
+            raise ArgumentError(f"the climate goes from 16 to 30 degrees, not {degrees}")
         self.climate[zone or "all"] = degrees
 
     def set_window(self, window: Window, action: Literal["open", "close"]) -> None:

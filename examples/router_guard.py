@@ -3,7 +3,8 @@
     python examples/router_guard.py [BUNDLE] [COMMAND ...]
 
 The model proposes, the router decides: a device it does not know and a name that is too short
-are errors, which the model reads and tells.
+are errors, which the model reads and tells. An ArgumentError is such an answer; any other exception
+would reach the model too, and the log with its traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import mimo_edge as me
+from mimo_edge.tool_functions import ArgumentError
 
 COMMANDS = (
     "turn on guest wifi for 9 hours",
@@ -67,12 +69,12 @@ class Router:
     def rename_wifi(self, name: str) -> None:
         """Change the wifi name"""
         if not 1 <= len(name.encode()) <= 32:
-            raise ValueError("a wifi name has 1 to 32 bytes")
+            raise ArgumentError("a wifi name has 1 to 32 bytes")
         self.name = name
 
     def _check(self, device: str) -> None:
         if device not in self.devices:
-            raise LookupError(f"there is no {device} here")
+            raise ArgumentError(f"there is no {device} here")
 
 
 def main(arguments: list[str]) -> Router:

@@ -28,6 +28,7 @@ from mimo_edge.kv_cache import FullCache
 from mimo_edge.model_source import open_tokenizer
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.runtimes.base import F32, TokenIds, Weights
+from mimo_edge.runtimes.checks import check_ids
 from mimo_edge.runtimes.reference import ReferenceBackend, rms_norm
 from mimo_edge.text_file import read_text
 from mimo_edge.tokenizer import Tokenizer
@@ -110,7 +111,7 @@ class Walker(ReferenceBackend):
         super().__init__(weights, max_cached_experts=0, observer=observer)
 
     def embed(self, token_ids: TokenIds) -> F32:
-        return self._source().embedding(self._check_ids(token_ids))
+        return self._source().embedding(check_ids(token_ids, self.config))
 
     def block(self, spec: LayerSpec, h: F32, spans: Sequence[tuple[int, int]]) -> None:
         """h <- block(h), in place."""

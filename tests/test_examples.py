@@ -68,7 +68,7 @@ def test_router_guard(capsys: pytest.CaptureFixture[str]) -> None:
     assert router.priority == {"vnug-09": "low"}
     assert router.name == "Tu-5"
     said = capsys.readouterr().out
-    assert "there is no Duxan's console here" in said
+    assert "That did not work: there is no Duxan's console here" in said
     router = module.main(["mimo-nano", module.COMMANDS[0], module.COMMANDS[4]])
     assert router.guests_until is None
 

@@ -100,7 +100,7 @@ with GgufFile.open(Path({str(large)!r})) as file:
     print(int(file.raw_rows("table", {ROWS - 1}, {ROWS}).view("f4")[0, 0]))
 device = Device(1)
 try:
-    Region(device, 1 << 38)
+    Region(device, 1 << 39)
 except BackendError as error:
     print(error.hint)
 """

@@ -24,6 +24,13 @@ KvType = Annotated[
         help="KV cache of the ggml backend: f16 (default; f32 where that is small), q8_0 or f32."
     ),
 ]
+Governor = Annotated[
+    bool | None,
+    typer.Option(
+        "--governor/--no-governor",
+        help="Use less when hot, on a low battery or short of memory; on with a profile.",
+    ),
+]
 Pin = Annotated[
     int, typer.Option(help="Hottest experts of every layer that always stay in memory.")
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,14 +36,16 @@ def answers(
     return [json.loads(line) for line in text.splitlines()]
 
 
-def same_tokens(python: Path, model: Path, cpus: tuple[str, ...], commands: int) -> bool:
+def same_tokens(python: Path, model: Path, cpus: tuple[str, ...], commands: int, jobs: int) -> bool:
     """Greedy answers at f32, weights and cache: token for token those of this machine."""
-    return _compare(python, model, cpus, commands, "f32", 0, "tokens")
+    return _compare(python, model, cpus, commands, jobs, "f32", 0, "tokens")
 
 
-def same_matches(python: Path, model: Path, cpus: tuple[str, ...], commands: int) -> bool:
+def same_matches(
+    python: Path, model: Path, cpus: tuple[str, ...], commands: int, jobs: int
+) -> bool:
     """At int4, whose sums are rounded in another order: the same commands are answered right."""
-    return _compare(python, model, cpus, commands, "f16", 3, "exact")
+    return _compare(python, model, cpus, commands, jobs, "f16", 3, "exact")
 
 
 def _compare(
@@ -52,14 +53,17 @@ def _compare(
     model: Path,
     cpus: tuple[str, ...],
     commands: int,
+    jobs: int,
     kv_type: str,
     draft: int,
     what: str,
 ) -> bool:
     want = answers(sys.executable, model, commands, kv_type, draft)
     passed = len(want) == commands
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # of processes: each is one thread wide
-        told = pool.map(lambda cpu: answers(python, model, commands, kv_type, draft, cpu), cpus)
+    with ThreadPoolExecutor(jobs) as pool:  # of processes: each is one thread wide
+        told = list(
+            pool.map(lambda cpu: answers(python, model, commands, kv_type, draft, cpu), cpus)
+        )
     for cpu, found in zip(cpus, told, strict=True):
         same = [a[what] == b[what] for a, b in zip(want, found, strict=True)]
         equal = sum(a["tokens"] == b["tokens"] for a, b in zip(want, found, strict=True))
@@ -68,3 +72,24 @@ def _compare(
               f"whole answers equal in {equal}, {right} exactly right", flush=True)  # fmt: skip
         passed = passed and all(same)
     return passed
+
+
+def same_sessions(python: Path, model: Path, cpu: str) -> bool:
+    """A session saved on either machine goes on on either with the tokens it would have had."""
+    script = REPOSITORY / "tools" / "arm" / "carry_session.py"
+    machines: dict[str, tuple[object, dict[str, str]]] = {
+        "x86-64": (sys.executable, {}),
+        cpu: (python, {"QEMU_CPU": cpu}),
+    }
+    second: dict[str, str] = {}
+    for saver, (program, env) in machines.items():
+        path = WORK / f"session-{saver}"
+        path.unlink(missing_ok=True)
+        run([program, script, "save", model, path], env=env, capture=True)
+        for reader, (other, settings) in machines.items():
+            second[f"{saver} -> {reader}"] = run(
+                [other, script, "restore", model, path], env=settings, capture=True
+            )
+    same = len(set(second.values())) == 1
+    print(f"sessions {', '.join(second)}: {'the same tokens' if same else second}", flush=True)
+    return same

@@ -35,7 +35,8 @@ def make_environment() -> Path:
     constraints = run([sys.executable, "-m", "pip", "freeze", "--exclude-editable"], capture=True)
     key = f"{version} {PACKAGES} {constraints}"
     if not is_made(ENVIRONMENT / ".made", key):
-        fresh(site)
+        fresh(ENVIRONMENT)
+        site.mkdir(parents=True)
         pinned = ENVIRONMENT / "constraints.txt"
         pinned.write_text(
             "".join(f"{line}\n" for line in constraints.splitlines() if "==" in line), "utf-8"
@@ -63,7 +64,7 @@ def install(packages: tuple[str, ...], site: Path, version: str, more: list[str]
 def _link_interpreter() -> None:
     """What `python -m venv` would write."""
     python = interpreter()
-    (ENVIRONMENT / "bin").mkdir(exist_ok=True)
+    (ENVIRONMENT / "bin").mkdir()
     for name in ("python", "python3"):
         (ENVIRONMENT / "bin" / name).symlink_to(python)
     (ENVIRONMENT / "pyvenv.cfg").write_text(f"home = {python.parent}\n", "utf-8")

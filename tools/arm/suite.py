@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from arm.paths import REPOSITORY, WORK
 
-CPUS = ("cortex-a53", "cortex-a76", "max")  # ARMv8.0; dotprod and fp16; i8mm and SVE
+# ARMv8.0; dotprod and fp16; i8mm and SVE2 with vectors of 128 bits, as phones have.
+MAX = "max,sve-default-vector-length=16"
+CPUS = ("cortex-a53", "cortex-a76", MAX)
 # What CI runs: everything that depends on the processor, the C library or the kernel.
 QUICK = (
     "test_cpu_library", "test_ggml_library", "test_ggml_graph", "test_native_library",
     "test_quant_base", "test_limits", "test_runtime_alone",
 )  # fmt: skip
+# Pages of 64 KiB and 39 bits of address space, as some kernels for ARM give them. Emulators from
+# QEMU 9 on know only the host's pages.
+SMALL_SYSTEM = {"QEMU_PAGESIZE": "65536", "QEMU_RESERVED_VA": hex(1 << 39)}
+ON_SMALL_SYSTEM = ("test_limits", "test_kv_cache", "test_runtime_alone")
 # Files that cannot run, or say nothing of the processor there, and why.
 EXCLUDED = {
     "test_bench": "memory caps need the host's cgroups",
@@ -43,8 +50,15 @@ def command_line(python: Path, files: Sequence[str]) -> list[str]:
             *(f"--deselect=tests/{name}" for name in DESELECTED)]  # fmt: skip
 
 
-def run_suite(python: Path, cpu: str, files: Sequence[str], jobs: int) -> bool:
-    """Run `files` under the processor `cpu`, in `jobs` processes; whether everything passed."""
+def run_suite(
+    python: Path,
+    cpu: str,
+    files: Sequence[str],
+    jobs: int,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> bool:
+    """Run `files` under the processor `cpu`, in `jobs` processes; whether everything passed.
+    `settings` are more of the emulator's."""
     began = time.monotonic()
     env = {
         **os.environ,
@@ -53,6 +67,7 @@ def run_suite(python: Path, cpu: str, files: Sequence[str], jobs: int) -> bool:
         "GGML_NO_BACKTRACE": "1",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
+        **settings,
     }
     groups = [files[start::jobs] for start in range(jobs)]
     running = [
@@ -62,8 +77,10 @@ def run_suite(python: Path, cpu: str, files: Sequence[str], jobs: int) -> bool:
     ]
     # pytest ends with 5 where every test of a group is left out.
     failed = sum(process.wait() not in (0, 5) for process in running)
-    print(f"{cpu}: {len(files)} files, {'FAILED' if failed else 'passed'}, "
-          f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
+    where = " ".join([cpu, *settings.values()])
+    verdict = "FAILED" if failed else "passed"
+    seconds = time.monotonic() - began
+    print(f"{where}: {len(files)} files, {verdict}, {seconds:.0f} s", flush=True)
     return not failed
 
 
