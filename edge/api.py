@@ -207,7 +207,8 @@ class Runtime:
         `profile` is the name or file of a device profile ("auto": this machine); it decides what
         is not given of `ram`, `context`, `threads` and `kv_type`, and `draft` when that is "auto".
         `backend` "auto" is "ggml" for bundles and GGUF files, "reference" for checkpoints; "onnx"
-        takes the ONNX form of a bundle, on the execution provider `ep` ("cpu", "qnn"). `ram` is
+        takes the ONNX form of a bundle, on the execution provider `ep` ("cpu", "qnn", or
+        "qnn:v73" when a bundle has graphs for several NPUs). `ram` is
         a bound on the process in bytes (or "900MiB"): ggml and onnx read routed experts from
         flash when they do not fit, the reference backend refuses. `context` is the most tokens of
         a conversation (default 4,096 or what the model has), `draft` 0 to 3 or "auto"; with 0 the
@@ -454,10 +455,12 @@ class Runtime:
         """JSON-ready totals of this runtime and the peak memory of the process."""
         with self._totals_lock:
             counts = asdict(self._totals)
+        provider = getattr(self._model.backend, "provider_stats", None)
         totals = Totals(**counts)  # a copy: other threads go on adding
         return {
             "model": self.name,
             "backend": self._model.backend.name,
+            "provider": provider() if provider is not None else None,
             "context": self.context,
             "draft": self._engine.draft,
             **counts,
