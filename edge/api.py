@@ -207,7 +207,8 @@ class Runtime:
         `profile` is the name or file of a device profile ("auto": this machine); it decides what
         is not given of `ram`, `context`, `threads` and `kv_type`, and `draft` when that is "auto".
         `backend` "auto" is "ggml" for bundles and GGUF files, "reference" for checkpoints; "onnx"
-        takes the ONNX form of a bundle, on the execution provider `ep` ("cpu", "qnn"). `ram` is
+        takes the ONNX form of a bundle, on the execution provider `ep` ("cpu", "qnn", or
+        "qnn:v73" when a bundle has graphs for several NPUs). `ram` is
         a bound on the process in bytes (or "900MiB"): ggml and onnx read routed experts from
         flash when they do not fit, the reference backend refuses. `context` is the most tokens of
         a conversation (default 4,096 or what the model has), `draft` 0 to 3 or "auto"; with 0 the
@@ -454,10 +455,12 @@ class Runtime:
         """JSON-ready totals of this runtime and the peak memory of the process."""
         with self._totals_lock:
             counts = asdict(self._totals)
+        provider = getattr(self._model.backend, "provider_stats", None)
         totals = Totals(**counts)  # a copy: other threads go on adding
         return {
             "model": self.name,
             "backend": self._model.backend.name,
+            "provider": provider() if provider is not None else None,
             "context": self.context,
             "draft": self._engine.draft,
             **counts,
@@ -723,7 +726,7 @@ class Session:
                 f"the prompt has {len(ids)} tokens, at most {max_prompt_tokens} are taken",
                 "use a shorter prompt",
             )
-        border = prefix_tokens if messages is None else self._border(messages, ids)
+        border = self._border(messages, ids, prefix_tokens)
         return self._begin(messages, ids, options, deadline, border=border)
 
     def resume(self, timeout_s: float | None = None) -> Iterator[Piece]:
@@ -964,8 +967,20 @@ class Session:
                 message["reasoning_content"] = whole.reasoning
             self.messages = [*messages, message]
 
-    def _border(self, messages: list[dict[str, Any]], ids: list[int]) -> int:
-        """Tokens at the start of a prompt that come from system text and tools alone."""
+    def _border(
+        self, messages: list[dict[str, Any]] | None, ids: list[int], prefix_tokens: int
+    ) -> int:
+        """Tokens at the start of a prompt that come from system text and tools alone, or are said
+        to be shared. Raises UsageError."""
+        if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, int):
+            raise UsageError(f"prefix_tokens = {prefix_tokens!r} is not a count")
+        if prefix_tokens < 0 or (prefix_tokens and messages is not None):
+            raise UsageError(
+                f"prefix_tokens = {prefix_tokens}",
+                "give a count, and only with token ids: messages show their border themselves",
+            )
+        if messages is None:
+            return prefix_tokens
         borders = self._runtime._borders
         if borders is None or self._runtime._prefixes is None:
             return 0

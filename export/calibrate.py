@@ -232,7 +232,7 @@ def calibrate(
     if isinstance(text, (str, Path)):
         path = Path(text)
         name = text_name(path.name)
-        if _is_gguf(path):
+        if is_gguf(path):
             return _from_imatrix(path, config)
         if tokenizer is None:
             raise UsageError(f"{path} cannot be read without a tokenizer", "give token ids")
@@ -339,7 +339,9 @@ def _mtp_spans(spans: list[Span], depth: int) -> tuple[list[Span], list[Span]]:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """Whether a file is an importance matrix rather than a text. Raises UsageError when it cannot
+    be read."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"

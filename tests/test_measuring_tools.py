@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import cache_gains
+import constraint_cost
 import forecast_table
 import growth
 import kv_growth
 import numpy as np
 import pytest
+import snapshot_gains
 import tables
 import tiny
 from make_random_model import scaled_config, tiny_config, write_model
@@ -219,6 +221,39 @@ def test_a_run_that_fails_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     arguments = ["--folder", str(tmp_path), "--tiny", "--threads", "1"]
     assert growth.main(arguments) == BackendError.exit_code
     assert not list(tmp_path.glob("rows-*.json"))
+
+
+# --- snapshots ----------------------------------------------------------------------------------
+
+
+def test_prompts_are_processed_kept_and_found(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_model(path, tiny_config("MiMo-V2-Flash", 0), experts="Q8_0", dense="Q8_0", head="Q8_0")
+    rows = list(snapshot_gains.measure(path, [40, 70], 1, 256))
+    assert [row[1] for row in rows] == ["40", "70"]
+    assert all(len(row) == 8 and float(row[6].rstrip("x")) > 0 for row in rows)
+
+
+# --- structured output --------------------------------------------------------------------------
+
+
+def test_costs_of_forms_are_of_every_state_and_of_equal_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = tmp_path / "d.md"
+    document.write_text("# D\n")
+    monkeypatch.setattr(tables, "DOCUMENT", document)
+    monkeypatch.setattr(constraint_cost, "VOCAB", 900)
+    monkeypatch.setattr(constraint_cost, "TEXT_TOKENS", 800)
+    arguments = ["--prompts", "1", "--rounds", "1", "--repeats", "2", "--threads", "1", "--write"]
+    constraint_cost.main(arguments)
+    text = capsys.readouterr().out
+    first, _, rest = text.partition("Once per model")
+    states, answers = ([r for r in t.splitlines() if r.startswith("|")] for t in (first, rest))
+    assert [row.split(" | ")[0][2:] for row in states[2:]] == [s[0] for s in constraint_cost.STATES]
+    assert states[2].endswith("| all |")
+    assert len(answers) == 4
+    assert text.strip() in document.read_text()
 
 
 # --- forecasts ----------------------------------------------------------------------------------

@@ -142,6 +142,9 @@ def test_short_beginnings_and_later_turns_are_not_kept(tmp_path: Path) -> None:
         "bytes": 0,
         "limit_bytes": LIMIT,
     }
+    for bad in (-1, True, "3", 1.5):
+        with pytest.raises(UsageError, match="prefix_tokens"):
+            session.stream([3], prefix_tokens=bad)  # type: ignore[arg-type]
     # a beginning that is all there is leaves no token to process
     assert session.generate([3], prefix_tokens=500, max_tokens=2).token_ids
 
@@ -363,6 +366,8 @@ def test_system_text_and_tools_are_processed_once(tmp_path: Path) -> None:
     first = chat(tmp_path).session(SYSTEM, [TOOL]).generate("good morning")
     assert first.stats.reused_tokens == 0
     runtime = chat(tmp_path)
+    with pytest.raises(UsageError, match="only with token ids"):
+        runtime.session(SYSTEM).stream("good morning", prefix_tokens=3)
     tokenizer = runtime.tokenizer
     assert tokenizer is not None
     sizes = set()

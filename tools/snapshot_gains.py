@@ -11,7 +11,7 @@ cache before, as after a restart of the device. Medians, in milliseconds from th
 piece of the answer.
 
 The random model has MiMo-V2-Flash's attention at its real width (64 heads of 192/128, window 129,
-one global layer in six), 12 layers with 16 small experts; it takes about 1 GiB in the temporary
+one global layer in six), 8 layers with 16 small experts; it takes about 1 GiB in the temporary
 folder.
 """
 
@@ -30,11 +30,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from make_random_model import scaled_config, write_model
 from simulate_policies import export_nano
 from tables import command, markdown, write_section
 
 from mimo_edge.api import Runtime
+from mimo_edge.bench.random_model import scaled_config, write_model
 from mimo_edge.errors import SnapshotError
 from mimo_edge.units import format_bytes
 
@@ -67,13 +67,13 @@ def measure(model: Path, prefixes: list[int], repeat: int, context: int) -> Iter
         with Runtime.open(model, context=context, snapshots=folder) as runtime:
             rng = random.Random(0)
             vocab = min(runtime.config.vocab_size, 2000)
-            ids = [rng.randrange(300, vocab) for _ in range(OWN_TOKENS)]
+            ids = [rng.randrange(vocab // 8, vocab) for _ in range(OWN_TOKENS)]
             first_token_ms(runtime, ids, 0)  # graphs and experts of a first pass
             for prefix in prefixes:
                 found: dict[str, list[float]] = {}
                 size = 0
                 for _ in range(repeat):
-                    shared = [rng.randrange(300, vocab) for _ in range(prefix)]
+                    shared = [rng.randrange(vocab // 8, vocab) for _ in range(prefix)]
                     for way, border in (("without", 0), ("kept", prefix), ("found", prefix)):
                         # Another end each time: only the beginning is the same.
                         prompt = [*shared, *rng.sample(ids, OWN_TOKENS)]
@@ -108,12 +108,12 @@ def models(given: list[Path]) -> Iterator[list[Path]]:
     try:
         middle = folder / "middle.gguf"
         config = replace(
-            scaled_config("MiMo-V2-Flash", 12, 16, 4096, 0, "111110"),
+            scaled_config("MiMo-V2-Flash", 8, 16, 4096, 0, "111110"),
             moe_intermediate_size=512,
             intermediate_size=2048,
         )
         write_model(middle, config, experts="Q4_0", dense="Q8_0", head="Q6_K")
-        yield [export_nano(folder / "nano"), middle]
+        yield [export_nano(folder), middle]
     finally:
         shutil.rmtree(folder)
 
@@ -123,8 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print, or write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("models", nargs="*", type=Path)
-    parser.add_argument("--prefix", default="256,1024,3000", help="tokens, with commas")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--prefix", default="256,1024", help="tokens, with commas")
+    parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
     args = parser.parse_args(argv)

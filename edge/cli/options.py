@@ -16,7 +16,9 @@ Profile = Annotated[str | None, typer.Option(help="Device profile.")]
 BackendName = Annotated[
     str, typer.Option(help="ggml, onnx, reference, or auto: ggml for bundles and GGUF files.")
 ]
-Ep = Annotated[str, typer.Option(help="Execution provider of the onnx backend: cpu, qnn or auto.")]
+Ep = Annotated[
+    str, typer.Option(help="Execution provider of the onnx backend: cpu, auto, qnn or qnn:NPU.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the computation.")]
 KvType = Annotated[
     str | None,

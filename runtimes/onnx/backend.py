@@ -79,7 +79,7 @@ class OnnxBackend:
         self.device = Device(count)
         self._source: ExpertSource | None = None
         try:
-            self.package = Package(bundle, self.config, CPU_VARIANT, count)
+            self._load(bundle, count)
             if moe and experts is not None:
                 self._source = experts(self.device)
             self._together = self._try_rows()
@@ -92,6 +92,14 @@ class OnnxBackend:
         self._finalizer = weakref.finalize(
             self, _release, self._pid, self._source, self.device, bundle
         )
+
+    def _load(self, bundle: Bundle, threads: int) -> None:
+        """Open the graphs."""
+        self.package = Package(bundle, self.config, CPU_VARIANT, threads)
+
+    def provider_stats(self) -> dict[str, object]:
+        """JSON-ready: which provider runs what."""
+        return {"provider": "CPUExecutionProvider"}
 
     def _try_rows(self) -> list[int]:
         """For each shard, then the head, how many rows of a verify one run may compute."""
