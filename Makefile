@@ -16,15 +16,16 @@ endif
 
 SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
 
-.PHONY: help setup demo test lint types unit oracle test-slow test-arm test-arm-quick \
+.PHONY: help setup demo test lint types unit oracle test-npu test-slow test-arm test-arm-quick \
 	arm-packages device-kit clean
 
 help:
 	@echo "make setup      create $(VENV) and install mimo-edge with its development tools"
 	@echo "make demo       export the built-in mimo-nano to an int4 bundle and run two commands"
 	@echo "make test       everything CI checks: lint, types, tests with the oracles"
+	@echo "make test-npu   tests on Qualcomm's HTP emulator (installs onnxruntime-qnn, proprietary)"
 	@echo "make test-slow  tests that need minutes, large files or special hardware"
-	@echo "make test-arm   the suite and mimo-nano on three emulated ARM processors (an hour)"
+	@echo "make test-arm   the suite and mimo-nano on three emulated ARM processors (hours)"
 	@echo "make test-arm-quick  a part of it, in minutes"
 	@echo "make device-kit the archive for aarch64 Linux, into dist/"
 
@@ -65,6 +66,11 @@ unit: $(STAMP)
 # The whole suite, with transformers as the live oracle.
 oracle: $(TORCH_STAMP)
 	$(BIN)/python -m pytest -m 'not slow'
+
+# On Qualcomm's HTP emulator: x86-64 Linux with glibc 2.35 or later.
+test-npu: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[npu]'
+	$(BIN)/python -m pytest -m 'qnn_sim and not slow'
 
 test-slow: $(TORCH_STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -7,24 +7,23 @@ What was measured becomes a profile (`DeviceProfile.to_toml`).
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mimo_edge import machine
+from mimo_edge.bench.engine_cost import engine_cost
 from mimo_edge.bench.flash_rate import measure_reads
-from mimo_edge.devices.profile import ANY, DeviceProfile, build
+from mimo_edge.devices.profile import ANY, DeviceProfile, KernelRate, build, plain_seconds
+from mimo_edge.devices.scratch import ScratchFile, scratch_file, scratch_folder
 from mimo_edge.devices.this_machine import known_figures, title
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
-from mimo_edge.flash_file import FlashFile
 from mimo_edge.hwcap import hwcap_words
 from mimo_edge.quant.base import FORMATS, Format
+from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.units import format_bytes, round_up
 
 Progress = Callable[[str, int, int], None]
@@ -38,20 +37,17 @@ DEFAULT_FILE_BYTES = 256 << 20
 READ_BYTES = 512 << 20  # at most, for one figure
 DEFAULT_SECONDS = 30.0
 KERNEL_ROWS = (1, 4, 32)
-_POOL_BYTES = 256 << 20  # of matrices, larger than any processor's own caches should be
+_POOL_BYTES = 512 << 20  # of matrices, larger than the caches of servers
 _POOL_SHARE = 8  # an eighth of the free memory at most
 _LEAST_POOL_BYTES = 16 << 20
 _UNIT = 64 << 10  # the largest alignment that direct reads ask for
-_ROOM = 4  # times the file must be free: a full disk hurts others
 _LEAST_FILE_BYTES = 1 << 20
-_WRITE_BYTES = 1 << 20
 # Between the times of reads of neighbouring sizes: more than rates lose when they are written down.
 _STEP = 1.001
-# Formats whose kernels are measured, and those whose products show the memory's rate.
+# Formats whose kernels are measured.
 KERNEL_FORMATS = tuple(name for name in FORMATS if name != "F32")
-_MEMORY_FORMATS = ("Q8_0", "F16", "Q4_0")
-# Shares of the time: reads, memory, kernels.
-_READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _NODE_SHARE = 0.4, 0.1, 0.4, 0.02
+# Shares of the time.
+_READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _ENGINE_SHARE = 0.3, 0.25, 0.25, 0.2
 
 
 @dataclass(frozen=True)
@@ -132,10 +128,14 @@ def probe(
         )
     pool = _pool_bytes()
     kinds = [FORMATS[name] for name in KERNEL_FORMATS]
-    steps = _Steps(progress, len(_read_plan(record_bytes)) + len(_MEMORY_FORMATS) + len(kinds) + 1)
-    with _scratch_file(folder, file_bytes) as path:
-        direct, buffered, works = _reads(path, record_bytes, seconds * _READ_SHARE, steps)
-    memory, kernels, node_s = _kernels(count, kinds, pool, seconds, steps)
+    steps = _Steps(progress, len(_read_plan(record_bytes)) + len(kinds) + 1)
+    with scratch_file(folder, file_bytes) as scratch:
+        works = scratch.direct_works
+        direct, buffered = _reads(scratch, record_bytes, seconds * _READ_SHARE, steps)
+    memory, kernels = _kernels(count, kinds, pool, seconds, steps)
+    steps.next()
+    with scratch_folder(folder) as place:
+        engine = engine_cost(place, count, seconds * _ENGINE_SHARE, kernels["Q4_0"])
     figures = known_figures(folder)
     note = f"mimo-edge probe, {time.strftime('%Y-%m-%d')}"
 
@@ -147,22 +147,18 @@ def probe(
     figures |= {
         "memory.bandwidth": measured(
             f"{max(memory.values()) / 1e9:.4g} GB/s",
-            f"weights of {format_bytes(pool)} by one row, {count} threads, the best of "
-            f"{', '.join(memory)}",
+            f"weights of {format_bytes(pool)} by one row, {count} threads, the best format",
         ),
         "cpu.threads": measured(count, "threads it measured with"),
         "cpu.kernels": measured(
-            {
-                name: {
-                    key: f"{rate / 1e9:.4g} GMAC/s"
-                    for key, rate in zip(("row", "rows4", "batch"), found, strict=True)
-                }
-                for name, found in {ANY: kernels["Q4_0"], **kernels}.items()
-            },
-            f"1, 4 and 32 rows, weights in the caches, {count} threads; any is Q4_0",
+            {name: _plain(found) for name, found in {ANY: kernels["Q4_0"], **kernels}.items()},
+            f"1, 4 and 32 rows, weights in the caches, {count} threads; stored: 32 rows, weights "
+            f"in the order of the file; cold: 1 to 4 rows, weights of {format_bytes(pool)}; any is "
+            "Q4_0",
         ),
-        "cpu.node_overhead": measured(
-            f"{node_s * 1e6:.4g} us", f"a chain of additions of 32 numbers, {count} threads"
+        "cpu.engine": measured(
+            {name: plain_seconds(cost) for name, cost in asdict(engine).items()},
+            f"decoding with models of next to no weights, {count} threads",
         ),
         "storage.lanes": measured(DEFAULT_LANES, "what the runtime reads with"),
         "storage.reads": measured(
@@ -214,45 +210,6 @@ def _pool_bytes() -> int:
 # --- flash -------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _scratch_file(folder: Path, nbytes: int) -> Iterator[Path]:
-    """A file of random bytes in `folder`, on disk and out of the page cache; removed at the end.
-
-    Raises DeviceError without room for several of it, or when it cannot be written.
-    """
-    path = folder / f".mimo-edge-probe-{os.getpid()}"
-    made = False
-    try:
-        free = shutil.disk_usage(folder).free
-        if free < _ROOM * nbytes:
-            raise DeviceError(
-                f"{format_bytes(free)} are free in {folder}, a file of {format_bytes(nbytes)} "
-                f"wants {format_bytes(_ROOM * nbytes)}",
-                "name another --dir, or a smaller --file-size",
-            )
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        made = True
-        try:
-            left = nbytes
-            while left:
-                # not the same bytes again: some disks store those once
-                left -= os.write(fd, os.urandom(min(_WRITE_BYTES, left)))
-            os.fsync(fd)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
-        yield path
-    except OSError as error:
-        raise DeviceError(
-            f"{folder} cannot be measured: {error.strerror}", "name another --dir"
-        ) from error
-    finally:
-        if made:
-            with suppress(OSError):
-                path.unlink()
-
-
 def _read_plan(record_bytes: int) -> list[tuple[bool, int, int]]:
     """(direct, block, lanes) of every measurement: the record with all lanes, by both ways, and
     other sizes with the lanes the runtime uses."""
@@ -266,29 +223,23 @@ def _read_plan(record_bytes: int) -> list[tuple[bool, int, int]]:
 
 
 def _reads(
-    path: Path, record_bytes: int, seconds: float, steps: _Steps
-) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float], bool]:
-    """Rates of direct and buffered reads, and whether direct ones are to be had."""
+    scratch: ScratchFile, record_bytes: int, seconds: float, steps: _Steps
+) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
+    """Rates of direct and buffered reads."""
     plan = _read_plan(record_bytes)
     found: tuple[dict[tuple[int, int], float], ...] = ({}, {})
-    files = [FlashFile(path, announce=False), FlashFile(path, direct=False, announce=False)]
-    works = files[0].alignment > 0
-    try:
-        for direct, block, lanes in plan:
-            steps.next()
-            if direct and not works:
-                direct = False  # then other sizes are of interest that way
-            if block > files[0].size or (block, lanes) in found[not direct]:
-                continue
-            file = files[not direct]
-            places = [(file, at) for at in range(0, file.size - block + 1, _UNIT)]
-            found[not direct][block, lanes] = measure_reads(
-                places, block, lanes, seconds / len(plan), READ_BYTES
-            )
-    finally:
-        for file in files:
-            file.close()
-    return found[0], found[1], works
+    for direct, block, lanes in plan:
+        steps.next()
+        # Where direct reads are not to be had, other sizes are of interest the other way.
+        direct = direct and scratch.direct_works
+        file = scratch.direct if direct else scratch.buffered
+        if block > file.size or (block, lanes) in found[not direct]:
+            continue
+        places = [(file, at) for at in range(0, file.size - block + 1, _UNIT)]
+        found[not direct][block, lanes] = measure_reads(
+            places, block, lanes, seconds / len(plan), READ_BYTES
+        )
+    return found[0], found[1]
 
 
 def _rising(blocks: Sequence[int], rates: dict[tuple[int, int], float]) -> list[dict[str, str]]:
@@ -306,25 +257,36 @@ def _rising(blocks: Sequence[int], rates: dict[tuple[int, int], float]) -> list[
 
 def _kernels(
     threads: int, kinds: Sequence[Format], pool: int, seconds: float, steps: _Steps
-) -> tuple[dict[str, float], dict[str, list[float]], float]:
-    """Memory rate by format, multiply-adds per second with 1, 4 and 32 rows by format, and the
-    seconds an operation of a graph takes to start."""
+) -> tuple[dict[str, float], dict[str, KernelRate]]:
+    """Bytes per second that one row draws from memory, and kernel rates, by format."""
     from mimo_edge.runtimes.ggml.device import Device
-    from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rate, node_seconds
+    from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rates
 
     device = Device(threads)
+    memory, kernels = {}, {}
+    each = seconds * _KERNEL_SHARE / len(kinds) / (len(KERNEL_ROWS) + 1)
+    cold_each = seconds * _MEMORY_SHARE / len(kinds) / (VERIFY_ROWS + 1)
+    verify = range(1, VERIFY_ROWS + 1)
     try:
-        memory = {}
-        for name in _MEMORY_FORMATS:
-            steps.next()
-            each = seconds * _MEMORY_SHARE / len(_MEMORY_FORMATS)
-            memory[name] = memory_rate(device, FORMATS[name], pool, each)
-        kernels = {}
         for fmt in kinds:
             steps.next()
-            each = seconds * _KERNEL_SHARE / len(kinds) / len(KERNEL_ROWS)
-            kernels[fmt.name] = kernel_rates(device, fmt, KERNEL_ROWS, each)
-        steps.next()
-        return memory, kernels, node_seconds(device, seconds * _NODE_SHARE)
+            row, rows4, batch = kernel_rates(device, fmt, KERNEL_ROWS, each)
+            [stored] = kernel_rates(device, fmt, KERNEL_ROWS[-1:], each, reorder=False)
+            cold = memory_rates(device, fmt, verify, pool, cold_each)
+            [cold_stored] = memory_rates(device, fmt, (1,), pool, cold_each, reorder=False)
+            kernels[fmt.name] = KernelRate(row, rows4, batch, stored, tuple(cold), cold_stored)
+            memory[fmt.name] = max(cold[0], cold_stored) * fmt.bits_per_weight / 8
+        return memory, kernels
     finally:
         device.close()
+
+
+def _plain(rate: KernelRate) -> dict[str, Any]:
+    """As it stands in a file."""
+
+    def text(value: float) -> str:
+        return f"{value / 1e9:.4g} GMAC/s"
+
+    names = ("row", "rows4", "batch", "stored")
+    found: dict[str, Any] = {name: text(getattr(rate, name)) for name in names}
+    return found | {"cold": [text(n) for n in rate.cold], "cold_stored": text(rate.cold_stored)}

@@ -23,6 +23,7 @@ from mimo_edge.errors import ConfigError, UsageError
 from mimo_edge.kv_format import KV_FORMATS
 from mimo_edge.quant.base import FORMATS
 from mimo_edge.quant.recipe import recipe_names
+from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.speculative import MAX_DRAFT, DraftSetting
 from mimo_edge.text_file import path_exists, read_whole
 
@@ -56,22 +57,80 @@ class Cores:
 class KernelRate:
     """Multiply-adds per second of all threads together in products of a weight matrix with 1 row,
     with 4 rows (a verify) and with many (a prefill), as far as the processor limits them: the
-    rate at which weights come from memory is another figure."""
+    rate at which weights come from memory is another figure. `stored` is that of many rows with
+    weights in the order of the file, as those of streamed experts, which are never reordered.
+
+    Few kernels draw all that memory delivers: `cold` are the rates of 1, 2, 3 and 4 rows with
+    weights that lie in memory, `cold_stored` that of one row in the order of the file. Empty and 0
+    where they were not measured: then memory's rate is the only other bound."""
 
     row: float
     rows4: float
     batch: float
+    stored: float
+    cold: tuple[float, ...] = ()
+    cold_stored: float = 0.0
 
     def at(self, rows: float) -> float:
         """The rate for `rows` rows per matrix: between 1, 4 and 32 by their logarithm."""
-        points = ((1.0, self.row), (4.0, self.rows4), (32.0, self.batch))
-        if rows <= 1:
-            return self.row
-        for (low, a), (high, b) in pairwise(points):
-            if rows <= high:
-                share = math.log(rows / low) / math.log(high / low)
-                return a + (b - a) * share
-        return self.batch
+        return _between(((1.0, self.row), (4.0, self.rows4), (32.0, self.batch)), rows)
+
+    def stored_at(self, rows: float) -> float:
+        """The same for weights in the order of the file."""
+        return _between(((1.0, self.row), (32.0, self.stored)), rows)
+
+    def rates(self) -> Iterator[float]:
+        """All that are known."""
+        yield from (self.row, self.rows4, self.batch, self.stored, *self.cold)
+        if self.cold_stored:
+            yield self.cold_stored
+
+    def scaled(self, factor: float) -> KernelRate:
+        """`factor` times these."""
+        return KernelRate(
+            self.row * factor,
+            self.rows4 * factor,
+            self.batch * factor,
+            self.stored * factor,
+            tuple(rate * factor for rate in self.cold),
+            self.cold_stored * factor,
+        )
+
+
+def _between(points: tuple[tuple[float, float], ...], rows: float) -> float:
+    if rows <= 1:
+        return points[0][1]
+    for (low, a), (high, b) in pairwise(points):
+        if rows <= high:
+            return a + (b - a) * math.log(rows / low) / math.log(high / low)
+    return points[-1][1]
+
+
+PROBED_WIDTH = 256
+# Attention works on f16 rows of the cache, at about this share of the rate of 4-bit matrices.
+ATTENTION_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class EngineCost:
+    """Seconds that a step of the engine takes besides the products of its weights: one that
+    processes one token `step`, and every layer `layer`, or `streamed` when its experts come
+    through slots, although all are in memory; `layer4` and `streamed4` when the step verifies four
+    rows. A draft costs `draft`, a row of 1,000 logits `logits`, a row of a prompt `row` in a layer
+    that is PROBED_WIDTH wide, and as much more as one is wider."""
+
+    step: float
+    layer: float
+    layer4: float
+    streamed: float
+    streamed4: float
+    draft: float
+    logits: float
+    row: float
+
+    def scaled(self, factor: float) -> EngineCost:
+        """`factor` times this."""
+        return EngineCost(*(factor * getattr(self, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -95,9 +154,11 @@ class DeviceProfile:
     """A device class. Bytes, bytes per second, multiply-adds per second, hertz, seconds.
 
     `process_bytes` is what our process may hold of `ram_bytes`; `reads` are for `lanes` threads,
-    cool; `compute_hot` and `storage_hot` are the share that is left when the device is hot;
-    `layer_overhead_s` is host work per streamed layer, `node_overhead_s` the time to start one
-    operation of a graph on all threads. `sources[field]` says where a field comes from.
+    cool; `compute_hot` and `storage_hot` are the share that is left when the device is hot. The
+    governor acts when a sensor whose kind matches one of
+    `thermal_zones` shows more than `thermal_limit_c`, a battery holds less than the share
+    `battery_low`, or something waits for memory more than the share `memory_stall` of the time.
+    `sources[field]` says where a field comes from.
     """
 
     name: str
@@ -109,14 +170,16 @@ class DeviceProfile:
     threads: int
     isa: tuple[str, ...]
     kernels: Mapping[str, KernelRate]
-    layer_overhead_s: float
-    node_overhead_s: float
+    engine: EngineCost
     storage_bytes: int
     lanes: int
     reads: tuple[ReadRate, ...]
     storage_hot: float
     compute_hot: float
     thermal_limit_c: float
+    thermal_zones: tuple[str, ...]
+    battery_low: float
+    memory_stall: float
     npu: str
     npu_limits: str
     os: str
@@ -298,11 +361,28 @@ def _reads(value: Any) -> tuple[ReadRate, ...]:
 def _kernels(value: Any) -> dict[str, KernelRate]:
     if not isinstance(value, dict):
         raise _Wrong(f"{value!r} is not a table of formats")
-    parsers = dict.fromkeys(("row", "rows4", "batch"), _macs)
+    parsers: dict[str, Callable[[Any], Any]] = dict.fromkeys(
+        ("row", "rows4", "batch", "stored"), _macs
+    )
+    measured = {**parsers, "cold": _cold, "cold_stored": _macs}
     return {
-        name if name == ANY else name.upper(): KernelRate(**_table(rates, parsers))
+        name if name == ANY else name.upper(): KernelRate(
+            **_table(rates, measured if isinstance(rates, dict) and "cold" in rates else parsers)
+        )
         for name, rates in value.items()
     }
+
+
+def _cold(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != VERIFY_ROWS:
+        raise _Wrong(f"{value!r} is not a list of rates of 1 to {VERIFY_ROWS} rows")
+    return tuple(_macs(rate) for rate in value)
+
+
+def _engine(value: Any) -> EngineCost:
+    return EngineCost(
+        **_table(value, dict.fromkeys((f.name for f in fields(EngineCost)), _seconds))
+    )
 
 
 # --- and writing them back ---------------------------------------------------------------------
@@ -332,11 +412,26 @@ def _plain_reads(value: tuple[ReadRate, ...]) -> list[dict[str, str]]:
     return [{"block": _plain_size(r.block_bytes), "rate": _si(r.bytes_per_s, "B/s")} for r in value]
 
 
-def _plain_kernels(value: Mapping[str, KernelRate]) -> dict[str, dict[str, str]]:
-    return {
-        name.lower(): {f.name: _si(getattr(rate, f.name), "MAC/s") for f in fields(rate)}
-        for name, rate in value.items()
-    }
+def _plain_kernels(value: Mapping[str, KernelRate]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, rate in value.items():
+        plain: dict[str, Any] = {
+            key: _si(getattr(rate, key), "MAC/s") for key in ("row", "rows4", "batch", "stored")
+        }
+        if rate.cold:
+            plain["cold"] = [_si(cold, "MAC/s") for cold in rate.cold]
+            plain["cold_stored"] = _si(rate.cold_stored, "MAC/s")
+        found[name.lower()] = plain
+    return found
+
+
+def plain_seconds(value: float) -> str:
+    """A time of up to seconds, as it stands in a file."""
+    return f"{value * 1e3:.4g} ms" if value >= 1e-3 else f"{value * 1e6:.4g} us"
+
+
+def _plain_engine(value: EngineCost) -> dict[str, str]:
+    return {f.name: plain_seconds(getattr(value, f.name)) for f in fields(value)}
 
 
 @dataclass(frozen=True)
@@ -358,7 +453,9 @@ class _Figure:
 
 
 def _joined(value: Any) -> str:
-    return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return " ".join(map(_joined, value.values()))
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _same(value: Any) -> Any:
@@ -370,18 +467,20 @@ FIGURES: Mapping[str, _Figure] = MappingProxyType(
         "memory.ram": _Figure("ram_bytes", _size, _plain_size),
         "memory.process": _Figure("process_bytes", _size, _plain_size),
         "memory.bandwidth": _Figure("memory_bytes_per_s", _rate, lambda v: _si(v, "B/s")),
+        "memory.stall": _Figure("memory_stall", _share, _same),
         "cpu.cores": _Figure("cores", _cores, _plain_cores),
         "cpu.threads": _Figure("threads", _integer, _same),
         "cpu.isa": _Figure("isa", _texts, _same),
         "cpu.kernels": _Figure("kernels", _kernels, _plain_kernels),
-        "cpu.layer_overhead": _Figure("layer_overhead_s", _seconds, lambda v: f"{v * 1e3:.4g} ms"),
-        "cpu.node_overhead": _Figure("node_overhead_s", _seconds, lambda v: f"{v * 1e6:.4g} us"),
+        "cpu.engine": _Figure("engine", _engine, _plain_engine),
         "storage.size": _Figure("storage_bytes", _size, lambda v: _si(v, "B")),
         "storage.lanes": _Figure("lanes", _integer, _same),
         "storage.reads": _Figure("reads", _reads, _plain_reads),
         "storage.hot": _Figure("storage_hot", _share, _same),
         "thermal.limit": _Figure("thermal_limit_c", _celsius, lambda v: f"{v:g} C"),
+        "thermal.zones": _Figure("thermal_zones", _texts, _same),
         "thermal.hot": _Figure("compute_hot", _share, _same),
+        "power.battery_low": _Figure("battery_low", _share, _same),
         "npu.route": _Figure("npu", _text, _same),
         "npu.limits": _Figure("npu_limits", _text, _same),
         "system.os": _Figure("os", _text, _same),
@@ -400,17 +499,18 @@ _BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "process_bytes": (16 << 20, 64 << 40),
         "memory_bytes_per_s": (1e8, 1e13),
         "threads": (1, 512),
-        "layer_overhead_s": (1e-6, 1.0),
-        "node_overhead_s": (1e-8, 0.1),
         "storage_bytes": (1 << 20, 1 << 50),
         "lanes": (1, 64),
         "storage_hot": (0.05, 1.0),
         "compute_hot": (0.05, 1.0),
         "thermal_limit_c": (20, 125),
+        "battery_low": (0.0, 1.0),
+        "memory_stall": (0.001, 1.0),
         "context": (1, 1 << 26),
     }
 )
 _MAC_BOUNDS, _READ_BOUNDS, _CLOCK_BOUNDS = (1e6, 1e16), (1e5, 1e12), (1e7, 2e10)
+_ENGINE_BOUNDS = (1e-10, 1.0)
 
 
 def _validate(p: DeviceProfile) -> None:
@@ -432,8 +532,12 @@ def _validate(p: DeviceProfile) -> None:
     need(ANY in p.kernels, f"kernels lack the rates of {ANY!r}")
     for name, rate in p.kernels.items():
         need(name == ANY or name in FORMATS, f"kernels name the unknown format {name!r}")
-        for value in (rate.row, rate.rows4, rate.batch):
+        for value in rate.rates():
             need(_MAC_BOUNDS[0] <= value <= _MAC_BOUNDS[1], f"kernel rate {value:g} of {name}")
+    for f in fields(p.engine):
+        value = getattr(p.engine, f.name)
+        good = _ENGINE_BOUNDS[0] <= value <= _ENGINE_BOUNDS[1]
+        need(good, f"engine cost {f.name} = {value:g} s is outside {_ENGINE_BOUNDS[0]:g}..1")
     need(bool(p.reads), "it has no read rates")
     blocks = [read.block_bytes for read in p.reads]
     need(blocks == sorted(set(blocks)) and blocks[0] >= 512, f"read sizes {blocks} do not rise")
@@ -466,7 +570,7 @@ def load_profile(name: str | Path) -> DeviceProfile:
         from mimo_edge.devices.this_machine import this_machine
 
         return this_machine()
-    return build(str(name), *_resolved(str(name)))
+    return build(str(name), *raw_profile(str(name)))
 
 
 def build(
@@ -501,8 +605,9 @@ def build(
     return DeviceProfile(name=name, title=title, sources=sources, chain=chain, **values)
 
 
-def _resolved(name: str) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """Title, merged figures and chain of a profile."""
+def raw_profile(name: str) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Title, figures as they stand in the files and chain of a profile. Raises as `load_profile`,
+    but does not look at the figures."""
     figures: dict[str, Any] = {}
     title, at = "", name
     chain: list[str] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_edge import machine
-from mimo_edge.devices.profile import AUTO, DeviceProfile, build, load_profile
+from mimo_edge.devices.profile import AUTO, DeviceProfile, build, raw_profile
 from mimo_edge.errors import DeviceError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
 
@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 # Left to the system and to what else starts while we run.
 _RESERVE = 16  # a sixteenth
 _CLOCK_HZ = 2e9
+_FRESH = frozenset({"memory.ram", "memory.process", "storage.size"})
+# Sooner than the system slows itself down, which costs more than fewer threads.
+_BELOW_TRIP_C = 3.0
 # Multiply-adds per cycle and core in a prefill: the first extension that is there decides. The
 # values for avx512-vnni (measured) and i8mm (published) are those of the shipped profiles.
 _PER_CYCLE = {
@@ -34,7 +37,17 @@ _PER_CYCLE = {
     "dotprod": 8.0,
     "neon": 2.0,
 }
-_ROW_SHARE, _ROWS4_SHARE = 0.5, 0.65
+_ROW_SHARE, _ROWS4_SHARE, _STORED_SHARE = 0.5, 0.65, 0.6
+_ENGINE_US = {
+    "step": 500,
+    "layer": 90,
+    "layer4": 130,
+    "streamed": 450,
+    "streamed4": 600,
+    "draft": 400,
+    "logits": 3,
+    "row": 4,
+}
 # Bytes per second a thread draws, and all of them together at most.
 _THREAD_BYTES_PER_S, _MOST_BYTES_PER_S = 8e9, 50e9
 _READS = (("128 KiB", "300 MB/s"), ("1 MiB", "900 MB/s"), ("4 MiB", "1000 MB/s"))
@@ -60,16 +73,15 @@ def this_machine(folder: Path | None = None) -> DeviceProfile:
     figures = known_figures(folder)
     path = measured_path()
     if path.is_file():
-        probed = load_profile(path)
-        if probed.title == title():
-            fresh = ("memory.ram", "memory.process", "storage.size")
-            raw = probed.to_dict()["figures"]
-            figures = raw | {key: figures[key] for key in fresh}
+        probed, raw, _ = raw_profile(str(path))
+        if probed == title():
+            # What an older probe did not know yet is assumed.
+            figures |= {key: figure for key, figure in raw.items() if key not in _FRESH}
         else:
             _log.warning(
                 "%s is of another machine (%s) and is not used: run mimo-edge probe",
                 path,
-                probed.title,
+                probed,
             )
     return build(AUTO, title(), figures, ())
 
@@ -87,9 +99,14 @@ def known_figures(folder: Path | None = None) -> dict[str, Any]:
     key = next((name for name in _PER_CYCLE if name in isa), "")
     per_cycle = _PER_CYCLE.get(key, 1.0)
     batch = cores * (clock or _CLOCK_HZ) * per_cycle
-    share = {"row": batch * _ROW_SHARE, "rows4": batch * _ROWS4_SHARE, "batch": batch}
+    share = {
+        "row": batch * _ROW_SHARE,
+        "rows4": batch * _ROWS4_SHARE,
+        "batch": batch,
+        "stored": batch * _STORED_SHARE,
+    }
     disk = shutil.disk_usage(folder or Path.cwd()).free
-    sensors = machine.thermal_zones()
+    sensors, trip = machine.thermal_zones(), machine.thermal_limit_celsius()
 
     def figure(value: Any, evidence: str, source: str) -> dict[str, Any]:
         return {"value": value, "evidence": evidence, "source": source}
@@ -109,6 +126,9 @@ def known_figures(folder: Path | None = None) -> dict[str, Any]:
             f"{min(_MOST_BYTES_PER_S, cores * _THREAD_BYTES_PER_S) / 1e9:g} GB/s",
             f"{_THREAD_BYTES_PER_S / 1e9:g} GB/s per core",
         ),
+        "memory.stall": figure(
+            0.1, "assumed", "well before the 60 % of the time from which systemd-oomd kills"
+        ),
         "cpu.cores": figure(
             [
                 {
@@ -126,20 +146,28 @@ def known_figures(folder: Path | None = None) -> dict[str, Any]:
             {"any": {name: f"{value / 1e9:.4g} GMAC/s" for name, value in share.items()}},
             f"{per_cycle:g} multiply-adds per cycle and core with {key or 'no vector extension'}",
         ),
-        "cpu.layer_overhead": figure(
-            "0.25 ms", "assumed", "measured on the development machine, not on this one"
+        "cpu.engine": assumed(
+            {name: f"{value:g} us" for name, value in _ENGINE_US.items()},
+            "as measured on the development machine, not on this one",
         ),
-        "cpu.node_overhead": assumed(f"{1.0 + cores:g} us", "a microsecond and one per thread"),
         "storage.size": measured(f"{disk} B", f"free space of {folder or 'the working folder'}"),
         "storage.lanes": figure(4, "assumed", "2 to 4 lanes saturate every disk measured"),
         "storage.reads": assumed(
             [{"block": block, "rate": rate} for block, rate in _READS], "a common SSD"
         ),
         "storage.hot": figure(0.9, "assumed", "not known"),
-        "thermal.limit": figure(
-            "85 C", "assumed", f"sensors here: {', '.join(sensors) or 'none'}; no limit is known"
+        "thermal.limit": (
+            figure(
+                "85 C", "assumed", f"sensors here: {', '.join(sensors) or 'none'}; none is known"
+            )
+            if trip is None
+            else figure(
+                f"{trip - _BELOW_TRIP_C:g} C", "measured", f"the system slows at {trip:g} C"
+            )
         ),
+        "thermal.zones": figure(["*"], "assumed", "the hottest of all sensors"),
         "thermal.hot": figure(0.9, "assumed", "not known"),
+        "power.battery_low": figure(0.2, "assumed", "where laptops begin to warn"),
         "npu.route": figure("not looked for", "assumed", "only the processor is described"),
         "npu.limits": figure("not known", "assumed", "only the processor is described"),
         "system.os": measured(str(machine.describe()["system"]), "uname"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mimo_edge.config import MimoConfig
     from mimo_edge.errors import MimoEdgeError
     from mimo_edge.export.pipeline import export_bundle
+    from mimo_edge.governor import Sensors, SystemSensors
     from mimo_edge.planner import Plan, plan
     from mimo_edge.remote.address import Connection
     from mimo_edge.remote.policy import Policy
@@ -35,7 +36,9 @@ _PUBLIC = {
     "Policy": "mimo_edge.remote.policy",
     "Reply": "mimo_edge.api",
     "Runtime": "mimo_edge.api",
+    "Sensors": "mimo_edge.governor",
     "Session": "mimo_edge.api",
+    "SystemSensors": "mimo_edge.governor",
     "Tool": "mimo_edge.tool_functions",
     "export_bundle": "mimo_edge.export.pipeline",
     "plan": "mimo_edge.planner",
@@ -54,7 +57,9 @@ __all__ = [
     "Policy",
     "Reply",
     "Runtime",
+    "Sensors",
     "Session",
+    "SystemSensors",
     "Tool",
     "__version__",
     "export_bundle",

@@ -12,9 +12,18 @@ One session serves one generation at a time.
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
@@ -28,6 +37,9 @@ from mimo_edge.config import MimoConfig
 from mimo_edge.deadline import Deadline
 from mimo_edge.engine import PREFILL_CHUNK, Engine, Generation, GenerationStats, token_list
 from mimo_edge.errors import ContextLengthError, SnapshotError, TokenizerError, UsageError
+from mimo_edge.governor.events import EventLog
+from mimo_edge.governor.limits import Limits
+from mimo_edge.governor.slots import SlotShares
 from mimo_edge.identity import vocabulary_identity
 from mimo_edge.idle import IdleCaches
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
@@ -35,7 +47,7 @@ from mimo_edge.logprobs import TokenLogprob
 from mimo_edge.machine import peak_rss_bytes, usable_cores
 from mimo_edge.model_source import Model, open_model
 from mimo_edge.prompt_border import PromptBorders
-from mimo_edge.runtimes.base import F32
+from mimo_edge.runtimes.base import F32, IdlingBackend, ThreadedBackend
 from mimo_edge.sampling import Constraint, Mask, Sampler
 from mimo_edge.sequence import Sequence as TokenSequence
 from mimo_edge.sequence_pool import SequencePool
@@ -49,7 +61,7 @@ from mimo_edge.snapshots.session import (
 )
 from mimo_edge.snapshots.spill import SpillToDisk
 from mimo_edge.snapshots.store import DEFAULT_BYTES, SnapshotStore
-from mimo_edge.speculative import DraftSetting
+from mimo_edge.speculative import DraftSetting, max_draft
 from mimo_edge.structured.wanted import Wanted
 from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.tool_calls import Malformed, ToolCall, tool_schemas
@@ -58,6 +70,7 @@ from mimo_edge.totals import Totals
 from mimo_edge.units import parse_bytes
 
 if TYPE_CHECKING:
+    from mimo_edge.governor import Governor, Sensors
     from mimo_edge.remote.address import Connection
     from mimo_edge.remote.runtime import RemoteRuntime
     from mimo_edge.structured.answers import Thinking
@@ -116,6 +129,8 @@ class Runtime:
         *,
         store: SnapshotStore | None = None,
         idle_bytes: int | None = None,
+        limits: Limits | None = None,
+        sensors: Sensors | None = None,
     ) -> None:
         self._model = model
         chunk = PREFILL_CHUNK if model.budget is None else model.budget.chunk
@@ -138,6 +153,35 @@ class Runtime:
         if store is not None and model.identity is not None:  # else nothing names what they are of
             self._prefixes = PrefixSnapshots(store, self._names.weights)
         self._engine.prefixes = self._prefixes
+        self._pools: weakref.WeakSet[SequencePool] = weakref.WeakSet()
+        self._events = EventLog()
+        self._slots = None if model.experts is None else SlotShares(model.experts)
+        self._governor: Governor | None = None
+        if limits is not None:
+            self._govern(limits, sensors)
+
+    def _govern(self, limits: Limits, sensors: Sensors | None) -> None:
+        from mimo_edge.governor import Governor, SystemSensors
+
+        engine, backend, experts = self._engine, self._model.backend, self._model.experts
+
+        def limit_drafts(count: int) -> None:
+            engine.draft_limit = count
+
+        drafts = max_draft(backend.config) if engine.draft == "auto" else engine.draft
+        self._governor = Governor(
+            limits,
+            SystemSensors(limits.zones) if sensors is None else sensors,
+            self._events,
+            threads=backend if isinstance(backend, ThreadedBackend) else None,
+            drafts=drafts,
+            limit_drafts=limit_drafts,
+            slots=self._slots,
+            drop_idle=partial(_drop_idle, engine),
+        )
+        engine.between_tokens = self._governor.between_tokens
+        if experts is not None:
+            experts.between_layers = self._governor.between_layers
 
     @classmethod
     def open(
@@ -152,6 +196,7 @@ class Runtime:
         kv_type: str | None = None,
         pin: int = 0,
         trace: str | Path | None = None,
+        governor: bool | Sensors | None = None,
         ep: str = "auto",
         snapshots: str | Path | None = None,
         snapshot_bytes: int | str | None = None,
@@ -162,7 +207,8 @@ class Runtime:
         `profile` is the name or file of a device profile ("auto": this machine); it decides what
         is not given of `ram`, `context`, `threads` and `kv_type`, and `draft` when that is "auto".
         `backend` "auto" is "ggml" for bundles and GGUF files, "reference" for checkpoints; "onnx"
-        takes the ONNX form of a bundle, on the execution provider `ep` ("cpu", "qnn"). `ram` is
+        takes the ONNX form of a bundle, on the execution provider `ep` ("cpu", "qnn", or
+        "qnn:v73" when a bundle has graphs for several NPUs). `ram` is
         a bound on the process in bytes (or "900MiB"): ggml and onnx read routed experts from
         flash when they do not fit, the reference backend refuses. `context` is the most tokens of
         a conversation (default 4,096 or what the model has), `draft` 0 to 3 or "auto"; with 0 the
@@ -171,8 +217,12 @@ class Runtime:
         (about half of f16), "f32". `pin` hottest
         experts of every layer, by the bundle's heat, are never given up when experts come from
         flash. `trace` is a file for the experts every layer chooses for every token (`mimo-edge
-        trace` reads it). `snapshots` is a folder for what was processed (system texts and tools,
-        for all processes on this device; idle conversations), at most `snapshot_bytes` bytes
+        trace` reads it). `governor`: whether to use fewer threads and drafts when the device is hot
+        or its battery low, and to give expert slots and idle caches back when memory is short, by
+        the profile's limits; on when a profile is given, with True also without one (by those of
+        "auto"), and with an object that reads sensors instead of the system's
+        (`mimo_edge.Sensors`). `snapshots` is a folder for what was processed (system texts and
+        tools, for all processes on this device; idle conversations), at most `snapshot_bytes` bytes
         (default 512 MiB). `idle_bytes` bounds the caches of conversations that wait: beyond it
         those used longest ago are put away, see docs/sessions.md. By default they may have what
         the plan for `ram` leaves, and without `ram` any amount. "mimo-nano" is the built-in model.
@@ -187,6 +237,7 @@ class Runtime:
         ):
             raise UsageError(f"context = {context!r}", "use 1 or more")
         usual_context, prefer_kv_type = DEFAULT_CONTEXT, DEFAULT_KV_TYPE
+        limits = _limits(profile, governor)
         if profile is not None:
             from mimo_edge.devices.profile import load_profile
 
@@ -215,7 +266,16 @@ class Runtime:
             context = min(usual_context, positions) if context is None else context
             # A plan says itself what it leaves for them beyond what is reserved.
             own = idle if model.budget is None or model.budget.ram is None else None
-            return cls(model, context, draft, store=store, idle_bytes=own)
+            sensors = None if governor is None or isinstance(governor, bool) else governor
+            return cls(
+                model,
+                context,
+                draft,
+                store=store,
+                idle_bytes=own,
+                limits=limits,
+                sensors=sensors,
+            )
         except BaseException:
             model.backend.close()
             if model.trace is not None:
@@ -357,7 +417,9 @@ class Runtime:
                 f"of {self.context} tokens",
                 "ask for fewer, use a smaller context or a larger ram",
             )
-        return SequencePool(self._engine, most)
+        pool = SequencePool(self._engine, most)
+        self._pools.add(pool)
+        return pool
 
     @property
     def planned_conversations(self) -> int | None:
@@ -393,10 +455,12 @@ class Runtime:
         """JSON-ready totals of this runtime and the peak memory of the process."""
         with self._totals_lock:
             counts = asdict(self._totals)
+        provider = getattr(self._model.backend, "provider_stats", None)
         totals = Totals(**counts)  # a copy: other threads go on adding
         return {
             "model": self.name,
             "backend": self._model.backend.name,
+            "provider": provider() if provider is not None else None,
             "context": self.context,
             "draft": self._engine.draft,
             **counts,
@@ -406,6 +470,8 @@ class Runtime:
             "peak_rss_bytes": peak_rss_bytes(),
             "budget": None if self._model.budget is None else self._model.budget.to_dict(),
             "experts": self._expert_stats(totals),
+            "governor": None if self._governor is None else self._governor.to_dict(),
+            "events": self._events.to_dict(),
             "queue": {"waiting": self._engine.queue.waiting},
             "idle": self._idle_stats(),
             "snapshots": self._snapshot_stats(),
@@ -457,11 +523,13 @@ class Runtime:
         """Give memory back while the system is short of it; from any thread.
 
         `fraction` of the expert slots that were planned, from 0 to 1, is released; what a token
-        needs at least stays. 0 takes everything into use again and reads hot experts anew in the
-        background. A running answer goes on with the same tokens, more slowly: slots go between
+        needs at least stays. The same share of idle conversations in `sequence_pool`s goes, those
+        idle longest first, and what ended ones left in memory (not counted). 0 takes all slots into
+        use again and reads hot experts anew in the background; until then a governor does not take
+        them either. A running answer goes on with the same tokens, more slowly: slots go between
         two of its layers, `timeout` seconds is the most this waits for that. Returns the bytes
-        released by this call. A resident model has nothing to give, every token needs all of it:
-        it returns 0. Raises UsageError for other fractions or a closed runtime.
+        released by this call. Weights of a resident model all stay, every token needs all of them.
+        Raises UsageError for other fractions or a closed runtime.
         """
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
             raise UsageError(f"trim({fraction!r})", "give the share to release, from 0 to 1")
@@ -470,8 +538,19 @@ class Runtime:
         if not 0 <= timeout < threading.TIMEOUT_MAX:
             raise UsageError(f"timeout = {timeout!r} seconds", "use 0 or more")
         self._engine.check_open()
-        experts = self._model.experts
-        return 0 if experts is None else experts.trim(fraction, timeout)
+        freed = _release_idle(self._pools, fraction)
+        if fraction and isinstance(self._model.backend, IdlingBackend):
+            self._model.backend.free_idle()
+        slots = before = 0
+        if self._slots is not None:
+            before = self._slots.count
+            released = round(fraction * self._slots.planned)
+            freed += self._slots.set("application", released, timeout)
+            slots = self._slots.count
+        if freed or slots != before:
+            action = f"expert slots {before} -> {slots}, {freed} bytes given back"
+            self._events.add("application", action, f"trim({fraction:g})", relief=slots > before)
+        return freed
 
     def memory_plan(self) -> list[str]:
         """The memory budget as lines of text; empty when the backend does not plan."""
@@ -941,6 +1020,29 @@ class Session:
         begun, self._open = self._open, None
         if begun is not None:
             self._leave_open(begun)
+
+
+def _limits(profile: str | None, governor: bool | Sensors | None) -> Limits | None:
+    """From which readings on a governor acts; None without one."""
+    if governor is False or (governor is None and profile is None):
+        return None
+    from mimo_edge.devices.profile import AUTO, load_profile
+
+    return Limits.of(load_profile(AUTO if profile is None else profile))
+
+
+def _release_idle(pools: Iterable[SequencePool], share: float) -> int:
+    """Forget that share of idle conversations; bytes of their caches."""
+    return sum(pool.release(share) for pool in list(pools))
+
+
+def _drop_idle(engine: Engine) -> int:
+    """Put all idle conversations away, and free what ended ones left in memory; bytes. For whoever
+    has the turn."""
+    put = engine.idle.put_all_away()
+    backend = engine.backend
+    freed = backend.free_idle() if isinstance(backend, IdlingBackend) else 0
+    return max(put, freed)  # what is put away is left in memory first
 
 
 def _piece(

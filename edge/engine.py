@@ -153,6 +153,11 @@ class Engine:
         self._auto = AdaptivePolicy(max_draft(backend.config), CostTable())
         self.idle = IdleCaches()
         self.prefixes: Prefixes | None = None
+        self.between_tokens: Callable[[], None] = _nothing
+        """Called before every step and prompt chunk, while nothing computes: it may change what
+        the backend uses. Whatever it raises ends the generation."""
+        self.draft_limit = MAX_DRAFT
+        """Most drafts of a step, whatever is set or chosen."""
         # A backend takes one call at a time: threads queue here between steps.
         self.queue = TurnQueue()
         self._pid = os.getpid()
@@ -331,6 +336,10 @@ def token_list(token_ids: Ids[int]) -> list[int]:
         raise UsageError(f"token ids are a flat list of whole numbers: {error}") from None
 
 
+def _nothing() -> None:
+    return None
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -451,6 +460,7 @@ class Generation:
             end = self._border if at < self._border else len(prompt)
             chunk = prompt[at : at + even_part(end - at, engine.prefill_chunk)]
             with engine.step_of(sequence, self._cancel):
+                engine.between_tokens()
                 start = engine.clock()
                 following = end - at - len(chunk)
                 last = end == len(prompt) and not following
@@ -475,10 +485,11 @@ class Generation:
         if self._max_tokens is not None:
             left = min(left, self._max_tokens - self._said)
         with engine.step_of(sequence, self._cancel):
+            engine.between_tokens()
             start, prepared = engine.clock(), engine.prepared
             # More drafts than can still be used would only be thrown away.
             cold = sequence.drafter is not None and sequence.drafter.cold
-            want = min(self._policy.choose(cold), room, left - 1)
+            want = min(self._policy.choose(cold), room, left - 1, engine.draft_limit)
             drafts: list[int] = []
             steady = True
             if want > 0 and sequence.drafter is not None:

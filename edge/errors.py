@@ -12,6 +12,7 @@ MimoEdgeError
 ├── TokenizerError         missing or damaged tokenizer or chat template
 ├── DeviceError            does not fit the device or profile
 ├── BackendError           a backend that is missing, unsupported or failed
+│   └── ProviderError      an execution provider (NPU) that is missing, refused nodes or crashed
 ├── CacheError             a KV cache asked for what it no longer holds
 │   └── ContextLengthError more tokens than the context holds
 ├── SnapshotError          a saved session or snapshot that is damaged or cannot be written
@@ -89,6 +90,10 @@ class DeviceError(MimoEdgeError):
 
 class BackendError(MimoEdgeError):
     """A backend that is missing, unsupported or failed."""
+
+
+class ProviderError(BackendError):
+    """An execution provider (an NPU's) that is missing, refused part of a model, or crashed."""
 
 
 class CacheError(MimoEdgeError):

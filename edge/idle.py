@@ -109,6 +109,15 @@ class IdleCaches:
             total -= one.held_bytes
             self._put_away(one)
 
+    def put_all_away(self) -> int:
+        """Put away every sequence but the one used last; bytes of their caches."""
+        freed = 0
+        for one in self._sequences():
+            if one.cache is not None and one.used != self._clock:
+                freed += one.nbytes()
+                self._put_away(one)
+        return freed
+
     def settle(self, sequence: Sequence) -> None:
         """After a step of `sequence`: what it holds now."""
         if self.limit_bytes is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BundleError
 from mimo_edge.gguf_meta import expected_shapes
 from mimo_edge.known_models import KNOWN_MODELS, known_model
-from mimo_edge.manifest import MANIFEST_NAME, Manifest
+from mimo_edge.manifest import MANIFEST_NAME, Manifest, OnnxEntry
 from mimo_edge.quant.roles import Role
 
 BUILT_IN = "mimo-nano"
@@ -142,8 +143,24 @@ class Inventory:
                 "calibrated": m.imatrix_file is not None,
                 "unweighted": list(m.unweighted),
                 "permuted": bool(m.permutation),
+                "onnx": None if m.onnx is None else onnx_summary(m.onnx),
             }
         return result
+
+
+def onnx_summary(entry: OnnxEntry) -> dict[str, Any]:
+    """Of an ONNX form: versions, components by variant, and how many matrices have each format."""
+    variants: dict[str, int] = {}
+    for component in entry.components.values():
+        for variant in component.variants:
+            variants[variant] = variants.get(variant, 0) + 1
+    return {
+        "opset": entry.opset,
+        "ir_version": entry.ir_version,
+        "components": variants,
+        "formats": dict(Counter(entry.formats.values())),
+        "gguf": entry.gguf,
+    }
 
 
 def inventory(what: str | Path) -> Inventory:

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from mimo_edge.hwcap import arm_extensions, hwcap_words
 
-# Kernels without a limit write a number near 2^63.
-_NO_LIMIT = 1 << 60
 # Names of device profiles, and how /proc/cpuinfo of an x86 processor spells them.
 _ISA_FLAGS = {
     "avx": "avx",
@@ -35,7 +33,7 @@ def usable_cores() -> int:
 def peak_rss_bytes() -> int:
     """Most memory this process has had resident, pages of mapped files included."""
     # Not ru_maxrss on Linux: a new process starts there with what its parent had resident.
-    high = _field("/proc/self/status", "VmHWM")
+    high = field("/proc/self/status", "VmHWM")
     if high is not None:
         return high * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -44,25 +42,25 @@ def peak_rss_bytes() -> int:
 
 def rss_bytes() -> int | None:
     """Memory this process has resident now; None where the system does not say."""
-    now = _field("/proc/self/status", "VmRSS")
+    now = field("/proc/self/status", "VmRSS")
     return None if now is None else now * 1024
 
 
 def storage_read_bytes() -> int | None:
     """Bytes this process made the disks deliver so far, by read or through a mapped file; None
     where the system does not count them."""
-    return _field("/proc/self/io", "read_bytes")
+    return field("/proc/self/io", "read_bytes")
 
 
 def memory_bytes() -> int | None:
     """RAM of the machine."""
-    total = _field("/proc/meminfo", "MemTotal")
+    total = field("/proc/meminfo", "MemTotal")
     return None if total is None else total * 1024
 
 
 def available_bytes() -> int | None:
     """What the system says could be allocated now; None where it does not tell."""
-    free = _field("/proc/meminfo", "MemAvailable")
+    free = field("/proc/meminfo", "MemAvailable")
     return None if free is None else free * 1024
 
 
@@ -71,28 +69,13 @@ def cgroup_limit_bytes(
 ) -> int | None:
     """The tightest memory limit of the cgroups this process is in, less what they hold already;
     None when there is none. Versions 1 and 2."""
-    try:
-        lines = membership.read_text("ascii", "replace").splitlines()
-    except OSError:
-        return None
+    from mimo_edge.memory_cgroups import memory_cgroups
+
     found = []
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        names = ("memory.max", "memory.current")
-        base = root
-        if "memory" in controllers.split(","):
-            names, base = ("memory.limit_in_bytes", "memory.usage_in_bytes"), root / "memory"
-        elif controllers:
-            continue
-        folder = base / path.lstrip("/")
-        # A limit anywhere above binds as well; a container may not see all of the path.
-        for place in (folder, *folder.parents):
-            limit, used = (_number(place / name) for name in names)
-            if limit is not None and limit < _NO_LIMIT:
-                found.append(max(0, limit - (used or 0)))
-            if place == base:
-                break
+    for group in memory_cgroups(root, membership):
+        limit = group.limit_bytes()
+        if limit is not None:
+            found.append(max(0, limit - (group.usage_bytes() or 0)))
     return min(found, default=None)
 
 
@@ -116,7 +99,7 @@ def isa_flags() -> tuple[str, ...]:
 def clock_hz() -> float | None:
     """The fastest clock the system names for a core."""
     folder = Path("/sys/devices/system/cpu")
-    limits = (_number(path) for path in folder.glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq"))
+    limits = (number(path) for path in folder.glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq"))
     if known := [limit * 1e3 for limit in limits if limit]:
         return max(known)
     try:
@@ -128,18 +111,37 @@ def clock_hz() -> float | None:
     return max(clocks) * 1e6 if clocks else None
 
 
+def thermal_zone_folders(root: Path = Path("/sys/class/thermal")) -> dict[str, Path]:
+    """Folder of every temperature sensor the system shows, by its kind."""
+    found: dict[str, Path] = {}
+    for zone in sorted(root.glob("thermal_zone*")):
+        kind = first_line(zone / "type") or zone.name
+        found[kind if kind not in found else f"{kind} ({zone.name})"] = zone
+    return found
+
+
+def zone_celsius(zone: Path) -> float | None:
+    """Temperature of the sensor in a folder; None when it cannot be read."""
+    value = number(zone / "temp")
+    return None if value is None else value / 1000
+
+
 def thermal_zones(root: Path = Path("/sys/class/thermal")) -> dict[str, float]:
     """Temperature in degrees Celsius of every sensor the system shows, by its kind."""
-    found: dict[str, float] = {}
-    for zone in sorted(root.glob("thermal_zone*")):
-        value = _number(zone / "temp")
-        try:
-            kind = (zone / "type").read_text("utf-8", "replace").strip()
-        except OSError:
-            kind = zone.name
-        if value is not None:
-            found[kind if kind not in found else f"{kind} ({zone.name})"] = value / 1000
-    return found
+    found = {kind: zone_celsius(zone) for kind, zone in thermal_zone_folders(root).items()}
+    return {kind: celsius for kind, celsius in found.items() if celsius is not None}
+
+
+def thermal_limit_celsius(root: Path = Path("/sys/class/thermal")) -> float | None:
+    """The lowest temperature at which this system slows itself down; None where it names none."""
+    found = []
+    for zone in root.glob("thermal_zone*"):
+        for kind in zone.glob("trip_point_*_type"):
+            value = number(kind.with_name(kind.name.removesuffix("type") + "temp"))
+            # unset trip points are zero, or below
+            if first_line(kind) == "passive" and value is not None and value >= 40_000:
+                found.append(value / 1000)
+    return min(found, default=None)
 
 
 def describe() -> dict[str, object]:
@@ -168,7 +170,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _number(path: Path) -> int | None:
+def number(path: Path) -> int | None:
     """The whole number a file of the kernel's holds; None when it holds none."""
     try:
         return int(path.read_text("ascii", "replace"))
@@ -176,7 +178,15 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _field(path: str, name: str) -> int | None:
+def first_line(path: Path) -> str:
+    """The first line of a file of the kernel's; empty when it cannot be read."""
+    try:
+        return path.read_text("utf-8", "replace").partition("\n")[0].strip()
+    except OSError:
+        return ""
+
+
+def field(path: str | Path, name: str) -> int | None:
     """The number after "name:" in a file of /proc; None when there is none."""
     try:
         lines = Path(path).read_text("ascii", "replace").splitlines()
@@ -185,6 +195,6 @@ def _field(path: str, name: str) -> int | None:
     for line in lines:
         key, _, value = line.partition(":")
         if key == name and value.split():
-            number = value.split()[0]
-            return int(number) if number.isdigit() else None
+            text = value.split()[0]
+            return int(text) if text.isdigit() else None
     return None

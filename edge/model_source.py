@@ -95,8 +95,8 @@ def open_model(
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
-    if ep not in EPS:
-        raise UsageError(f"execution provider {ep!r}", f"use {', '.join(EPS)}")
+    if ep.partition(":")[0] not in EPS or (":" in ep and not ep.startswith("qnn:")):
+        raise UsageError(f"execution provider {ep!r}", f"use {', '.join(EPS)} or qnn:NPU")
     if threads is not None:
         _check_threads(threads)
     if isinstance(pin, bool) or not isinstance(pin, int) or pin < 0:
@@ -274,7 +274,7 @@ def _open_onnx(
     from mimo_edge import onnx_budget
     from mimo_edge.runtimes.onnx.backend import OnnxBackend
     from mimo_edge.runtimes.onnx.package import onnx_form
-    from mimo_edge.runtimes.onnx.providers import choose
+    from mimo_edge.runtimes.onnx.providers import CPU, choose
 
     if source.bundle is None:
         raise BackendError(
@@ -283,7 +283,7 @@ def _open_onnx(
         )
     bundle, config = source.bundle, source.weights.config
     manifest = onnx_form(bundle)
-    choose(ep)
+    provider = choose(ep)
     if not mtp:
         config = replace(config, num_mtp_layers=0)
     budget = onnx_budget.plan(
@@ -304,14 +304,28 @@ def _open_onnx(
         made.append(CachedExperts(device, ExpertTable.from_bundle(bundle), budget.slots, pin=pin))
         return made[0]
 
-    backend = OnnxBackend(
-        bundle,
-        config=config,
-        threads=threads,
-        chunk=budget.chunk,
-        experts=experts if budget.slots else None,
-        routes=routes,
-    )
+    source_of = experts if budget.slots else None
+    backend: OnnxBackend
+    if provider == CPU:
+        backend = OnnxBackend(
+            bundle,
+            config=config,
+            threads=threads,
+            chunk=budget.chunk,
+            experts=source_of,
+            routes=routes,
+        )
+    else:
+        from mimo_edge.runtimes.onnx.npu_backend import NpuBackend
+
+        backend = NpuBackend(
+            bundle,
+            npu=provider.variant or None,
+            config=config,
+            threads=threads,
+            experts=source_of,
+            routes=routes,
+        )
     for one in made:
         one.warm_up()  # not earlier: loading weights needs the memory of empty slots
     return backend, (made[0] if made else None), budget

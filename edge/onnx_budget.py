@@ -16,7 +16,15 @@ from mimo_edge.errors import DeviceError
 from mimo_edge.experts.reader import COALESCE_BYTES, DEFAULT_LANES
 from mimo_edge.gguf_file import TensorInfo
 from mimo_edge.manifest import Manifest
-from mimo_edge.onnx_io import CPU_VARIANT, DATA_NAME, EMBED, FOLDER, mtp_name
+from mimo_edge.onnx_io import (
+    CPU_VARIANT,
+    DATA_NAME,
+    EMBED,
+    FOLDER,
+    LAYERS_PER_SHARD,
+    mtp_name,
+    shards,
+)
 from mimo_edge.speculative import MAX_DRAFT
 from mimo_edge.units import format_bytes
 
@@ -129,6 +137,12 @@ def kv_bytes(config: MimoConfig, context: int) -> int:
     return total + largest
 
 
+def most_sliding(config: MimoConfig) -> int:
+    """Most sliding layers of one graph."""
+    found = shards(config, LAYERS_PER_SHARD)
+    return max(sum(config.layer(n).sliding for n in shard.layers) for shard in found)
+
+
 def pass_bytes(config: MimoConfig, context: int, chunk: int) -> int:
     """An upper bound on what passes of up to `chunk` tokens take: arrays bound to graphs, what a
     graph holds while it runs, routed experts between them."""
@@ -140,7 +154,8 @@ def pass_bytes(config: MimoConfig, context: int, chunk: int) -> int:
     masks = 4 * t * (ring + full)
     row = 4 * groups * (c.head_dim + c.v_head_dim)
     # columns of a long pass, and of every sliding layer the rows its ring will get
-    gathered = row * ring + row * min(ring, t) * sum(c.hybrid_layer_pattern)
+    shared = most_sliding(config)
+    gathered = row * ring * shared + row * min(ring, t) * sum(c.hybrid_layer_pattern)
     scores = _SCORE_COPIES * 4 * heads * t * (max(ring, full) + 1)
     qkv = heads * c.head_dim + groups * (c.head_dim + c.v_head_dim)
     attention = scores + 4 * t * (3 * qkv + 4 * width + 2 * heads * c.v_head_dim) + row * ring

@@ -44,6 +44,8 @@ CONTRIB_OPSET = 1
 IR_VERSION = 12
 """Of opset 24's own time: no newer feature is used."""
 CPU_VARIANT = "cpu"
+LAYERS_PER_SHARD = 8
+"""Decoder layers of one component where no router ends it sooner."""
 
 EMBED, HEAD = "embed", "lm_head"
 MASKED = -1e30

@@ -7,6 +7,7 @@ sequences, and the next session takes over the one that saves most.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence as Ids
 
@@ -58,6 +59,15 @@ class SequencePool:
         """Forget every idle sequence."""
         with self._lock:
             self._idle.clear()
+
+    def release(self, share: float) -> int:
+        """Forget that share (0 to 1, rounded up) of the idle sequences, those idle longest first.
+        Returns the bytes of their caches."""
+        with self._lock:
+            count = math.ceil(share * len(self._idle))
+            nbytes = sum(sequence.nbytes() for sequence in self._idle[:count])
+            del self._idle[:count]
+            return nbytes
 
     @property
     def idle(self) -> int:

@@ -486,6 +486,7 @@ class AdaptivePolicy:
         self._current = limit
         self._asked = [0] * (limit + 1)  # how often a width was asked for to measure it
         self._steps = 0
+        self._last = 0  # width of the latest step
         self._rested = 0  # steps since the last probe
         self._unused = [0.0] * (limit + 1)  # seconds of steps since one had that width
         self._restart = 0.0  # seconds per draft that the first one costs on top: MTP caches fill
@@ -548,11 +549,15 @@ class AdaptivePolicy:
         if seconds is None:
             seconds = usual or 0.0
         elif steady:
-            self._costs.add(drafted, seconds)
+            # The first plain step after drafts finds nothing of its own in the processor's caches,
+            # which a small model feels.
+            if drafted or not self._last:
+                self._costs.add(drafted, seconds)
         elif usual is not None:
             extra = max(0.0, seconds - usual) / max(1, drafted)
             self._restart = (self._restart + extra) / 2 if self._restart else extra
         self._gained += 1 + sum(hits)
+        self._last = drafted
         self._steps += 1
         self._unused = [unused + seconds for unused in self._unused]
         if drafted <= self._limit:

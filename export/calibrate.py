@@ -28,6 +28,7 @@ from mimo_edge.kv_cache import FullCache
 from mimo_edge.model_source import open_tokenizer
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.runtimes.base import F32, TokenIds, Weights
+from mimo_edge.runtimes.checks import check_ids
 from mimo_edge.runtimes.reference import ReferenceBackend, rms_norm
 from mimo_edge.text_file import read_text
 from mimo_edge.tokenizer import Tokenizer
@@ -110,7 +111,7 @@ class Walker(ReferenceBackend):
         super().__init__(weights, max_cached_experts=0, observer=observer)
 
     def embed(self, token_ids: TokenIds) -> F32:
-        return self._source().embedding(self._check_ids(token_ids))
+        return self._source().embedding(check_ids(token_ids, self.config))
 
     def block(self, spec: LayerSpec, h: F32, spans: Sequence[tuple[int, int]]) -> None:
         """h <- block(h), in place."""
@@ -231,7 +232,7 @@ def calibrate(
     if isinstance(text, (str, Path)):
         path = Path(text)
         name = text_name(path.name)
-        if _is_gguf(path):
+        if is_gguf(path):
             return _from_imatrix(path, config)
         if tokenizer is None:
             raise UsageError(f"{path} cannot be read without a tokenizer", "give token ids")
@@ -338,7 +339,9 @@ def _mtp_spans(spans: list[Span], depth: int) -> tuple[list[Span], list[Span]]:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """Whether a file is an importance matrix rather than a text. Raises UsageError when it cannot
+    be read."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"

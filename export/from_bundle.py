@@ -125,7 +125,7 @@ def extended_manifest(export: Export) -> Manifest:
     """The bundle's own manifest, with the ONNX form."""
     assert export.base is not None
     assert export.onnx is not None
-    names = (*export.linked, *export.file_names, *export.side_files)
+    names = (*export.linked, *export.file_names, *export.side_files, *export.compiled)
     return replace(
         export.base,
         tool_version=mimo_edge.__version__,

@@ -27,6 +27,7 @@ from mimo_edge.quant.recipe import Choice, Recipe
 from mimo_edge.quant.roles import Role
 
 if TYPE_CHECKING:
+    from mimo_edge.export.npu_stage import NpuJob
     from mimo_edge.export.onnx.stage import OnnxJob
 
 Progress = Callable[[str, int, int], None]
@@ -105,6 +106,7 @@ class Export:
     progress: Progress | None
     threads: int
     onnx: OnnxJob | None = None
+    npu: NpuJob | None = None
     gguf: bool = True
     base: Manifest | None = None
     linked: dict[str, Path] = field(default_factory=dict)
@@ -127,6 +129,11 @@ class Export:
     @property
     def gguf_layouts(self) -> list[GgufLayout]:
         return [layout for layout in self.layouts if isinstance(layout, GgufLayout)]
+
+    @property
+    def compiled(self) -> list[str]:
+        """Files made for NPUs, by name in the bundle."""
+        return [] if self.npu is None else self.npu.files
 
     @property
     def folder(self) -> Path:

@@ -27,6 +27,7 @@ import mimo_edge
 from mimo_edge.bundle import Bundle
 from mimo_edge.errors import ExportError, UsageError
 from mimo_edge.export import hub
+from mimo_edge.export.calibrate import is_gguf, read_tokenizer
 from mimo_edge.export.checkpoint import Checkpoint
 from mimo_edge.export.from_bundle import (
     bytes_to_copy,
@@ -36,13 +37,17 @@ from mimo_edge.export.from_bundle import (
 )
 from mimo_edge.export.job import PART, Export, Piece, Progress, prepare
 from mimo_edge.export.measured import Measured, measure
+from mimo_edge.export.npu_stage import DEFAULT_CONTEXT, NpuRequest, compile_npu, plan_npu
 from mimo_edge.export.pieces import Chunk, Computed, compute
 from mimo_edge.export.staging import check_target, clear, disk_error, open_staging, staging_of, tidy
+from mimo_edge.export.weights import CheckpointWeights
 from mimo_edge.heat import expert_names
 from mimo_edge.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
+from mimo_edge.model_source import open_tokenizer
 from mimo_edge.onnx_io import FOLDER
 from mimo_edge.quant.imatrix import Imatrix
 from mimo_edge.quant.recipe import Recipe
+from mimo_edge.text_file import read_text
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +56,8 @@ BUILT_IN = "mimo-nano"
 # Written bytes after which data and journal are synced: what a crash can cost.
 _COMMIT_BYTES = 32 << 20
 _READ_BYTES = 4 << 20
+# Of a text that activations are measured on.
+_TEXT_BYTES = 1 << 20
 # Kept free on the disk beyond what the export itself needs.
 _MARGIN_BYTES = 16 << 20
 # One expert's matrix as the manifest's `unweighted` names it.
@@ -72,6 +79,9 @@ def export_bundle(
     overwrite: bool = False,
     permute_by_heat: bool = False,
     threads: int | None = None,
+    npu: str | Sequence[str] | None = None,
+    npu_precision: str = "int4",
+    npu_context: int = DEFAULT_CONTEXT,
 ) -> Bundle:
     """Quantise a Hugging Face checkpoint into a bundle folder and open it.
 
@@ -85,12 +95,20 @@ def export_bundle(
     `overrides` are (glob on tensor names, format) that win over the recipe. `window` overrides W.
     `overwrite` replaces an existing bundle at the end of the export, not
     before. `permute_by_heat` stores the experts of a layer hottest first. `threads` pieces are
-    quantised at a time (default: up to 4).
+    quantised at a time (default: up to 4). `npu` names NPUs ("v73,sa8255") that the dense part is
+    compiled for as well, in "int4" (calibrated on the text of `calibration`; of mimo-nano on its
+    own) or "fp16", for contexts up to `npu_context`; it takes the ONNX form along.
 
     An interrupted export is continued by the same call. Raises CheckpointError, ConfigError,
     QuantError or TokenizerError for a source that cannot be exported, ExportError when the
-    output is in the way or the disk is full; nothing that looks whole is left behind then.
+    output is in the way or the disk is full, ProviderError when an NPU takes no part of the model;
+    nothing that looks whole is left behind then.
     """
+    request = None
+    if npu is not None:
+        text = _calibration_text(calibration, checkpoint) if npu_precision == "int4" else None
+        request = NpuRequest.of(npu, npu_precision, npu_context, text)
+        formats = (*formats, "onnx")
     if unknown := [name for name in formats if name not in FORMATS]:
         raise UsageError(f"unknown output format {unknown[0]!r}", f"known: {', '.join(FORMATS)}")
     if threads is not None and threads < 1:
@@ -105,7 +123,7 @@ def export_bundle(
     staging = staging_of(target)
     check_target(target, overwrite)
     if (Path(checkpoint) / MANIFEST_NAME).is_file():
-        asked = (recipe, calibration, window)
+        asked = (recipe, None if npu is not None else calibration, window)
         if any(option is not None for option in asked) or any(
             (tuple(overrides), tuple(ignore_config_keys), permute_by_heat)
         ):
@@ -116,7 +134,11 @@ def export_bundle(
         if not (gguf and onnx):
             raise UsageError(f"{checkpoint} is a bundle: its GGUF files stay", "use --format both")
         with Bundle.open(checkpoint) as given:
-            return _run(prepare_from_bundle(given, target, staging, progress, threads), overwrite)
+            export = prepare_from_bundle(given, target, staging, progress, threads)
+            if request is not None:
+                tokenizer = open_tokenizer(given.tokenizer_path) if given.tokenizer_path else None
+                export.npu = plan_npu(request, given.weights(), tokenizer)
+            return _run(export, overwrite)
     with Checkpoint.open(
         _folder(checkpoint), window=window, ignore_config_keys=ignore_config_keys
     ) as source:
@@ -137,7 +159,22 @@ def export_bundle(
             gguf,
             onnx,
         )
+        if request is not None:
+            export.npu = plan_npu(request, CheckpointWeights(source), read_tokenizer(source))
         return _run(export, overwrite)
+
+
+def _calibration_text(
+    calibration: Measured | Imatrix | str | Path | None, checkpoint: str | Path
+) -> str | None:
+    """The text activations are measured on: that of `calibration`, mimo-nano's own, or none."""
+    if isinstance(calibration, (str, Path)) and not is_gguf(Path(calibration)):
+        return read_text(Path(calibration), _TEXT_BYTES, "calibration text")
+    if str(checkpoint) == BUILT_IN:
+        from mimo_edge.nano.commands import calibration_text
+
+        return calibration_text()
+    return None
 
 
 def _run(export: Export, overwrite: bool) -> Bundle:
@@ -335,7 +372,8 @@ def write_manifest(export: Export) -> None:
     stacks = {plan.name for plan in export.mapping.tensors if plan.is_expert_stack}
     side = export.side_files
     # The ONNX form last, as where it is added to a bundle.
-    files = sorted((*export.file_names, *side), key=lambda name: name.startswith(f"{FOLDER}/"))
+    present = (*export.file_names, *side, *export.compiled)
+    files = sorted(present, key=lambda name: name.startswith(f"{FOLDER}/"))
     manifest = Manifest(
         tool_version=mimo_edge.__version__,
         source_name=export.name,
@@ -399,7 +437,8 @@ def _rounded(value: float) -> float:
 
 def publish(export: Export) -> None:
     """Final names, the manifest's last; then the folder appears under its own name at once."""
-    for name in (*export.linked, *export.file_names, *export.side_files, MANIFEST_NAME):
+    written = (*export.file_names, *export.side_files, *export.compiled)
+    for name in (*export.linked, *written, MANIFEST_NAME):
         (export.folder / (name + PART)).rename(export.folder / name)
     for folder in export.folder.rglob("*/"):
         _sync_folder(folder)
@@ -420,6 +459,7 @@ STAGES: tuple[Callable[[Export], None], ...] = (
     write_side_files,
     link_files,
     seal,
+    compile_npu,
     write_manifest,
     publish,
 )

@@ -16,6 +16,7 @@ from mimo_edge.errors import BundleError, ExportError
 from mimo_edge.export.job import PART, Export
 from mimo_edge.export.journal import NAME as JOURNAL_NAME
 from mimo_edge.export.journal import Journal
+from mimo_edge.export.npu_stage import npu_staging
 from mimo_edge.manifest import MANIFEST_NAME, Manifest
 from mimo_edge.quant.imatrix import Imatrix
 
@@ -66,6 +67,7 @@ def open_staging(export: Export, overwrite: bool) -> bool:
         export.journal = Journal(staging / JOURNAL_NAME)
     if export.journal.job is None:
         clear(export.folder)
+        clear(npu_staging(staging))
         if occupied and not overwrite:
             # An export that may not overwrite begins where nothing is: this folder is what a run
             # left that was killed at the very end of tidying up, or somebody's mistake.
@@ -156,6 +158,7 @@ def _job(export: Export) -> dict[str, Any]:
         "side files": side,
         "importance": _imatrix_digest(export),
         "linked files": sorted(export.linked),
+        "npu": None if export.npu is None else export.npu.request.identity(),
         "permutation": {str(n): list(order) for n, order in export.permutation.items()},
     }
 

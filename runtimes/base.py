@@ -183,6 +183,20 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class ThreadedBackend(Protocol):
+    """A backend whose number of threads can change between two passes."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        ...
+
+    def set_threads(self, count: int) -> None:
+        """Compute with `count` threads from the next pass on. Raises UsageError."""
+        ...
+
+
+@runtime_checkable
 class ChainingBackend(Protocol):
     """What a backend may have on top: several MTP blocks in one call."""
 
@@ -214,4 +228,13 @@ class PreparingBackend(Protocol):
     @property
     def prepared(self) -> int:
         """How many kinds of pass were prepared so far; the first of a kind takes longer."""
+        ...
+
+
+@runtime_checkable
+class IdlingBackend(Protocol):
+    """A backend that keeps memory of ended conversations for the next ones."""
+
+    def free_idle(self) -> int:
+        """Free it; its bytes. From any thread."""
         ...

@@ -56,6 +56,7 @@ from mimo_edge.runtimes.base import (
     TokenIds,
     Weights,
 )
+from mimo_edge.runtimes.checks import check_ids, check_mtp_rows, check_wanted
 from mimo_edge.runtimes.observer import Observer
 
 ExpertIds = NDArray[np.int64]
@@ -354,11 +355,9 @@ class ReferenceBackend:
         CacheError (not ours), GenerationError (NaN or Inf, naming the layer), Cancelled.
         """
         source = self._source()
-        ids = self._check_ids(token_ids)
+        ids = check_ids(token_ids, self.config)
         total = len(ids)
-        for label, rows in (("logits_rows", logits_rows), ("hidden_rows", hidden_rows)):
-            if not 0 <= rows <= total:
-                raise UsageError(f"{label} = {rows} of {total} new tokens")
+        check_wanted(total, logits_rows, hidden_rows)
         ours = self._check_cache(cache)
         ours.require(total)
         position = ours.length
@@ -404,22 +403,9 @@ class ReferenceBackend:
         self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache, rows: int
     ) -> F32:
         c, source = self.config, self._source()
-        if not 0 <= depth < c.num_mtp_layers:
-            raise UsageError(f"MTP block {depth} of a model with {c.num_mtp_layers}")
-        ids = self._check_ids(token_ids)
-        hidden = np.asarray(hidden, np.float32)
-        if hidden.shape != (len(ids), c.hidden_size):
-            raise UsageError(
-                f"hidden states of shape {hidden.shape} for {len(ids)} tokens of width "
-                f"{c.hidden_size}"
-            )
+        ids = check_ids(token_ids, c)
         ours = self._check_cache(cache)
-        if not 0 <= position <= ours.length - len(ids):
-            raise CacheError(
-                f"MTP rows {position}..{position + len(ids) - 1}, but the target has processed "
-                f"{ours.length} tokens",
-                "a row needs the target's hidden state of its position",
-            )
+        hidden = check_mtp_rows(c, depth, len(ids), hidden, position, ours.length)
         spec = c.layer(c.num_hidden_layers + depth)
         p = f"blk.{spec.index}."
         self._apart = False
@@ -441,19 +427,6 @@ class ReferenceBackend:
         self._experts.clear()
 
     # --- input checks ---
-
-    def _check_ids(self, token_ids: ArrayLike) -> TokenIds:
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise UsageError(
-                f"token ids of shape {ids.shape}, type {ids.dtype}", "give one or more integers"
-            )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise UsageError(
-                f"token id {low if low < 0 else high} is outside 0..{self.config.vocab_size - 1}"
-            )
-        return ids.astype(np.int32)
 
     def _check_cache(self, cache: Cache) -> ModelCache:
         if not isinstance(cache, ModelCache) or cache.config != self.config:

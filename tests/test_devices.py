@@ -15,7 +15,9 @@ from mimo_edge.devices.profile import (
     EVIDENCE,
     FIGURES,
     KernelRate,
+    build,
     load_profile,
+    plain_seconds,
     profile_names,
 )
 from mimo_edge.errors import ConfigError, UsageError
@@ -73,9 +75,19 @@ def test_read_rates_between_and_beyond_the_sizes_listed() -> None:
 
 
 def test_kernel_rates_grow_with_the_rows() -> None:
-    rate = KernelRate(10.0, 20.0, 40.0)
+    rate = KernelRate(10.0, 20.0, 40.0, 30.0)
     assert [rate.at(n) for n in (0.5, 1, 4, 32, 500)] == [10, 10, 20, 40, 40]
     assert 10 < rate.at(2) < 20 < rate.at(8) < 40
+    assert [rate.stored_at(n) for n in (0.5, 1, 32, 500)] == [10, 10, 30, 30]
+    assert 10 < rate.stored_at(4) < rate.stored_at(8) < 30
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 3.21e-4, 9.999e-4, 0.0127, 0.5, 1.0])
+def test_times_are_read_back_as_they_were_written(seconds: float, tmp_path: Path) -> None:
+    figures = load_profile("phone").to_dict()["figures"]
+    for name in figures["cpu.engine"]["value"]:
+        figures["cpu.engine"]["value"][name] = plain_seconds(seconds)
+    assert build("x", "t", figures, ()).engine.step == pytest.approx(seconds, rel=1e-3)
 
 
 def profile_text(changed: dict[str, str]) -> str:
@@ -95,6 +107,16 @@ def profile_text(changed: dict[str, str]) -> str:
 def figure(value: str) -> str:
     return f'{{ value = {value}, evidence = "assumed", source = "a test" }}'
 
+
+ENGINE = (
+    '{ step = "1 ms", layer = "2 us", layer4 = "1 us", streamed = "1 us", streamed4 = "1 us", '
+    'draft = "1 ms", logits = "1 us", row = "1 us" }'
+)
+
+COLD = (
+    '{ any = { row = "1 GMAC/s", rows4 = "1 GMAC/s", batch = "1 GMAC/s", stored = "1 GMAC/s", '
+    'cold = ["1 GMAC/s", "1 GMAC/s", "1 GMAC/s", "1 GMAC/s"], cold_stored = "1 GMAC/s" } }'
+)
 
 REFUSED: list[tuple[dict[str, str], str]] = [
     ({"memory.ram": figure('"12 GB/s"')}, r"memory\.ram.*not in B"),
@@ -117,7 +139,15 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     ({"cpu.cores": figure('[{ kind = "A", count = 2, clock = "4 s" }]')}, "not in Hz"),
     ({"cpu.cores": figure('[{ kind = "A", count = 9000, clock = "4 GHz" }]')}, "9000 cores"),
     ({"cpu.kernels": figure('{ q4_0 = { row = "1 GMAC/s" } }')}, "row, rows4, batch"),
-    ({"cpu.layer_overhead": figure('"3 h"')}, "not in s"),
+    ({"cpu.kernels": figure(COLD.replace('"1 GMAC/s"]', '"1 GB/s"]'))}, "not in MAC/s"),
+    ({"cpu.kernels": figure(COLD.replace(', "1 GMAC/s"]', "]"))}, "rates of 1 to 4 rows"),
+    ({"cpu.kernels": figure(COLD.replace('cold_stored = "1 GMAC/s"', 'x = "1 s"'))}, "cold_stored"),
+    ({"cpu.engine": figure('{ step = "1 ms" }')}, "step, layer, layer4, streamed"),
+    ({"cpu.engine": figure(ENGINE.replace("2 us", "3 h"))}, "not in s"),
+    ({"cpu.engine": figure(ENGINE.replace("2 us", "70 s"))}, "engine cost layer = 70 s is outside"),
+    ({"power.battery_low": figure("1.2")}, "outside"),
+    ({"memory.stall": figure("0")}, "outside"),
+    ({"thermal.zones": figure('"cpu"')}, "list of texts"),
     ({"storage.reads": figure('[{ block = "4 MiB", rate = "1 GB/s" }, '
                               '{ block = "1 MiB", rate = "1 GB/s" }]')}, "do not rise"),
     ({"storage.reads": figure('[{ block = "1 MiB", rate = "1 GB/s" }, '
@@ -197,10 +227,13 @@ def test_this_machine_with_a_probe_of_it(tmp_path: Path, caplog: pytest.LogCaptu
     }
     for key, value in measured.items():
         figures[key] = {"value": value, "evidence": "measured", "source": "a test"}
-    from mimo_edge.devices.profile import build
-
     path.parent.mkdir(parents=True)
     path.write_text(build("x", this_machine.title(), figures, ()).to_toml(), "utf-8")
+    text = path.read_text("utf-8")
+    # one that an older version wrote: what it did not know yet is assumed
+    path.write_text("".join(x for x in text.splitlines(True) if not x.startswith("engine")))
+    assert load_profile("auto").sources["engine"].evidence == "assumed"
+    path.write_text(text, "utf-8")
     profile = load_profile("auto")
     assert profile.memory_bytes_per_s == 12.5e9
     assert profile.process_bytes > 64 << 20

@@ -20,9 +20,11 @@ from checkpoint_factory import KINDS, Kind, write_checkpoint
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx_models import make_bundle, onnx_backend
+from typer.testing import CliRunner
 
 from mimo_edge.api import Runtime
 from mimo_edge.bundle import Bundle
+from mimo_edge.cli.main import app
 from mimo_edge.errors import (
     BackendError,
     BundleError,
@@ -619,3 +621,41 @@ def test_backends_that_cannot(tmp_path: Path) -> None:
     export_bundle(source, tmp_path / "plain").close()
     with pytest.raises(BackendError, match="has no ONNX form"):
         Runtime.open(tmp_path / "plain", backend="onnx")
+
+
+def test_inspect_names_the_form(tmp_path: Path) -> None:
+    path, _ = make_bundle(tmp_path, "flash", "q8_0")
+    shown = CliRunner().invoke(app, ["inspect", str(path)])
+    assert "opset 24, 8 graphs for cpu; matrices: " in shown.stdout
+    told = json.loads(CliRunner().invoke(app, ["inspect", str(path), "--json"]).stdout)
+    assert told["onnx"]["components"] == {"cpu": 8}
+    assert set(told["onnx"]["formats"]) == {"int8"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", ["both", "onnx"])
+def test_memory_stays_bounded_at_real_width(tmp_path: Path, formats: str) -> None:
+    """Three layers of MiMo-V2-Flash's width (2.1 GB as f32, head and table included) with few
+    experts: the peak does not depend on how many layers there are, or on the largest matrix."""
+    tool = Path(__file__).parents[1] / "tools" / "make_random_checkpoint.py"
+    source = tmp_path / "source"
+    options = ["--layers", "3", "--experts", "8", "--vocab", "32768"]
+    subprocess.run([sys.executable, str(tool), str(source), *options], check=True)
+    code = (
+        "from mimo_edge.export.pipeline import export_bundle\n"
+        "from mimo_edge.machine import peak_rss_bytes\n"
+        f"export_bundle({str(source)!r}, {str(tmp_path / 'out')!r}, formats=({formats!r},),"
+        " recipe='q4_0', threads=2).close()\n"
+        "print(peak_rss_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 700 << 20, done.stdout
+    for file in graphs(tmp_path / "out"):
+        onnx.checker.check_model(str(file), full_check=True)
+    with onnx_backend(tmp_path / "out", threads=2) as backend:
+        cache = backend.new_cache(200)
+        ids = np.random.default_rng(0).integers(0, 32768, 150).astype(np.int32)
+        result = backend.forward(ids, cache, logits_rows=1, hidden_rows=1)
+        assert np.isfinite(result.logits).all()
+        assert cache.length == 150

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import cache_gains
+import constraint_cost
+import forecast_table
 import growth
 import kv_growth
 import numpy as np
@@ -218,3 +220,58 @@ def test_a_run_that_fails_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     arguments = ["--folder", str(tmp_path), "--tiny", "--threads", "1"]
     assert growth.main(arguments) == BackendError.exit_code
     assert not list(tmp_path.glob("rows-*.json"))
+
+
+# --- structured output --------------------------------------------------------------------------
+
+
+def test_costs_of_forms_are_of_every_state_and_of_equal_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = tmp_path / "d.md"
+    document.write_text("# D\n")
+    monkeypatch.setattr(tables, "DOCUMENT", document)
+    monkeypatch.setattr(constraint_cost, "VOCAB", 900)
+    monkeypatch.setattr(constraint_cost, "TEXT_TOKENS", 800)
+    arguments = ["--prompts", "1", "--rounds", "1", "--repeats", "2", "--threads", "1", "--write"]
+    constraint_cost.main(arguments)
+    text = capsys.readouterr().out
+    first, _, rest = text.partition("Once per model")
+    states, answers = ([r for r in t.splitlines() if r.startswith("|")] for t in (first, rest))
+    assert [row.split(" | ")[0][2:] for row in states[2:]] == [s[0] for s in constraint_cost.STATES]
+    assert states[2].endswith("| all |")
+    assert len(answers) == 4
+    assert text.strip() in document.read_text()
+
+
+# --- forecasts ----------------------------------------------------------------------------------
+
+
+def test_forecasts_stand_beside_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mimo_edge.devices.probe.KERNEL_FORMATS", ("Q4_0",))
+    monkeypatch.setattr(
+        forecast_table,
+        "WHATS",
+        (
+            forecast_table.What(forecast_table.NANO, 3, kind="decode"),
+            forecast_table.What(forecast_table.SMALL, kind="prefill"),
+        ),
+    )
+    arguments = ["--folder", str(tmp_path), "--tiny", "--repetitions", "1"]
+    assert forecast_table.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
+    assert [row[:2] for row in rows] == [
+        ["mimo-nano", "decode"],
+        ["2 layers x 64 experts", "prompt of 512"],
+    ]
+    for row in rows:
+        forecast, measured = float(row[4]), float(row[5].split()[0])
+        assert float(row[6].rstrip("%")) == pytest.approx(100 * (forecast / measured - 1), abs=2)
+    assert any("of 2 within 25%" in line for line in lines)
+    # measured once, forecast again
+    kept = (tmp_path / "rows.json").read_text()
+    assert forecast_table.main(arguments) == 0
+    assert (tmp_path / "rows.json").read_text() == kept

@@ -15,7 +15,14 @@ from checkpoint_factory import write_checkpoint
 
 from mimo_edge.bundle import Bundle
 from mimo_edge.config import MimoConfig
-from mimo_edge.devices.profile import DeviceProfile, KernelRate, ReadRate, load_profile
+from mimo_edge.devices.profile import (
+    DeviceProfile,
+    EngineCost,
+    KernelRate,
+    ReadRate,
+    load_profile,
+    profile_names,
+)
 from mimo_edge.errors import BundleError, ConfigError, MimoEdgeError, UsageError
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.heat import Heat
@@ -33,6 +40,9 @@ FLASH = of_config("MiMo-V2-Flash", known_model("MiMo-V2-Flash"), PHONE, "q4_0")
 
 def quick(model: Any = FLASH, profile: Any = PHONE, **arguments: Any) -> Plan:
     return plan(model, profile, advise=False, **arguments)
+
+
+NO_ENGINE = EngineCost(*8 * (1e-7,))
 
 
 def tps(made: Plan) -> float:
@@ -177,11 +187,10 @@ def changed(profile: DeviceProfile = PHONE, **fields: Any) -> DeviceProfile:
 
 def test_decoding_takes_what_bytes_over_rates_say() -> None:
     """No compute, no host work, no context: bytes from memory and from flash remain."""
-    endless = {"any": KernelRate(1e15, 1e15, 1e15)}
+    endless = {"any": KernelRate(1e15, 1e15, 1e15, 1e15)}
     device = changed(
         kernels=endless,
-        layer_overhead_s=1e-6,
-        node_overhead_s=1e-8,
+        engine=NO_ENGINE,
         reads=(ReadRate(1 << 20, 2e9),),
         memory_bytes_per_s=4e10,
     )
@@ -191,11 +200,43 @@ def test_decoding_takes_what_bytes_over_rates_say() -> None:
     scanned = 47 * 8 * 14_155_776
     missed = scanned * (1 - made.budget.slots / 12_032)
     dense = Weights.of(FLASH.config, FLASH.tensors)
-    resident = dense.trunk.total_bytes + dense.head.total_bytes
-    expected = resident / 4e10 + missed / 2e9 + scanned / 8 / 4e10
+    # A layer's trunk and its last expert are computed while nothing of it is read; half of that
+    # time goes into reading ahead for the next.
+    resident, last = dense.trunk.total_bytes / 4e10, scanned / 8 / 4e10
+    ahead = 0.5 * (resident + last)
+    expected = missed / 2e9 - ahead + resident + last + dense.head.total_bytes / 4e10
     assert made.forecast.plain.cost.seconds == pytest.approx(expected, rel=1e-3)
     assert made.forecast.plain.flash_bytes_per_token == pytest.approx(missed)
     assert made.forecast.plain.cost.binding == "flash"
+
+
+def test_kernels_that_do_not_draw_what_memory_delivers_are_the_bound() -> None:
+    """Measured with weights in memory: one row slower than memory allows, four in no more time."""
+    rate = KernelRate(1e15, 1e15, 1e15, 1e15, (2e10, 4e10, 6e10, 8e10), 2e10)
+    device = changed(WORKSTATION, kernels={"any": rate}, engine=NO_ENGINE, memory_bytes_per_s=1e12)
+    made = quick("MiMo-7B", device, depth=0, acceptance=(1.0,))
+    assert made.forecast is not None
+    weights = Weights.of(made.model.config, made.model.tensors)
+    macs = sum(weights.trunk.macs.values()) + sum(weights.head.macs.values())
+    assert made.forecast.plain.cost.seconds == pytest.approx(macs / 2e10, rel=0.01)
+    assert made.forecast.plain.cost.binding == "memory bandwidth"
+    block = sum(weights.mtp_block.macs.values()) + sum(weights.head.macs.values())
+    assert made.forecast.decodes[1].cost.seconds == pytest.approx((macs + block) / 2e10, rel=0.01)
+
+
+def test_reading_ahead_hides_no_more_than_there_is_time_for() -> None:
+    """Faster than flash alone never, and slower than reading and computing in turn never."""
+    for gib in (7, 8, 12, 24, 48, 96, 150):
+        for rate in (1e8, 1e9, 3e9, 1e10, 1e11):
+            device = changed(WORKSTATION, reads=(ReadRate(1 << 20, rate),))
+            made = quick(profile=device, recipe="q4_0", ram=gib * GIB, context=4096)
+            assert made.forecast is not None
+            whole = quick(profile=device, recipe="q4_0", context=4096).forecast
+            assert whole is not None
+            for found, best in zip(made.forecast.decodes, whole.decodes, strict=True):
+                flash = found.flash_bytes_per_token * found.tokens_per_step / rate
+                assert found.cost.seconds >= 0.99 * max(flash, 0.9 * best.cost.seconds)
+                assert found.cost.seconds <= 1.1 * (flash + best.cost.seconds) + 0.05
 
 
 def test_a_resident_model_is_bound_by_its_bytes_in_memory() -> None:
@@ -218,9 +259,8 @@ def test_a_resident_model_is_bound_by_its_bytes_in_memory() -> None:
     [
         ({"reads": (ReadRate(1 << 20, 1e7),)}, "flash"),
         ({"memory_bytes_per_s": 2e8}, "memory bandwidth"),
-        ({"kernels": {"any": KernelRate(1e9, 1e9, 1e9)}}, "compute"),
-        ({"layer_overhead_s": 0.5}, "host work"),
-        ({"node_overhead_s": 0.01}, "host work"),
+        ({"kernels": {"any": KernelRate(1e9, 1e9, 1e9, 1e9)}}, "compute"),
+        ({"engine": NO_ENGINE.scaled(5e6)}, "host work"),
     ],
 )
 def test_the_resource_that_binds_is_named(fields: dict[str, Any], binding: str) -> None:
@@ -244,10 +284,8 @@ def test_more_of_anything_is_never_slower() -> None:
 
     faster(memory_bytes_per_s=2 * PHONE.memory_bytes_per_s)
     faster(reads=tuple(ReadRate(r.block_bytes, 2 * r.bytes_per_s) for r in PHONE.reads))
-    twice = {k: KernelRate(2 * r.row, 2 * r.rows4, 2 * r.batch) for k, r in PHONE.kernels.items()}
-    faster(kernels=twice)
-    faster(layer_overhead_s=PHONE.layer_overhead_s / 2)
-    faster(node_overhead_s=PHONE.node_overhead_s / 2)
+    faster(kernels={name: rate.scaled(2) for name, rate in PHONE.kernels.items()})
+    faster(engine=PHONE.engine.scaled(0.5))
     assert tps(quick(routes="skewed")) > tps(base) > tps(quick(routes="uniform"))
     assert tps(quick(recipe="q2_k")) > tps(base)
     assert tps(quick(depth=0)) >= tps(quick(depth=4000))
@@ -317,9 +355,31 @@ def test_the_large_model_on_a_router_is_no_number() -> None:
     assert made.need_bytes is not None
     assert made.need_bytes > 6 * GIB
     assert "MiMo-V2-Flash is not practical on this device, whatever is changed" in made.why
-    assert not [change for change in made.changes if change.here]
+    assert {change.action.split()[0] for change in made.changes if change.here} == set()
+    assert [change.action.split()[0] for change in made.changes] == ["mimo-nano", "run"]
     assert made.to_dict()["forecast"] is None
     assert "another machine" in made.changes[-1].action
+
+
+@pytest.mark.parametrize("profile", profile_names())
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_every_model_on_every_device_ends_in_a_verdict_and_a_way(name: str, profile: str) -> None:
+    """No hopeful number: what does not fit has none, what is too slow says so, and unless it is
+    usable there is something to do, ranked."""
+    made = plan(name, profile)
+    assert (made.forecast is None) == (made.verdict == "does not fit")
+    assert bool(made.why) == (made.verdict != "usable")
+    if made.verdict == "usable":
+        return
+    assert made.changes
+    order = [
+        VERDICTS.index(change.verdict) for change in made.changes if "network" not in change.action
+    ]
+    assert order == sorted(order)
+    assert made.changes[0].verdict in ("usable", "slow")
+    if profile.startswith("router") and name != "MiMo-7B":
+        assert made.why[-1] == f"{name} is not practical on this device, whatever is changed"
+        assert not any(c.here and c.verdict in ("usable", "slow") for c in made.changes)
 
 
 def test_what_does_not_fit_on_flash_is_said() -> None:
@@ -357,7 +417,29 @@ def test_a_change_of_memory_is_one_that_does() -> None:
     assert again.forecast.decode.tps == pytest.approx(first.tps, rel=1e-3)
 
 
+def test_pins_that_do_not_fit_are_fewer() -> None:
+    """Slots for them and a token: no more than there are, and what is proposed fits."""
+    base = quick(ram=10 * GIB)
+    assert base.budget is not None
+    room = (base.budget.slots - 8) // 47
+    assert quick(ram=10 * GIB, pin=room).fits
+    made = plan(FLASH, PHONE, ram=10 * GIB, pin=room + 1)
+    assert made.verdict == "does not fit"
+    assert f"take {(room + 1) * 47 + 8} slots, there is room for {base.budget.slots}" in made.why[0]
+    fewer = [change for change in made.changes if "fewer pinned" in change.action]
+    assert [change.action.split()[1] for change in fewer] == [str(room)]
+    assert fewer[0].tps == pytest.approx(quick(ram=10 * GIB, pin=room).forecast.decode.tps)  # type: ignore[union-attr]
+    assert made.need_bytes is not None
+    assert quick(ram=made.need_bytes, pin=room + 1).fits
+    assert "calibrated" in " ".join(made.notes)
+    # everything in memory: there is nothing to pin
+    assert quick(profile=WORKSTATION, recipe="q2_k", pin=256).fits
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"pin": -1}, "pin"),
+    ({"pin": 257}, "256 experts"),
+    ({"pin": True}, "pin"),
     ({"ram": 0}, "no size"),
     ({"ram": "lots"}, "no size"),
     ({"ram": "100GiB"}, "which has"),

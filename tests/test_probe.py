@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
+import mmap
 import os
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from typer.testing import CliRunner
 
+from mimo_edge.bench import engine_cost as engine_costs
 from mimo_edge.bench.flash_rate import measure_reads
 from mimo_edge.cli.main import app
 from mimo_edge.devices import probe as probing
 from mimo_edge.devices.probe import LANES, Probe, probe
-from mimo_edge.devices.profile import load_profile
+from mimo_edge.devices.profile import EngineCost, KernelRate, load_profile
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.flash_file import FlashFile
 from mimo_edge.quant.base import get_format
 from mimo_edge.runtimes.ggml.device import Device
-from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rate, node_seconds
+from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rates
 
 RECORD, FILE = 128 << 10, 2 << 20
 
@@ -61,6 +70,8 @@ def test_what_is_measured_becomes_a_profile(disk: Path, tmp_path: Path) -> None:
     assert profile.threads == 1
     assert profile.memory_bytes_per_s == pytest.approx(max(found.memory.values()), rel=1e-3)
     assert set(profile.kernels) == {"any", "Q4_0", "F16"}
+    assert len(profile.kernels["Q4_0"].cold) == 4
+    assert min(profile.kernels["F16"].rates()) > 0
     # blocks that do not fit the file are left out
     assert [r.block_bytes for r in profile.reads] == [128 << 10, 512 << 10, 1 << 20]
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["threads"] == 1
@@ -124,12 +135,65 @@ def test_a_full_disk_leaves_nothing(
 
 def test_an_interrupt_leaves_nothing(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> float:
-        assert list(disk.iterdir())
+        # Out of sight while it is read: then nothing is left whatever ends the process.
+        assert not list(disk.iterdir())
         raise KeyboardInterrupt
 
     monkeypatch.setattr(probing, "measure_reads", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measured(disk)
+    assert not list(disk.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("writing", signal.SIGTERM),
+        ("writing", signal.SIGKILL),
+        ("reading", signal.SIGKILL),
+        ("computing", signal.SIGHUP),
+        ("computing", signal.SIGKILL),
+    ],
+)
+def test_a_signal_leaves_nothing(disk: Path, stage: str, number: int) -> None:
+    """A real process, ended at each stage. What a kill leaves the next run removes."""
+    script = f"""
+import sys, time
+from mimo_edge.bench import engine_cost
+from mimo_edge.devices import probe, scratch
+from mimo_edge.cli.main import app
+def stop(*_):
+    print("here", flush=True)
+    time.sleep(60)
+if {stage!r} == "writing":
+    whole = scratch.os.urandom
+    scratch.os.urandom = lambda n: (stop(), whole(n))[1]
+elif {stage!r} == "reading":
+    probe.measure_reads = stop
+else:
+    probe._reads = lambda *_: ({{}}, {{}})
+    probe._kernels = lambda *_: ({{}}, {{"Q4_0": None}})
+    engine_cost._step_s = stop
+sys.argv = ["mimo-edge", "probe", "--dir", {str(disk)!r}, "--file-size", "16MiB", "--threads", "1"]
+app()
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"here\n"
+        child.send_signal(number)
+        code = child.wait(30)
+    finally:
+        child.kill()
+        child.communicate()
+    killed = number == signal.SIGKILL
+    assert code == (-number if killed else 128 + number)
+    left = [path.name for path in disk.iterdir()]
+    if killed and stage != "reading":
+        assert len(left) == 1
+        measured(disk)
+    else:
+        assert left == []
     assert not list(disk.iterdir())
 
 
@@ -198,11 +262,70 @@ def test_rates_are_work_over_time() -> None:
         assert row == 16 * 1024 * 1024
         assert four == 4 * row
         each = fmt.row_bytes(4096) * 1024
-        assert memory_rate(device, fmt, 4 * each, 0.0, clock) == 4 * each
-        assert node_seconds(device, 0.0, clock) == 1 / 256
-        assert 0 < node_seconds(device, 0.01) < 1e-3
+        macs = 4 * 4096 * 1024
+        assert memory_rates(device, fmt, (1, 3), 4 * each, 0.0, clock) == [macs, 3 * macs]
+        assert memory_rates(device, fmt, (1,), 4 * each, 0.0, clock, reorder=False) == [macs]
+        assert kernel_rates(device, fmt, (4,), 0.0, clock, reorder=False) == [four]
     finally:
         device.close()
+
+
+def test_a_layer_costs_what_few_and_many_of_them_differ_in(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine of known costs, measured."""
+    want = EngineCost(1e-3, 1e-4, 2e-4, 3e-4, 5e-4, 4e-4, 2e-6, 7e-6)
+    rate = KernelRate(50e9, 80e9, 100e9, 90e9)
+
+    @contextmanager
+    def engine(path: Path, threads: int, streamed: bool) -> Iterator[tuple[int, int, bool]]:
+        layers, vocab, _ = map(int, path.stem.split("-"))
+        yield layers, vocab, streamed
+
+    def step_s(engine: tuple[int, int, bool], drafts: int, *_: Any) -> float:
+        layers, vocab, streamed = engine
+        name = ("streamed" if streamed else "layer") + "4" * bool(drafts)
+        own: float = layers * getattr(want, name) + drafts * want.draft
+        return want.step + own + want.logits * (vocab - 512) / 1000
+
+    def prompt_s(engine: tuple[int, int, bool], *_: Any) -> float:
+        return 1.0 + engine[0] * 256 * (want.row + engine_costs._products_s(rate))
+
+    monkeypatch.setattr(engine_costs, "_engine", engine)
+    monkeypatch.setattr(engine_costs, "_step_s", step_s)
+    monkeypatch.setattr(engine_costs, "_prompt_s", prompt_s)
+    found = engine_costs.engine_cost(disk, 1, 1.0, rate)
+    assert asdict(found) == pytest.approx(asdict(want), rel=1e-6)
+    assert sum(path.stat().st_size for path in disk.iterdir()) < 20 << 20
+
+
+def test_reads_land_in_memory_like_that_of_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Private memory on a huge page: the kernel gives shared memory none, and half the rate."""
+    path = tmp_path / "f"
+    path.write_bytes(bytes(1 << 20))
+    starts = []
+
+    class Watching(FlashFile):
+        def read(self, offset: int, targets: Any, bounce: Any = None) -> int:
+            starts.append(ctypes.addressof(ctypes.c_char.from_buffer(targets[0])))
+            return super().read(offset, targets, bounce)
+
+    whole, flags = mmap.mmap, []
+
+    def mapped(*arguments: Any, **options: Any) -> mmap.mmap:
+        flags.append(options.get("flags"))
+        return whole(*arguments, **options)
+
+    file = Watching(path, announce=False)
+    monkeypatch.setattr("mimo_edge.bench.flash_rate.mmap.mmap", mapped)
+    try:
+        measure_reads([(file, 0)], 64 << 10, 2, 0.01)
+    finally:
+        file.close()
+    assert set(flags) == {mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    assert all(start % (2 << 20) == 0 for start in starts)
 
 
 def test_the_command_writes_what_auto_reads(disk: Path, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def measure(case: Case, settings: Settings, repetitions: int, first: int) -> dic
         threads=case.threads,
         draft=case.draft,
         kv_type=settings.kv_type,
+        governor=False,  # what is measured must not change half-way
     ) as runtime:
         load_s = time.perf_counter() - began
         source = settings.tokens

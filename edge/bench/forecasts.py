@@ -27,15 +27,19 @@ class Forecasts:
         self._model: PlannedModel = planned_model(settings.model, device, None)
 
     def tps(self, row: Row) -> float | None:
-        """Tokens per second a plan says for what `row` measured; None where it does not apply: on
-        other backends, with other threads than the probe's, or where nothing was measured."""
+        """Tokens per second a plan says for what `row` measured; None as `of`."""
+        found = self.of(row)
+        if found is None:
+            return None
+        return found.prefill.tps if row.case.kind == "prefill" else found.decode.tps
+
+    def of(self, row: Row) -> Forecast | None:
+        """The forecast for what `row` measured; None where there is none: on other backends, with
+        other threads than the probe's, or where nothing was measured."""
         case, run = row.case, row.runs[0] if row.runs else {}
         if run.get("backend") != "ggml" or case.threads != self._device.threads:
             return None
-        found = self._forecast(case, run.get("context"), run.get("tokens") == "drawn")
-        if found is None:
-            return None
-        return found.prefill.tps if case.kind == "prefill" else found.decode.tps
+        return self._forecast(case, run.get("context"), run.get("tokens") == "drawn")
 
     def _forecast(self, case: Case, context: int | None, drawn: bool) -> Forecast | None:
         length = context or self._device.context

@@ -93,6 +93,24 @@ def export(
         int | None,
         typer.Option(metavar="N", help="Pieces quantised at a time; default: up to 4."),
     ] = None,
+    npu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Compile the dense part for Qualcomm NPUs too (extra npu): v68, v69, v73, v75, "
+            "v79, v81, or chips such as sa8295, sa8255, sm8750.",
+        ),
+    ] = None,
+    npu_precision: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="int4 (with u16 activations, calibrated on the text of --calibrate) or fp16.",
+        ),
+    ] = "int4",
+    npu_context: Annotated[
+        int, typer.Option(metavar="N", help="Longest context of the NPU graphs.")
+    ] = 4096,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show every role and its error.")
@@ -121,6 +139,9 @@ def export(
             overwrite=overwrite,
             permute_by_heat=permute_by_heat,
             threads=threads,
+            npu=npu,
+            npu_precision=npu_precision,
+            npu_context=npu_context,
         ) as bundle:
             sizes = _sizes(bundle)
     except KeyboardInterrupt:

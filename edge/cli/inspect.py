@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -101,6 +101,8 @@ def memory_plan(
 
 def print_model(output: Output, found: Inventory) -> None:
     """The model in a few lines."""
+    from mimo_edge.inventory import onnx_summary
+
     c = found.config
     sliding = sum(c.hybrid_layer_pattern)
     window = f", {sliding} sliding over {c.sliding_window} tokens" if sliding else ""
@@ -127,6 +129,8 @@ def print_model(output: Output, found: Inventory) -> None:
             ["made for", f"{m.profile}, recipe {m.recipe.get('name')}, by {m.tool_version}"],
             ["calibrated", _calibrated(found)],
         ]
+        if m.onnx is not None:
+            rows.append(["ONNX form", _onnx_line(onnx_summary(m.onnx))])
         if m.permutation:
             rows.append(["experts are", "stored hottest first"])
     for reason, count in found.skipped.items():
@@ -155,6 +159,13 @@ def print_roles(output: Output, found: Inventory) -> None:
         )
     rows.append(["total", len(found.tensors), f"{found.parameters:,}", _size(found.nbytes), "", ""])
     output.table(rows, ["role", "tensors", "parameters", "bytes", "error", "formats"])
+
+
+def _onnx_line(found: dict[str, Any]) -> str:
+    graphs = ", ".join(f"{count} graphs for {name}" for name, count in found["components"].items())
+    formats = ", ".join(f"{count} {name}" for name, count in sorted(found["formats"].items()))
+    alone = "" if found["gguf"] else "; resident tensors are there alone"
+    return f"opset {found['opset']}, {graphs}; matrices: {formats}{alone}"
 
 
 def _calibrated(found: Inventory) -> str:

@@ -10,6 +10,29 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """In here SIGTERM and SIGHUP end the process in order, as SystemExit: what is to be removed or
+    given back is. Where they are ignored, as under nohup, they stay so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals do not arrive here
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Interrupts:
     """How often Ctrl-C was pressed."""
 

@@ -16,12 +16,21 @@ Profile = Annotated[str | None, typer.Option(help="Device profile.")]
 BackendName = Annotated[
     str, typer.Option(help="ggml, onnx, reference, or auto: ggml for bundles and GGUF files.")
 ]
-Ep = Annotated[str, typer.Option(help="Execution provider of the onnx backend: cpu, qnn or auto.")]
+Ep = Annotated[
+    str, typer.Option(help="Execution provider of the onnx backend: cpu, auto, qnn or qnn:NPU.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the computation.")]
 KvType = Annotated[
     str | None,
     typer.Option(
         help="KV cache of the ggml backend: f16 (default; f32 where that is small), q8_0 or f32."
+    ),
+]
+Governor = Annotated[
+    bool | None,
+    typer.Option(
+        "--governor/--no-governor",
+        help="Use less when hot, on a low battery or short of memory; on with a profile.",
     ),
 ]
 Pin = Annotated[

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mimo_edge.cli.options import Pin
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import UsageError
 from mimo_edge.units import format_bytes
@@ -62,6 +63,7 @@ def plan(
         str | None,
         typer.Option(help="Chance per depth that a draft is accepted, as 0.8,0.7,0.7."),
     ] = None,
+    pin: Pin = 0,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -93,6 +95,7 @@ def plan(
         "prompt": prompt,
         "routes": routes,
         "acceptance": None if acceptance is None else _shares(acceptance),
+        "pin": pin,
     }
     if plot is not None:
         from mimo_edge.planner.chart import check_path
@@ -193,7 +196,7 @@ def print_plan(out: Output, plan: Plan) -> None:
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
     """Lines of name and value, also the rows of a comparison."""
-    from mimo_edge.planner.planning import duration
+    from mimo_edge.planner.planning import duration, pinned_slots
 
     device, found = plan.profile, plan.forecast
     facts = [
@@ -208,7 +211,9 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     budget = plan.budget
     if budget is not None and budget.streamed and plan.fits_ram:
         share = budget.slots / budget.experts
-        facts.append(("slots", f"{budget.slots} of {budget.experts} experts ({share:.1%})"))
+        pinned = pinned_slots(plan.model.config, plan.settings.pin)
+        pins = f", {pinned} of them pinned" if pinned else ""
+        facts.append(("slots", f"{budget.slots} of {budget.experts} experts ({share:.1%}){pins}"))
     if found is None:
         return facts
     decode, prefill = found.decode, found.prefill

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mimo_edge.cli.interrupts import ended_by_signals
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import DeviceError
 from mimo_edge.units import format_bytes, parse_bytes
@@ -52,19 +54,23 @@ def probe(
 
     out = Output(json=json)
     record = RECORD_BYTES if model is None else _record_bytes(model)
-    found = measure(
-        folder,
-        threads=threads,
-        record_bytes=record,
-        file_bytes=parse_bytes(file_size),
-        seconds=seconds,
-        progress=lambda stage, done, total: out.progress(stage, done, total, unit="count"),
-    )
+    with ended_by_signals():
+        found = measure(
+            folder,
+            threads=threads,
+            record_bytes=record,
+            file_bytes=parse_bytes(file_size),
+            seconds=seconds,
+            progress=lambda stage, done, total: out.progress(stage, done, total, unit="count"),
+        )
     path = measured_path() if output is None else output
     try:
         if output is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found.profile.to_toml(), "utf-8")
+        # Whole or not at all: a signal must not leave half a profile.
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(found.profile.to_toml(), "utf-8")
+        os.replace(partial, path)
     except OSError as error:
         raise DeviceError(
             f"cannot write {path}: {error.strerror}", "name another with -o"
@@ -98,10 +104,20 @@ def probe(
     out.text("")
     out.table(
         [
-            [name.lower(), *(f"{rate / 1e9:.1f}" for rate in (k.row, k.rows4, k.batch))]
+            [
+                name.lower(),
+                *(f"{rate / 1e9:.1f}" for rate in (k.row, k.rows4, k.batch, k.stored)),
+                " / ".join(f"{rate / 1e9:.1f}" for rate in (*k.cold, k.cold_stored)),
+            ]
             for name, k in found.profile.kernels.items()
         ],
-        ["GMAC/s", "1 row", "4 rows", "32 rows"],
+        ["GMAC/s", "1 row", "4 rows", "32 rows", "stored", "from memory: 1 to 4 rows / stored"],
+    )
+    cost = found.profile.engine
+    out.text(
+        f"\nengine      {cost.step * 1e3:.2f} ms a step, {cost.layer * 1e6:.0f} us a layer "
+        f"({cost.layer4 * 1e6:.0f} verifying), {cost.streamed * 1e6:.0f} us a streamed one "
+        f"({cost.streamed4 * 1e6:.0f}), {cost.draft * 1e3:.2f} ms a draft"
     )
     out.text("")
     out.text(f"{path} after {found.seconds:.0f} s")

@@ -17,6 +17,7 @@ from mimo_edge.cli.options import (
     BackendName,
     Draft,
     Ep,
+    Governor,
     IdleBytes,
     KvType,
     Pin,
@@ -84,6 +85,7 @@ def run(
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
+    governor: Governor = None,
     snapshots: Snapshots = SNAPSHOTS,
     snapshot_bytes: SnapshotBytes = SNAPSHOT_BYTES,
     idle_bytes: IdleBytes = None,
@@ -121,6 +123,7 @@ def run(
         kv_type=kv_type,
         pin=pin,
         trace=trace,
+        governor=governor,
         **kept(snapshots, snapshot_bytes, idle_bytes, out),
     ) as runtime:
         from mimo_edge.nano.commands import DEMO_TOOLS, is_nano_template
@@ -164,7 +167,7 @@ def _answer(
         out.result(_reply_json(runtime, reply))
         _remarks(out, reply)
         out.detail(f"drafting: {reply.stats.draft_why}")
-        for line in experts_line(runtime):
+        for line in (*experts_line(runtime), *event_lines(runtime)):
             out.detail(line)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -189,7 +192,7 @@ def _chat(
                 interrupted = _stream(out, chat.session, prompt, options, runtime)
                 if chat.session.last_reply is not None:
                     _remarks(out, chat.session.last_reply)
-                    for text in experts_line(runtime):
+                    for text in (*experts_line(runtime), *event_lines(runtime)):
                         out.detail(text)
                 if interactive:
                     chat.answered()
@@ -308,6 +311,14 @@ def experts_line(runtime: Runtime) -> list[str]:
     ]
 
 
+def event_lines(runtime: Runtime) -> list[str]:
+    """What the governor did so far, the newest last."""
+    return [
+        f"governor: {event['cause']}: {event['action']} ({event['reading']})"
+        for event in runtime.stats()["events"]["events"]
+    ]
+
+
 def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -328,7 +339,7 @@ def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
             "decode_tps": stats.decode_tps,
             "tokens_per_verify": stats.tokens_per_verify,
             "peak_rss_bytes": peak_rss_bytes(),
-            "experts": runtime.stats()["experts"],
+            **{name: runtime.stats()[name] for name in ("experts", "governor", "events")},
         },
     }
 

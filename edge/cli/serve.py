@@ -13,6 +13,7 @@ from mimo_edge.cli.options import (
     BackendName,
     Draft,
     Ep,
+    Governor,
     IdleBytes,
     KvType,
     Pin,
@@ -84,6 +85,7 @@ def serve(
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
+    governor: Governor = None,
     snapshots: Snapshots = SNAPSHOTS,
     snapshot_bytes: SnapshotBytes = SNAPSHOT_BYTES,
     idle_bytes: IdleBytes = None,
@@ -122,6 +124,7 @@ def serve(
             draft=parse_draft(draft),
             kv_type=kv_type,
             pin=pin,
+            governor=governor,
             **kept(snapshots, snapshot_bytes, idle_bytes, out),
         ) as runtime:
             room = runtime.planned_conversations or Limits.conversations

@@ -171,6 +171,16 @@ class ExpertCache:
         return self._residency.limit
 
     @property
+    def used(self) -> int:
+        """Slots that hold an expert, or await one."""
+        return self._residency.used
+
+    @property
+    def least(self) -> int:
+        """Slots that are never given back: those of a token and of pinned experts."""
+        return self.table.chosen + int(np.count_nonzero(self._residency.pinned))
+
+    @property
     def holds_everything(self) -> bool:
         """Whether every expert has a place, so that nothing is ever given up."""
         return self._residency.limit >= self.table.total
@@ -444,8 +454,7 @@ class ExpertCache:
             finally:
                 self._shrinking -= 1
             self._check_open()
-            least = self.table.chosen + int(np.count_nonzero(r.pinned))
-            count = min(count, r.limit - least)
+            count = min(count, r.limit - self.least)
             if count <= 0:
                 return 0
             given, moves = r.shrink(count)

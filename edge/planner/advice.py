@@ -6,17 +6,18 @@ those the faster.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mimo_edge.budget import usual_kv_type
 from mimo_edge.devices.profile import load_profile
+from mimo_edge.inventory import BUILT_IN
 from mimo_edge.known_models import known_model
 from mimo_edge.kv_format import fitting_kv_type
 from mimo_edge.planner.forecast import Forecast
-from mimo_edge.planner.model import of_config
-from mimo_edge.planner.planning import VERDICTS, Change, Plan, Settings, evaluate
+from mimo_edge.planner.model import built_in, of_config
+from mimo_edge.planner.planning import VERDICTS, Change, Plan, Settings, evaluate, pinned_slots
 from mimo_edge.quant.base import get_format
 from mimo_edge.quant.recipe import Recipe, recipe_names
 from mimo_edge.units import format_bytes
@@ -85,6 +86,9 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
                 ram=more,
             )
     lighter: dict[str, object] = {}
+    if settings.pin:
+        lighter["pin"] = 0
+        yield from _fewer_pins(plan, tried)
     if settings.context > _SHORT_CONTEXT:
         lighter["context"] = _SHORT_CONTEXT
         yield tried(f"--context {_SHORT_CONTEXT}", 1, context=_SHORT_CONTEXT)
@@ -94,8 +98,8 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
     if settings.draft != 0 and model.config.num_mtp_layers:
         lighter["draft"] = 0
         yield tried("--draft 0 (MTP blocks stay on flash)", 0, draft=0)
+    words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in lighter.items())
     if len(lighter) > 1:
-        words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in lighter.items())
         yield tried(words, 2, **lighter)
     for step, recipe in enumerate(dict.fromkeys((model.recipe, *_RECIPES))):
         stored = recipe == model.recipe
@@ -106,7 +110,7 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
             continue
         made, action = plan if stored else evaluate(smaller, device, settings), ""
         if not made.fits and lighter:
-            action = ", with the smallest context, cache and no drafts"
+            action = f", with {words}"
             made = evaluate(smaller, device, _with(settings, lighter))
         if not made.fits and model.config.family != "mimo":
             overrides = " ".join(f"--override '{glob}={kind}'" for glob, kind in _LIGHT)
@@ -121,13 +125,51 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
     if model.config.family != "mimo" and model.name != SMALL_MODEL:
         other = of_config(SMALL_MODEL, known_model(SMALL_MODEL), device, None)
         kind = usual_kv_type(device.kv_type, other.config, settings.context)
-        changed = replace(settings, acceptance=None, kv_type=kind)
+        changed = replace(settings, acceptance=None, kv_type=kind, pin=0)
         draft = min(settings.draft, 1) if isinstance(settings.draft, int) else settings.draft
+        small = evaluate(other, device, replace(changed, draft=draft))
         yield _Proposal(
             f"{SMALL_MODEL} instead (recipe {other.recipe}, {format_bytes(other.bundle_bytes)})",
             20,
-            evaluate(other, device, replace(changed, draft=draft)),
+            small,
         )
+        if not small.fits:
+            yield from _nano(plan)
+    elif not plan.fits:
+        yield from _nano(plan)
+
+
+def _nano(plan: Plan) -> Iterator[_Proposal]:
+    """What is left where no released model fits."""
+    if plan.model.name == BUILT_IN:
+        return
+    device = plan.profile
+    made = built_in(device)
+    context = min(plan.settings.context, made.config.max_position_embeddings)
+    settings = replace(
+        plan.settings,
+        context=context,
+        kv_type=usual_kv_type(device.kv_type, made.config, context),
+        acceptance=None,
+        pin=0,
+    )
+    yield _Proposal(
+        f"{BUILT_IN} instead (short commands to tool calls, nothing else; "
+        f"{format_bytes(made.bundle_bytes)})",
+        30,
+        evaluate(made, device, _with(settings, {})),
+    )
+
+
+def _fewer_pins(plan: Plan, tried: Callable[..., _Proposal]) -> Iterator[_Proposal]:
+    """As many pinned experts as there is room for; or none, where that is no number."""
+    config, budget = plan.model.config, plan.budget
+    if plan.fits_ram or budget is None or not budget.streamed:
+        return
+    each = max(1, pinned_slots(config, 1))
+    room = (budget.slots - config.num_experts_per_tok) // each
+    fewer = max(0, min(room, plan.settings.pin - 1))
+    yield tried(f"--pin {fewer} (fewer pinned experts)", 0, pin=fewer)
 
 
 def _with(settings: Settings, other: Mapping[str, Any]) -> Settings:

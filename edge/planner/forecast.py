@@ -1,10 +1,12 @@
 """How long a token takes: from bytes and multiply-adds, against a profile's rates.
 
 Every product of a weight matrix takes the longer of two times: its bytes from memory, or its
-multiply-adds in the processor. Experts that are missing come from flash while those at hand
-compute, so a streamed layer takes the longer of reading and computing, and the last expert's
-products behind the last read. Host work per streamed layer comes on top. Whatever limits a step is
-named by the seconds it accounts for.
+multiply-adds in the processor. What the engine does besides comes on top, as it was measured.
+
+Experts that are missing come from flash while others compute, and some of the next layer's while
+this one still does (guesses, and in a prompt the next groups); what could not be read ahead is
+waited for, or hidden by the experts at hand. Whatever limits a step is named by the seconds it
+accounts for.
 """
 
 from __future__ import annotations
@@ -15,27 +17,32 @@ from typing import Any, Literal
 
 from mimo_edge.budget import Budget, block_index
 from mimo_edge.config import MimoConfig
-from mimo_edge.devices.profile import DeviceProfile, KernelRate, ReadRate
+from mimo_edge.devices.profile import ATTENTION_SHARE, PROBED_WIDTH, DeviceProfile, ReadRate
 from mimo_edge.gguf_file import TensorInfo
 from mimo_edge.inventory import role_of
 from mimo_edge.kv_format import KV_FORMATS, ring_type
 from mimo_edge.planner.hits import Hits, distinct_experts
 from mimo_edge.quant.roles import Role
+from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.speculative import DraftSetting, max_draft
+from mimo_edge.units import even_part
 
 Resource = Literal["flash", "memory bandwidth", "compute", "host work"]
 
 # A byte of weights loaded crosses memory about this many times (read, reordered, written): 1.4 to
 # 2 GB/s were measured where kernels draw 20 to 26 GB/s.
 LOAD_PASSES = 13.0
-# Attention works on f16 rows of the cache, at about this share of the rate of 4-bit matrices.
-ATTENTION_SHARE = 0.25
-# A resident model's token is one graph, not two per layer: host work of this many layers.
-RESIDENT_LAYERS = 2.0
-# Operations of a graph that do work, counted on graphs of both kinds: per layer besides one for
-# every expert of a token, for a streamed layer (more graphs, and the guess of the next route), and
-# of an MTP block with its head.
-LAYER_NODES, STREAMED_NODES, MTP_NODES = 27, 46, 28
+# Share of a layer's experts that its router names rightly a layer earlier: 71 to 77 % on random
+# weights of real geometry (runtimes/ggml/look_ahead.py).
+RIGHT_GUESSES = 0.74
+# What is read ahead has half of the lanes (experts/reader.py).
+AHEAD_RATE = 0.5
+# Experts of the next layer read ahead while a long pass computes this one's last: two groups
+# (runtimes/ggml/expert_source.py).
+PROMPT_AHEAD = 16
+# Passes of more tokens compute experts one by one with many rows each (runtimes/ggml/streamed.py),
+# if a matrix has so many weights (runtimes/ggml/expert_matrix.py).
+FEW_TOKENS, LARGE_EXPERT = 16, 1 << 19
 # Chance that the draft of each depth is accepted when the shallower ones were: MiMo-V2.5 on a
 # GPU, all blocks on the target's state (spec); MiMo-7B's one block on prose and code together.
 ACCEPTANCE: Mapping[str, tuple[float, ...]] = {"mimo_v2": (0.82, 0.75, 0.78), "mimo": (0.7,)}
@@ -56,13 +63,6 @@ class Scan:
         kind = info.type_name
         self.nbytes[kind] = self.nbytes.get(kind, 0.0) + share * info.nbytes
         self.macs[kind] = self.macs.get(kind, 0.0) + share * elements
-
-    def scaled(self, factor: float) -> Scan:
-        """`factor` times this."""
-        return Scan(
-            {kind: n * factor for kind, n in self.nbytes.items()},
-            {kind: n * factor for kind, n in self.macs.items()},
-        )
 
     @property
     def total_bytes(self) -> float:
@@ -269,13 +269,17 @@ def heated(profile: DeviceProfile) -> DeviceProfile:
     return replace(
         profile,
         memory_bytes_per_s=profile.memory_bytes_per_s * slower,
-        kernels={
-            name: KernelRate(rate.row * slower, rate.rows4 * slower, rate.batch * slower)
-            for name, rate in profile.kernels.items()
-        },
+        kernels={name: rate.scaled(slower) for name, rate in profile.kernels.items()},
         reads=tuple(ReadRate(r.block_bytes, r.bytes_per_s * storage) for r in profile.reads),
-        layer_overhead_s=profile.layer_overhead_s / slower,
-        node_overhead_s=profile.node_overhead_s / slower,
+        engine=profile.engine.scaled(1 / slower),
+    )
+
+
+def _longer(times: Sequence[tuple[float, float]]) -> Cost:
+    """Of every pair (seconds of memory, of compute) the longer one."""
+    return Cost(
+        memory=sum(memory for memory, compute in times if memory >= compute),
+        compute=sum(compute for memory, compute in times if memory < compute),
     )
 
 
@@ -301,15 +305,32 @@ class _Machine:
 
     def matrices(self, scan: Scan, rows: float) -> Cost:
         """Products of every matrix of a scan with `rows` rows."""
-        memory = compute = 0.0
+        times = []
         for kind, nbytes in scan.nbytes.items():
-            from_memory = nbytes / self.profile.memory_bytes_per_s
-            macs = rows * scan.macs[kind] / self.profile.kernel(kind).at(rows)
-            if from_memory >= macs:
-                memory += from_memory
-            else:
-                compute += macs
-        return Cost(memory=memory, compute=compute)
+            rate, macs = self.profile.kernel(kind), scan.macs[kind]
+            few = min(int(rows), VERIFY_ROWS)
+            cold = few * macs / rate.cold[few - 1] if rate.cold else 0.0
+            memory = max(nbytes / self.profile.memory_bytes_per_s, cold)
+            times.append((memory, rows * macs / rate.at(rows)))
+        return _longer(times)
+
+    def experts(self, distinct: float, rows: float) -> Cost:
+        """Products of the routed experts of all layers, `distinct` in each, for `rows` tokens."""
+        c, streamed, times = self.config, self.budget.streamed, []
+        per_expert = rows * c.num_experts_per_tok / distinct
+        # Kernels for many rows are of use where an expert is large and a pass is long.
+        large = c.hidden_size * c.moe_intermediate_size >= LARGE_EXPERT and rows > FEW_TOKENS
+        for kind, nbytes in self.weights.expert.nbytes.items():
+            rate, macs = self.profile.kernel(kind), distinct * self.weights.expert.macs[kind]
+            cold = (rate.cold_stored if streamed else rate.cold[0]) if rate.cold else 0.0
+            memory = max(
+                distinct * nbytes / self.profile.memory_bytes_per_s, macs / cold if cold else 0.0
+            )
+            speed = rate.row
+            if large:
+                speed = rate.stored_at(per_expert) if streamed else rate.at(per_expert)
+            times.append((memory, per_expert * macs / speed))
+        return _longer(times)
 
     def attention(self, rows: float, depth: float) -> Cost:
         """Scores and values of `rows` queries over about `depth` tokens."""
@@ -328,53 +349,80 @@ class _Machine:
             return Cost(memory=from_memory)
         return Cost(compute=computed)
 
-    def experts(self, rows: float, hit_rate: float) -> tuple[Cost, float]:
-        """The routed experts of all layers for `rows` tokens, and the bytes read from flash."""
+    def distinct(self, rows: float) -> float:
+        """Experts of a layer that `rows` tokens use together."""
         c = self.config
-        if not self.moe_layers:
-            return Cost(), 0.0
-        distinct = distinct_experts(c.n_routed_experts, c.num_experts_per_tok, rows)
-        per_expert = rows * c.num_experts_per_tok / distinct
-        computed = self.matrices(self.weights.expert.scaled(distinct), per_expert)
-        missed = (1.0 - hit_rate) * distinct * self.expert_bytes * self.moe_layers
-        if not self.budget.streamed or missed <= 0:
-            return computed, 0.0
-        reading = missed / self.flash_bytes_per_s
-        last = 1.0 / distinct  # its products cannot begin before it is there
-        if reading + computed.seconds * last <= computed.seconds:
-            return computed, missed
-        tail = Cost(memory=computed.memory * last, compute=computed.compute * last)
-        return Cost(flash=reading) + tail, missed
+        return distinct_experts(
+            c.n_routed_experts, c.num_experts_per_tok, rows, self.hits.independent
+        )
 
-    def host(self) -> Cost:
-        """Host work of one pass of the trunk."""
+    def layers(self, rows: float, around: Cost, hit_rate: float) -> tuple[Cost, float]:
+        """All layers for `rows` tokens, `around` being what they take besides routed experts; and
+        the bytes read from flash."""
+        if not self.moe_layers:
+            return around, 0.0
+        distinct = self.distinct(rows)
+        computed = self.experts(distinct, rows)
+        one = self.expert_bytes * self.moe_layers
+        missed = (1.0 - hit_rate) * distinct * one if self.budget.streamed else 0.0
+        if missed <= 0:
+            return around + computed, 0.0
+        reading = missed / self.flash_bytes_per_s
+        # the products of the last expert cannot begin before it is there
+        tail = Cost(memory=computed.memory / distinct, compute=computed.compute / distinct)
+        ahead = self.ahead(rows, reading, around.seconds, computed.seconds, tail.seconds)
+        behind = Cost(flash=reading - ahead) + tail
+        return around + (behind if behind.seconds > computed.seconds else computed), missed
+
+    def ahead(
+        self, rows: float, reading: float, around: float, computed: float, tail: float
+    ) -> float:
+        """How much of the `reading` of all layers is done before their routes are known, while the
+        layer before computes; all in seconds."""
+        most = RIGHT_GUESSES * reading
+        if rows > FEW_TOKENS:
+            most = PROMPT_AHEAD * self.expert_bytes * self.moe_layers / self.flash_bytes_per_s
+        # It begins when the layer's own reads are done: behind them come the last products, or, the
+        # sooner the more was read ahead, those of what was there.
+        idle = tail + around
+        if computed > reading + tail:
+            idle = (computed - reading + around) / (1 - AHEAD_RATE)
+        return min(most, reading, AHEAD_RATE * idle)
+
+    def host(self, rows: float) -> Cost:
+        """What the engine does in the layers besides products, for a pass of `rows` rows."""
+        engine = self.profile.engine
+        more = (min(rows, VERIFY_ROWS) - 1) / (VERIFY_ROWS - 1)
+        layer = engine.layer + more * (engine.layer4 - engine.layer)
+        slots = engine.streamed + more * (engine.streamed4 - engine.streamed)
         streamed = self.moe_layers if self.budget.streamed else 0
         layers = self.config.num_hidden_layers
-        nodes = layers * LAYER_NODES + self.moe_layers * self.config.num_experts_per_tok
-        nodes += streamed * (STREAMED_NODES - LAYER_NODES)
-        python = (streamed or RESIDENT_LAYERS) * self.profile.layer_overhead_s
-        return Cost(host=python + nodes * self.profile.node_overhead_s)
+        host = (layers - streamed) * layer + streamed * slots
+        if rows > VERIFY_ROWS:
+            host += layers * rows * engine.row * self.config.hidden_size / PROBED_WIDTH
+        return Cost(host=host)
+
+    def head(self, rows: float) -> Cost:
+        """The head for `rows` rows, and what is done with their logits."""
+        logits = rows * self.config.vocab_size / 1000 * self.profile.engine.logits
+        return self.matrices(self.weights.head, rows) + Cost(host=logits)
 
     def decode(self, draft: int, depth: int, acceptance: Sequence[float]) -> Decode:
         """One step: draft, and verify all of it at once."""
         rows = draft + 1.0
-        experts, flash = self.experts(rows, self.hits.rate)
-        cost = self.matrices(self.weights.trunk, rows) + self.matrices(self.weights.head, rows)
-        cost = cost + self.attention(rows, depth) + experts + self.host()
-        one = self.matrices(self.weights.mtp_block, 1) + self.matrices(self.weights.head, 1)
-        host = self.profile.layer_overhead_s + MTP_NODES * self.profile.node_overhead_s
+        around = self.matrices(self.weights.trunk, rows) + self.attention(rows, depth)
+        cost, flash = self.layers(rows, around + self.host(rows), self.hits.rate)
+        cost = cost + self.head(rows) + Cost(host=self.profile.engine.step)
+        one = self.matrices(self.weights.mtp_block, 1) + self.head(1)
         for _ in range(draft):
-            cost = cost + one + Cost(host=host)
+            cost = cost + one + Cost(host=self.profile.engine.draft)
         gained = chance = 1.0
         for k in range(draft):
             chance *= acceptance[k] if k < len(acceptance) else 0.0
             gained += chance
-        distinct = distinct_experts(
-            self.config.n_routed_experts, self.config.num_experts_per_tok, rows
-        )
         scanned = self.weights.trunk.total_bytes + (1 + draft) * self.weights.head.total_bytes
         scanned += draft * self.weights.mtp_block.total_bytes
-        scanned += distinct * self.weights.expert.total_bytes
+        scanned += self.distinct(rows) * self.weights.expert.total_bytes
         return Decode(draft, gained, cost, flash / gained, scanned / gained)
 
     def prefill(self, tokens: int) -> Prefill:
@@ -383,12 +431,13 @@ class _Machine:
         # nearly every expert is wanted, so what is in memory counts by its number
         resident = min(1.0, self.budget.slots / max(1, self.budget.experts))
         while done < tokens:
-            rows = min(self.budget.chunk, tokens - done)
-            experts, read = self.experts(rows, resident if self.budget.streamed else 1.0)
-            cost = cost + self.matrices(self.weights.trunk, rows) + experts + self.host()
-            cost = cost + self.attention(rows, done + rows / 2)
+            rows = even_part(tokens - done, self.budget.chunk)
+            around = self.matrices(self.weights.trunk, rows) + self.attention(rows, done + rows / 2)
+            around = around + self.host(rows)
+            layers, read = self.layers(rows, around, resident if self.budget.streamed else 1.0)
+            cost = cost + layers + Cost(host=self.profile.engine.step)
             flash, done = flash + read, done + rows
-        return Prefill(tokens, cost + self.matrices(self.weights.head, 1), flash)
+        return Prefill(tokens, cost + self.head(1), flash)
 
     def load_s(self) -> float:
         """Seconds to read what is resident and store it as the kernels want it."""

@@ -46,17 +46,19 @@ CURVES: Mapping[str, tuple[tuple[float, float], ...]] = MappingProxyType(
         ),
     }
 )
-DEFAULT_CURVE = "typical"
+DEFAULT_CURVE, EVEN = "typical", "uniform"
 HEAT = "heat"
 # Calibration saw a finite text: this share of the uses is spread over all experts.
 _UNSEEN = 0.02
 
 
 class Hits(NamedTuple):
-    """A hit rate and where it comes from."""
+    """A hit rate and where it comes from. `independent`: neighbouring tokens choose their experts
+    without regard to each other, as with random weights."""
 
     rate: float
     source: str
+    independent: bool = False
 
 
 def expected_hits(slots: int, total: int, routes: str | None, heat: Heat | None) -> Hits:
@@ -66,7 +68,7 @@ def expected_hits(slots: int, total: int, routes: str | None, heat: Heat | None)
     Raises UsageError on another name, or when there is no heat.
     """
     if slots >= total:
-        return Hits(1.0, "every expert is in memory")
+        return Hits(1.0, "every expert is in memory", routes == EVEN)
     if routes is None:
         routes = DEFAULT_CURVE if heat is None else HEAT
     if routes == HEAT:
@@ -81,7 +83,8 @@ def expected_hits(slots: int, total: int, routes: str | None, heat: Heat | None)
         )
     if routes not in CURVES:
         raise UsageError(f"routes {routes!r}", f"known: {', '.join((*CURVES, HEAT))}")
-    return Hits(_interpolate(CURVES[routes], slots / total), f"assumed curve {routes!r}")
+    rate = _interpolate(CURVES[routes], slots / total)
+    return Hits(rate, f"assumed curve {routes!r}", routes == EVEN)
 
 
 def _of_heat(slots: int, heat: Heat) -> float:
@@ -102,14 +105,14 @@ def _interpolate(points: tuple[tuple[float, float], ...], share: float) -> float
     return points[-1][1]
 
 
-def distinct_experts(experts: int, chosen: int, tokens: float) -> float:
+def distinct_experts(experts: int, chosen: int, tokens: float, independent: bool = False) -> float:
     """Experts of a layer that `tokens` neighbouring tokens use together.
 
     Neighbours share: MiMo-V2.5 touches 21 to 24 of 256 with 4 tokens and 34 to 39 with 8
     (x3haloed/mimo-prismwing PW-0208, 0211, 0215, 0216), which is chosen * tokens^0.75; never more
-    than independent tokens would.
+    than `independent` tokens would.
     """
     if not experts:
         return 0.0
-    independent = experts * (1.0 - (1.0 - chosen / experts) ** tokens)
-    return float(min(independent, chosen * tokens**0.75))
+    most = experts * (1.0 - (1.0 - chosen / experts) ** tokens)
+    return float(most if independent else min(most, chosen * tokens**0.75))

@@ -70,9 +70,7 @@ def planned_model(what: str | Path, profile: DeviceProfile, recipe: str | None) 
         return _of_config(path / "config.json", profile, recipe)
     if not path.is_dir():
         if str(what) == BUILT_IN:
-            from mimo_edge.nano.commands import checkpoint_dir
-
-            return _of_checkpoint(checkpoint_dir(), BUILT_IN, profile, recipe)
+            return built_in(profile, recipe)
         if str(what) in KNOWN_MODELS:
             return of_config(str(what), known_model(str(what)), profile, recipe)
     raise BundleError(
@@ -80,6 +78,13 @@ def planned_model(what: str | Path, profile: DeviceProfile, recipe: str | None) 
         "give a bundle, a .gguf file, a checkpoint folder, a config.json or one of "
         + ", ".join((BUILT_IN, *KNOWN_MODELS)),
     )
+
+
+def built_in(profile: DeviceProfile, recipe: str | None = None) -> PlannedModel:
+    """The model that ships with us."""
+    from mimo_edge.nano.commands import checkpoint_dir
+
+    return _of_checkpoint(checkpoint_dir(), BUILT_IN, profile, recipe)
 
 
 def of_config(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mimo_edge import budget as memory
 from mimo_edge.budget import Budget, Shortfall
+from mimo_edge.config import MimoConfig
 from mimo_edge.devices.profile import AUTO, DeviceProfile, load_profile
 from mimo_edge.errors import UsageError
 from mimo_edge.planner.forecast import Forecast, forecast
@@ -30,7 +31,8 @@ DEFAULT_PROMPT = 512
 
 @dataclass(frozen=True)
 class Settings:
-    """What is planned besides model and device. `ram` is the bound on the process."""
+    """What is planned besides model and device. `ram` is the bound on the process, `pin` experts of
+    every layer never leave memory when experts are streamed."""
 
     ram: int
     context: int
@@ -40,6 +42,7 @@ class Settings:
     prompt: int = DEFAULT_PROMPT
     routes: str | None = None
     acceptance: tuple[float, ...] | None = None
+    pin: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Plan:
             "context": s.context,
             "kv_type": s.kv_type,
             "draft": s.draft,
+            "pin": s.pin,
             "fits": self.fits,
             "fits_flash": self.fits_flash,
             "fits_ram": self.fits_ram,
@@ -148,6 +152,7 @@ def plan(
     prompt: int = DEFAULT_PROMPT,
     routes: str | None = None,
     acceptance: Sequence[float] | None = None,
+    pin: int = 0,
     advise: bool = True,
 ) -> Plan:
     """Plan a model on a device, from config and sizes alone.
@@ -156,7 +161,8 @@ def plan(
     `profile` a name or file. `ram`, `context`, `recipe`, `kv_type` and `draft` stand for the
     profile's. Decoding is forecast `depth` tokens into a conversation (half the context, at most
     2,048) and prefill for `prompt` tokens. `routes` says how hits are estimated ("typical",
-    "uniform", "skewed", "heat"), `acceptance` the chance per depth that a draft is accepted.
+    "uniform", "skewed", "heat"), `acceptance` the chance per depth that a draft is accepted. `pin`
+    experts of every layer, the hottest, stay in memory when experts are streamed.
     Without `advise` no changes are looked for.
 
     Raises UsageError on values out of range, and the errors of opening the model and the profile.
@@ -167,7 +173,7 @@ def plan(
     else:
         found = planned_model(model, device, recipe)
     settings = _settings(
-        found, device, ram, context, kv_type, draft, depth, prompt, routes, acceptance
+        found, device, ram, context, kv_type, draft, depth, prompt, routes, acceptance, pin
     )
     made = evaluate(found, device, settings)
     if not advise:
@@ -191,6 +197,7 @@ def _settings(
     prompt: int,
     routes: str | None,
     acceptance: Sequence[float] | None,
+    pin: int,
 ) -> Settings:
     config = model.config
     for name, value in (("context", context), ("prompt", prompt)):
@@ -218,6 +225,9 @@ def _settings(
             draft = min(draft, config.num_mtp_layers)
     else:
         check_draft(draft, config)
+    most = config.n_routed_experts
+    if isinstance(pin, bool) or not isinstance(pin, int) or not 0 <= pin <= most:
+        raise UsageError(f"pin = {pin!r}", f"a layer has {most} experts")
     kind = memory.usual_kv_type(device.kv_type, config, length) if kv_type is None else kv_type
     return Settings(
         limit,
@@ -228,6 +238,7 @@ def _settings(
         min(prompt, length),
         routes,
         None if acceptance is None else tuple(acceptance),
+        pin,
     )
 
 
@@ -253,12 +264,19 @@ def evaluate(model: PlannedModel, device: DeviceProfile, settings: Settings) -> 
             f"it needs at least {format_bytes(need)} of memory, the process may hold "
             f"{format_bytes(settings.ram)} of the device's {format_bytes(device.ram_bytes)}"
         )
+    elif (lacking := _slots_lacking(config, budget, settings.pin)) > 0:
+        need = budget.nbytes + lacking * budget.slot_bytes
+        need += lacking * budget.slot_bytes // 64  # the reserve grows with it
+        why.append(
+            f"{settings.pin} pinned experts of every layer and those of a token take "
+            f"{budget.slots + lacking} slots, there is room for {budget.slots}"
+        )
     if model.bundle_bytes > device.storage_bytes:
         why.append(
             f"the bundle takes {format_bytes(model.bundle_bytes)} on flash, "
             f"{format_bytes(device.storage_bytes)} are free for models"
         )
-    notes = _notes(model, device)
+    notes = _notes(model, device, settings)
     if why:
         return Plan(
             model, device, settings, budget, need, None, "does not fit", tuple(why), notes=notes
@@ -296,8 +314,23 @@ def evaluate(model: PlannedModel, device: DeviceProfile, settings: Settings) -> 
     return Plan(model, device, settings, budget, None, speed, verdict, tuple(why), notes=notes)
 
 
-def _notes(model: PlannedModel, device: DeviceProfile) -> tuple[str, ...]:
+def pinned_slots(config: MimoConfig, pin: int) -> int:
+    """Slots of `pin` pinned experts of every layer."""
+    return pin * sum(config.moe_layer_freq)
+
+
+def _slots_lacking(config: MimoConfig, budget: Budget, pin: int) -> int:
+    """Slots that pinned experts and those of a token need beyond what there is."""
+    if not budget.streamed or not pin:
+        return 0
+    wanted = pinned_slots(config, pin) + config.num_experts_per_tok
+    return min(wanted, budget.experts) - budget.slots
+
+
+def _notes(model: PlannedModel, device: DeviceProfile, settings: Settings) -> tuple[str, ...]:
     notes = list(model.notes)
+    if settings.pin and model.heat is None and model.config.n_routed_experts:
+        notes.append("which experts to pin is known of a calibrated bundle (export --calibrate)")
     if model.needs_calibration:
         notes.append(f"recipe {model.recipe} needs calibration (export --calibrate)")
     guessed = sorted(

@@ -95,6 +95,20 @@ class Metrics:
             ):
                 add(f"expert_{name}_total", "counter", help_, experts[name])
             add("expert_slots", "gauge", "Slots of experts in memory.", experts["slots"])
+        governor = stats["governor"]
+        if governor is not None:
+            if governor["threads"] is not None:
+                add("threads", "gauge", "Threads that compute.", governor["threads"])
+            add("draft_limit", "gauge", "Most tokens drafted per step.", governor["drafts"])
+            if governor["temperature_c"] is not None:
+                celsius = governor["temperature_c"]
+                add("temperature_celsius", "gauge", "The hottest sensor.", celsius)
+        add(
+            "events_total",
+            "counter",
+            "Actions of the governor and trims, by cause.",
+            [({"cause": cause}, n) for cause, n in sorted(stats["events"]["counts"].items())],
+        )
         resident = rss_bytes()
         if resident is not None:
             add("resident_bytes", "gauge", "Memory of the process.", resident)

@@ -190,6 +190,16 @@ class Graph:
             self._initializers[name] = numpy_helper.from_array(array, name)
         return name
 
+    def zeros(self, name: str, data_type: int, dims: tuple[int, ...]) -> str:
+        """A constant of zeros inside the graph: zero points, of types NumPy may not have."""
+        self._claim(name)
+        count = int(np.prod(dims))
+        nbytes = (count + 1) // 2 if data_type == TensorProto.INT4 else count
+        self._initializers[name] = helper.make_tensor(
+            name, data_type, dims, bytes(nbytes), raw=True
+        )
+        return name
+
     def store(
         self,
         name: str,

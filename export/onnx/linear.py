@@ -14,6 +14,7 @@ from onnx import TensorProto
 
 from mimo_edge.errors import ExportError
 from mimo_edge.export.onnx.graph import CONTRIB, F32, U8, Chunk, Dim, Graph, Matrix
+from mimo_edge.quant.base import row_groups
 
 BLOCK = 64
 ACCURACY_LEVEL = 4  # of MatMulNBits: activations in 8 bits, products in integers
@@ -111,15 +112,29 @@ def quantize_blocks(rows: F32, bits: int) -> tuple[U8, F32]:
     """
     count, cols = rows.shape
     blocks = -(-cols // BLOCK)
-    x = np.zeros((count, blocks * BLOCK), np.float32)
-    x[:, :cols] = rows
-    x = x.reshape(count, blocks, BLOCK)
-    if bits == 8:
-        scale: F32 = np.divide(np.abs(x).max(axis=-1), 127, dtype=np.float32)
-        return (_codes(x, scale, 127) + np.float32(128)).astype(np.uint8), scale
+    codes = np.empty((count, blocks, BLOCK), np.uint8)
+    scales = np.empty((count, blocks), np.float32)
+    for start, stop in row_groups(count, cols):  # so that temporaries stay small
+        x = np.zeros((stop - start, blocks * BLOCK), np.float32)
+        x[:, :cols] = rows[start:stop]
+        x = x.reshape(stop - start, blocks, BLOCK)
+        top = 2 ** (bits - 1)
+        scale = _searched_scale(x) if bits == 4 else _largest(x)
+        codes[start:stop] = _codes(x, scale, top - 1) + np.float32(top)
+        scales[start:stop] = scale
+    return codes, scales
+
+
+def _largest(x: F32) -> F32:
+    """Scales [n, blocks] that map the largest value of x [n, blocks, size] to code 127."""
+    scale: F32 = np.divide(np.abs(x).max(axis=-1), 127, dtype=np.float32)
+    return scale
+
+
+def _searched_scale(x: F32) -> F32:
+    """Scales [n, blocks] for 4-bit codes of x [n, blocks, 64] with the least squared error."""
     at = np.abs(x).argmax(axis=-1)[..., None]
-    largest = np.take_along_axis(x, at, axis=-1)[..., 0]
-    base: F32 = np.divide(largest, -8, dtype=np.float32)
+    base: F32 = np.divide(np.take_along_axis(x, at, axis=-1)[..., 0], -8, dtype=np.float32)
     best, best_error = base.copy(), np.full(base.shape, np.inf, np.float32)
     for factor in _SEARCH:
         tried: F32 = base * np.float32(factor)
@@ -127,7 +142,7 @@ def quantize_blocks(rows: F32, bits: int) -> tuple[U8, F32]:
         better = error < best_error
         np.copyto(best, tried, where=better)
         np.copyto(best_error, error, where=better)
-    return (_codes(x, best, 7) + np.float32(8)).astype(np.uint8), best
+    return best
 
 
 def _codes(x: F32, scale: F32, top: int) -> F32:
@@ -176,11 +191,15 @@ class TableFormat:
     def _pack(self, rows: F32, first: int) -> list[Chunk]:
         count, width = rows.shape
         block = int(np.gcd(width, BLOCK))
-        x = rows.reshape(count, width // block, block)
-        scale: F32 = np.abs(x).max(axis=-1) / np.float32(127)
-        codes = _codes(x, scale, 127).astype(np.int8).view(np.uint8).reshape(-1)
-        steps = scale.astype("<f4").view(np.uint8).reshape(-1)
+        blocks = width // block
+        codes = np.empty((count, width), np.int8)
+        scales = np.empty((count, blocks), "<f4")
+        for start, stop in row_groups(count, width):
+            x = rows[start:stop].reshape(stop - start, blocks, block)
+            scale = _largest(x)
+            codes[start:stop] = _codes(x, scale, 127).reshape(stop - start, width)
+            scales[start:stop] = scale
         return [
-            Chunk(0, first * width, codes),
-            Chunk(1, first * (width // block) * 4, steps),
+            Chunk(0, first * width, codes.view(np.uint8).reshape(-1)),
+            Chunk(1, first * blocks * 4, scales.view(np.uint8).reshape(-1)),
         ]

@@ -24,6 +24,7 @@ from mimo_edge.onnx_io import (
     FOLDER,
     HEAD,
     IR_VERSION,
+    LAYERS_PER_SHARD,
     MODEL_NAME,
     OPSET,
     PACKAGE_MANIFEST,
@@ -32,8 +33,6 @@ from mimo_edge.onnx_io import (
 )
 from mimo_edge.quant.base import Format
 
-# Decoder layers of one component where no router ends it sooner.
-LAYERS_PER_SHARD = 8
 _PLAIN = ("F32", "F16", "BF16")
 # Formats of up to this many bits a weight become 4-bit codes, larger ones 8-bit codes.
 _FOUR_BITS = 5.0

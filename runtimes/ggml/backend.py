@@ -99,7 +99,24 @@ class GgmlBackend:
             self, _release, self._idle, self._weights, self._experts, self.device, source
         )
 
+    # --- threads ---
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return self.device.threads
+
+    def set_threads(self, count: int) -> None:
+        """Compute with `count` threads from the next pass on. Raises UsageError, BackendError when
+        closed."""
+        self._check_open()
+        self.device.set_threads(count)
+
     # --- memory ---
+
+    def free_idle(self) -> int:
+        """Free what ended conversations left for the next ones; its bytes. From any thread."""
+        return self._idle.free()
 
     @property
     def weight_bytes(self) -> dict[str, int]:

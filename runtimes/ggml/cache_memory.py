@@ -216,6 +216,13 @@ class IdleMemory:
                 return
         memory.close()
 
+    def free(self) -> int:
+        """Free all there is; its bytes."""
+        with self._lock:
+            nbytes = self.nbytes
+            self._free()
+            return nbytes
+
     def close(self) -> None:
         """Free all, and whatever is given from now on."""
         with self._lock:

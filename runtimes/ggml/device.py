@@ -59,6 +59,13 @@ class Device:
         self.cancel: Cancel | None = None
         """What may stop the pass that is running."""
 
+    def set_threads(self, count: int) -> None:
+        """Compute with `count` threads from the next graph on. Raises UsageError."""
+        if not 1 <= count <= 512:
+            raise UsageError(f"threads = {count}", "give 1 to 512, at most the device's cores")
+        self.threads = count
+        self.ggml.ggml_backend_cpu_set_n_threads(self._backend, count)
+
     def _buffer_type(self, pointer: int) -> BufferType:
         name = self.ggml.ggml_backend_buft_name(pointer).decode()
         return BufferType(pointer, name, int(self.ggml.ggml_backend_buft_get_alignment(pointer)))

@@ -7,7 +7,7 @@ group so that the experts used most stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import numpy as np
 
@@ -107,6 +107,8 @@ class CachedExperts:
         self._device = device
         self._record = GuessRecord()
         self._next: int | None = None  # the layer after this one, when it wants nearly everything
+        self.between_layers: Callable[[], None] | None = None
+        """Called before every layer of a pass, while none of them is held."""
         try:
             if pin:
                 self._pin_hottest(pin)
@@ -129,6 +131,8 @@ class CachedExperts:
         """See `ExpertSource.groups`. A read that fails raises BundleError (IntegrityError when a
         checksum differs) naming layer and expert. Waiting ends with Cancelled when the pass is
         cancelled."""
+        if self.between_layers is not None:
+            self.between_layers()
         # Which token chose what is not told, and does not matter to the cache: how often, does.
         ids = np.repeat(experts, counts).reshape(-1, self._table.chosen)
         if len(ids) <= MOST_ROWS_OF_A_STEP and len(experts) <= self.cache.slots:
@@ -184,14 +188,39 @@ class CachedExperts:
         """Give back `fraction` of all slots (0: use all of them again), between two layers of a
         running pass. Returns the bytes given back: less, or 0, when the layer in use does not end
         in time, or a token's experts would not fit any more."""
-        cache = self.cache
-        target = cache.pool.count - round(fraction * cache.pool.count)
-        given = 0
-        if target < cache.slots:
-            given = cache.release(cache.slots - target, timeout_s=timeout_s)
-        elif cache.grow(target - cache.slots):
+        return self.resize(self.planned - round(fraction * self.planned), timeout_s)
+
+    # --- as `ResizableSlots` of edge/governor/slots.py ---
+
+    @property
+    def planned(self) -> int:
+        """Slots there are when all are in use."""
+        return self.cache.pool.count
+
+    @property
+    def count(self) -> int:
+        """Slots that may be used now."""
+        return self.cache.slots
+
+    @property
+    def used(self) -> int:
+        """Slots that hold an expert, or await one."""
+        return self.cache.used
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return self.cache.pool.slot_bytes
+
+    def resize(self, count: int, timeout_s: float) -> int:
+        """See `ResizableSlots.resize`."""
+        cache, given = self.cache, 0
+        count = max(count, cache.least)
+        if count < cache.slots:
+            given = cache.release(cache.slots - count, timeout_s=timeout_s)
+        elif cache.grow(count - cache.slots):
             self.warm_up()
-        return given * cache.pool.slot_bytes
+        return given * self.slot_bytes
 
     def stats(self) -> CacheStats:
         """Hits, misses and bytes so far."""

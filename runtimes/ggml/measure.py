@@ -1,9 +1,10 @@
 """How fast this processor multiplies: ggml's own kernels on matrices made for it.
 
 Figures that a forecast needs apart: what one row's products draw from memory when weights lie
-there, how many multiply-adds per second the kernels do when weights are at hand in the caches, and
-what starting an operation costs. Matrices lie in the memory that resident weights would get
-(reordered where ggml has a kernel for it), because most products of a pass are theirs.
+there, and how many multiply-adds per second the kernels do when weights are at hand in the caches.
+What the engine costs besides is measured with the engine (edge/bench/engine_cost.py). Matrices lie
+in the memory that resident weights would get (reordered where ggml has a kernel for it), because
+most products of a pass are theirs.
 """
 
 from __future__ import annotations
@@ -29,18 +30,21 @@ _CACHED_COLS, _CACHED_ROWS = 1024, 1024
 _MEMORY_COLS, _MEMORY_ROWS = 4096, 1024
 _PRODUCTS = 16  # per graph: starting one must not count
 _LEAST_RUNS = 2
-_CHAIN = 256  # operations that do next to nothing
 
 
 class _Matrices:
     """`count` equal matrices of a format, random, in the memory that suits them."""
 
-    def __init__(self, device: Device, fmt: Format, cols: int, rows: int, count: int) -> None:
+    def __init__(
+        self, device: Device, fmt: Format, cols: int, rows: int, count: int, reorder: bool = True
+    ) -> None:
         g = device.ggml
         self._device = device
         self._buffer = 0
         self._context = Context(device, count)
-        kind = device.best_buffer_type(fmt.ggml_type, (cols, rows), False)
+        kind = device.plain
+        if reorder:
+            kind = device.best_buffer_type(fmt.ggml_type, (cols, rows), False)
         self.tensors = [self._context.new(fmt.ggml_type, (cols, rows)) for _ in range(count)]
         needed = int(g.ggml_backend_buft_get_alloc_size(kind.pointer, self.tensors[0].pointer))
         step = -(-needed // kind.alignment) * kind.alignment
@@ -78,19 +82,25 @@ def _bytes(fmt: Format, cols: int, rows: int) -> U8:
     return np.ascontiguousarray(np.repeat(fmt.quantize(row, importance), rows, axis=0)).reshape(-1)
 
 
-def memory_rate(
+def memory_rates(
     device: Device,
     fmt: Format,
+    rows: Sequence[int],
     pool_bytes: int,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Bytes of weights per second that products with one row draw from about `pool_bytes` of
-    them, the best of several passes. Raises BackendError when memory is short."""
+    *,
+    reorder: bool = True,
+) -> list[float]:
+    """Multiply-adds per second of products with each number of `rows` and about `pool_bytes` of
+    weights, the best of several passes of `seconds` in all for each; without `reorder` in the
+    order of the file. Raises BackendError when memory is short."""
     each = fmt.row_bytes(_MEMORY_COLS) * _MEMORY_ROWS
-    weights = _Matrices(device, fmt, _MEMORY_COLS, _MEMORY_ROWS, max(2, pool_bytes // each))
+    count = max(2, pool_bytes // each)
+    macs = count * _MEMORY_COLS * _MEMORY_ROWS
+    weights = _Matrices(device, fmt, _MEMORY_COLS, _MEMORY_ROWS, count, reorder)
     try:
-        return weights.nbytes / _best(device, weights.tensors, 1, seconds, clock)
+        return [n * macs / _best(device, weights.tensors, n, seconds, clock) for n in rows]
     finally:
         weights.close()
 
@@ -101,36 +111,18 @@ def kernel_rates(
     rows: Sequence[int],
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    reorder: bool = True,
 ) -> list[float]:
-    """Multiply-adds per second of products with each number of `rows`, weights in the caches."""
-    weights = _Matrices(device, fmt, _CACHED_COLS, _CACHED_ROWS, 1)
+    """Multiply-adds per second of products with each number of `rows`, weights in the caches;
+    without `reorder` in the order of the file."""
+    weights = _Matrices(device, fmt, _CACHED_COLS, _CACHED_ROWS, 1, reorder)
     try:
         products = weights.tensors * _PRODUCTS
         macs = _CACHED_COLS * _CACHED_ROWS * _PRODUCTS
         return [n * macs / _best(device, products, n, seconds, clock) for n in rows]
     finally:
         weights.close()
-
-
-def node_seconds(
-    device: Device, seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Seconds that an operation of a graph takes however little it does: it starts on every
-    thread, and the next waits for all of them."""
-    inputs, graph = Inputs(device), Graph(device, _CHAIN + 8)
-    try:
-        x = inputs.new(ggml.TYPE_F32, 32)
-        inputs.allocate()
-        x.array()[:] = 0.0
-        last = x
-        for _ in range(_CHAIN):
-            last = graph.add(last, x)
-        graph.output(last)
-        graph.finish()
-        return _fastest(graph, seconds, clock) / _CHAIN
-    finally:
-        graph.close()
-        inputs.close()
 
 
 def _best(

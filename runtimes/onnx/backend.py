@@ -12,12 +12,11 @@ import weakref
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from mimo_edge.bundle import Bundle
 from mimo_edge.cancel import Cancel, check_cancel
 from mimo_edge.config import MimoConfig
-from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
+from mimo_edge.errors import BackendError, CacheError, UsageError
 from mimo_edge.machine import usable_cores
 from mimo_edge.onnx_io import CPU_VARIANT
 from mimo_edge.runtimes.base import (
@@ -28,6 +27,7 @@ from mimo_edge.runtimes.base import (
     RouteSink,
     TokenIds,
 )
+from mimo_edge.runtimes.checks import check_finite, check_ids, check_mtp_rows, check_wanted
 from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex
 from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
@@ -72,12 +72,14 @@ class OnnxBackend:
             raise UsageError("this model has routed experts", "give a source of them")
         self._chunk = chunk
         self._routes = routes
+        self.prepared = 0
+        """Passes made so far: see `PreparingBackend`."""
         self._pid = os.getpid()
         count = threads if threads is not None else usable_cores()
         self.device = Device(count)
         self._source: ExpertSource | None = None
         try:
-            self.package = Package(bundle, self.config, CPU_VARIANT, count)
+            self._load(bundle, count)
             if moe and experts is not None:
                 self._source = experts(self.device)
             self._together = self._try_rows()
@@ -90,6 +92,14 @@ class OnnxBackend:
         self._finalizer = weakref.finalize(
             self, _release, self._pid, self._source, self.device, bundle
         )
+
+    def _load(self, bundle: Bundle, threads: int) -> None:
+        """Open the graphs."""
+        self.package = Package(bundle, self.config, CPU_VARIANT, threads)
+
+    def provider_stats(self) -> dict[str, object]:
+        """JSON-ready: which provider runs what."""
+        return {"provider": "CPUExecutionProvider"}
 
     def _try_rows(self) -> list[int]:
         """For each shard, then the head, how many rows of a verify one run may compute."""
@@ -136,11 +146,9 @@ class OnnxBackend:
         GenerationError (NaN or Inf), Cancelled, BundleError (a read), BackendError.
         """
         self._check_open()
-        ids = self._check_ids(token_ids)
+        ids = check_ids(token_ids, self.config)
         total = len(ids)
-        for label, rows in (("logits_rows", logits_rows), ("hidden_rows", hidden_rows)):
-            if not 0 <= rows <= total:
-                raise UsageError(f"{label} = {rows} of {total} new tokens")
+        check_wanted(total, logits_rows, hidden_rows)
         ours = self._check_cache(cache)
         ours.require(total)
         exact = total <= ours.verify_rows
@@ -159,7 +167,7 @@ class OnnxBackend:
                     wanted = stream[count - want :]
                     out[end - want : end] = wanted if out is hidden else self._head(wanted, 0)
                     where = "the residual stream" if out is hidden else "the output head"
-                    self._check_finite(out[end - want : end], where, first + count - want)
+                    check_finite(out[end - want : end], where, first + count - want)
             start += count
         return ForwardResult(logits=logits, hidden=hidden)
 
@@ -185,7 +193,7 @@ class OnnxBackend:
         full_rows = 0
         if not all(c.hybrid_layer_pattern):
             full_rows = kv_rows(position + total)
-            cache.grow(0, c.num_hidden_layers, full_rows, position)
+            cache.resize(0, c.num_hidden_layers, full_rows, position)
         shape = TrunkShape(total, full_rows, gathered)
         trunk = self._trunk(cache, shape, exact)
         embedding = self._embedding(ids)
@@ -196,7 +204,7 @@ class OnnxBackend:
             trunk.fill(embedding, position)
             with self.device.cancelled_by(cancel):
                 trunk.compute(cancel)
-            self._check_finite(trunk.h, "the residual stream", position)
+            check_finite(trunk.h, "the residual stream", position)
             trunk.finish()
             if sliding and gathered:
                 cache.ring.store(position, total)
@@ -221,6 +229,7 @@ class OnnxBackend:
             found = TrunkPass(
                 cache, self.package.shards, self.package.layers, together, shape, experts
             )
+            self.prepared += 1
             cache.keep(key, found)
         return found
 
@@ -264,30 +273,16 @@ class OnnxBackend:
         """
         self._check_open()
         check_cancel(cancel)
-        c = self.config
-        if not 0 <= depth < c.num_mtp_layers:
-            raise UsageError(f"MTP block {depth} of a model with {c.num_mtp_layers}")
-        ids = self._check_ids(token_ids)
-        hidden = np.asarray(hidden, np.float32)
-        if hidden.shape != (len(ids), c.hidden_size):
-            raise UsageError(
-                f"hidden states of shape {hidden.shape} for {len(ids)} tokens of width "
-                f"{c.hidden_size}"
-            )
+        ids = check_ids(token_ids, self.config)
         ours = self._check_cache(cache)
-        if not 0 <= position <= ours.length - len(ids):
-            raise CacheError(
-                f"MTP rows {position}..{position + len(ids) - 1}, but the target has processed "
-                f"{ours.length} tokens",
-                "a row needs the target's hidden state of its position",
-            )
+        rows = check_mtp_rows(self.config, depth, len(ids), hidden, position, ours.length)
         index = ours.mtp_index[depth]
         index.check(position, len(ids), 1)
         if isinstance(index, RingIndex) and len(ids) > index.rows:
             # Only the newest row queries, and it sees no further back than the ring holds.
             skip = len(ids) - index.rows
-            ids, hidden, position = ids[skip:], hidden[skip:], position + skip
-        return self._mtp(ours, depth, ids, hidden, position, index)
+            ids, rows, position = ids[skip:], rows[skip:], position + skip
+        return self._mtp(ours, depth, ids, rows, position, index)
 
     def _mtp(
         self,
@@ -300,13 +295,14 @@ class OnnxBackend:
     ) -> F32:
         block, total = self.config.num_hidden_layers + depth, len(ids)
         if isinstance(index, FullIndex):
-            cache.grow(block, block + 1, kv_rows(position + total), position)
+            cache.resize(block, block + 1, kv_rows(position + total), position)
         key = (depth, total)
         found = cache.found(key)
         if not isinstance(found, MtpPass):
             if total > self._chunk:
                 cache.drop_large()
             found = MtpPass(cache, depth, self.package.mtp[depth], total)
+            self.prepared += 1
             cache.keep(key, found)
         try:
             index.store(position, total)
@@ -317,7 +313,7 @@ class OnnxBackend:
             found.fill(self._embedding(ids), hidden, position, held)
             found.compute()
             logits: F32 = self._head(found.h[-1:], 1 + depth)[0]
-            self._check_finite(logits[None], f"MTP block {depth}", position + total - 1)
+            check_finite(logits[None], f"MTP block {depth}", position + total - 1)
         except BaseException:
             index.truncate(position)
             raise
@@ -340,32 +336,10 @@ class OnnxBackend:
                 "threads do not survive fork: open the model after forking",
             )
 
-    def _check_ids(self, token_ids: ArrayLike) -> TokenIds:
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise UsageError(
-                f"token ids of shape {ids.shape}, type {ids.dtype}", "give one or more integers"
-            )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise UsageError(
-                f"token id {low if low < 0 else high} is outside 0..{self.config.vocab_size - 1}"
-            )
-        return ids.astype(np.int32)
-
     def _check_cache(self, cache: Cache) -> OnnxCache:
         if not isinstance(cache, OnnxCache) or cache.owner is not self:
             raise CacheError("this cache belongs to another backend or model")
         return cache
-
-    @staticmethod
-    def _check_finite(rows: F32, where: str, first: int) -> None:
-        finite = np.isfinite(rows).all(axis=-1)
-        if not finite.all():
-            raise GenerationError(
-                f"{where} gave NaN or Inf at position {first + int(np.argmin(finite))}",
-                "the weights, or the input, are damaged",
-            )
 
 
 def _release(pid: int, experts: ExpertSource | None, device: Device, bundle: Bundle) -> None:

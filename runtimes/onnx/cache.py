@@ -57,15 +57,15 @@ class Kv:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def grown(self, rows: int, used: int) -> Kv:
-        """A longer one with the first `used` rows of this."""
+    def resized(self, rows: int, used: int) -> Kv:
+        """One of `rows` rows with the first `used` of this."""
 
-        def longer(old: F32) -> F32:
+        def copied(old: F32) -> F32:
             new = np.zeros((*old.shape[:2], rows, old.shape[3]), np.float32)
             new[:, :, :used] = old[:, :, :used]
             return new
 
-        return Kv(longer(self.keys), longer(self.values))
+        return Kv(copied(self.keys), copied(self.values))
 
 
 class Reusable(Protocol):
@@ -143,13 +143,12 @@ class OnnxCache:
                 "use a larger context or a shorter prompt",
             )
 
-    def grow(self, first: int, last: int, rows: int, used: int) -> None:
-        """Let global layers among blocks first..last - 1 hold `rows` rows, `used` of them kept.
-        Fewer than before, when a verify that reached into the next block was undone: graphs attend
-        to whole arrays, and a token to as many columns as it would without drafts."""
+    def resize(self, first: int, last: int, rows: int, used: int) -> None:
+        """Let global layers among blocks first..last - 1 have `rows` rows, `used` of them kept.
+        Also fewer, after a rollback: a row attends to as many columns as it would have before."""
         for index in range(first, last):
             if not self.config.layer(index).sliding and self.kv[index].rows != rows:
-                self.kv[index] = self.kv[index].grown(rows, used)
+                self.kv[index] = self.kv[index].resized(rows, used)
                 self.generation += 1
 
     def commit(self, tokens: int) -> None:
@@ -206,7 +205,7 @@ class OnnxCache:
             if isinstance(index, RingIndex):
                 first = max(first, one.end - index.rows)
             else:
-                self.kv[block] = self.kv[block].grown(one.end, 0)
+                self.kv[block] = self.kv[block].resized(one.end, 0)
             slots = np.arange(first, one.end)
             if isinstance(index, RingIndex):
                 slots %= index.rows

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from mimo_edge.errors import BackendError, BundleError
 from mimo_edge.native_library import check_import
 
-LEAST_VERSION = (1, 28)
-INSTALL_HINT = "pip install 'onnxruntime>=1.28'"
+LEAST_VERSION = (1, 32)
+INSTALL_HINT = "pip install 'onnxruntime>=1.32'"
+LOG_SEVERITY = 4  # fatal errors only: others are raised
 Array = NDArray[Any]
 
 _TYPES: dict[str, np.dtype[Any]] = {
@@ -64,7 +65,7 @@ class Session:
         # pass once per session; shapes differ from pass to pass, so patterns are of no use either.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
-        options.log_severity_level = 4  # errors are raised
+        options.log_severity_level = LOG_SEVERITY
         # Not the process-wide pool of threads: it would be forced on every other session of the
         # application.
         options.intra_op_num_threads = threads

@@ -149,7 +149,13 @@ class TrunkPass:
         # Two, by turns: a graph may write its output while it still needs its input.
         streams = [np.empty((total, c.hidden_size), np.float32) for _ in range(2)]
         self.h_in = streams[0]
-        self._gathered: dict[int, Kv] = {}  # by number of KV heads
+        # by number of KV heads, and which of the sliding layers of its graph it is
+        self._gathered: dict[tuple[int, int], Kv] = {}
+        self._rank = {
+            layer: rank
+            for shard in shards
+            for rank, layer in enumerate(n for n in shard.layers if c.layer(n).sliding)
+        }
         self._tails: dict[int, Kv] = {}  # by layer: rows the ring gets when the pass is whole
         self._steps: list[_Step] = []
         for number, (shard, session, rows) in enumerate(
@@ -188,15 +194,15 @@ class TrunkPass:
         self.h = self._steps[-1].h
 
     def _kv(self, layer: int) -> Kv:
-        """Where a layer's rows go: its cache, or for long passes of sliding layers memory that all
-        of them with as many heads share, one after the other."""
+        """Where a layer's rows go: its cache, or for long passes of sliding layers memory that
+        those of different graphs share, one after the other."""
         spec, shape = self._config.layer(layer), self.shape
         if not spec.sliding or not shape.gathered:
             return self._cache.kv[layer]
-        heads = spec.num_key_value_heads
-        if heads not in self._gathered:
-            self._gathered[heads] = Kv.empty(self._config, spec, shape.gathered)
-        return self._gathered[heads]
+        key = spec.num_key_value_heads, self._rank[layer]
+        if key not in self._gathered:
+            self._gathered[key] = Kv.empty(self._config, spec, shape.gathered)
+        return self._gathered[key]
 
     @property
     def current(self) -> bool:

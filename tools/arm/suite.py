@@ -14,7 +14,7 @@ from arm.paths import REPOSITORY, WORK
 # ARMv8.0; dotprod and fp16; i8mm and SVE2 with vectors of 128 bits, as phones have.
 MAX = "max,sve-default-vector-length=16"
 CPUS = ("cortex-a53", "cortex-a76", MAX)
-# What CI runs: everything that depends on the processor, the C library or the kernel.
+# The quick part: what most depends on the processor, the C library or the kernel.
 QUICK = (
     "test_cpu_library", "test_ggml_library", "test_ggml_graph", "test_native_library",
     "test_quant_base", "test_limits", "test_runtime_alone",

@@ -1,0 +1,172 @@
+"""What a step of the engine costs besides the products of its weights: starting graphs and their
+operations, Python between them, choosing a token.
+
+Measured with the real engine on models of MiMo-V2's structure whose matrices are next to nothing:
+what differs between few and many layers is a layer, what is left a step. So the figures hold for
+the build at hand, whatever its graphs look like.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from mimo_edge.bench.random_model import tiny_config, write_model
+from mimo_edge.bundle import Bundle
+from mimo_edge.config import MimoConfig
+from mimo_edge.devices.profile import ATTENTION_SHARE, PROBED_WIDTH, EngineCost, KernelRate
+from mimo_edge.engine import Engine
+from mimo_edge.experts.table import ExpertTable
+from mimo_edge.runtimes.base import VERIFY_ROWS
+from mimo_edge.sampling import Sampler, SamplingParams
+
+FEW, MANY = 2, 8  # layers
+_EXPERTS, _CHOSEN, _EXPERT_WIDTH = 16, 8, 64
+_NARROW = 32
+_SMALL_VOCAB, _LARGE_VOCAB = 512, 32 * 1024
+_MTP_BLOCKS = 3
+_DRAFTS = VERIFY_ROWS - 1
+_CONTEXT, _PROMPT, _WARMUP, _LEAST = 512, 32, 6, 8
+_LEAST_S = 1e-8
+_ROWS = 256  # of a prompt
+_MIX = (0, 1, 1, 1, 1, 0, 1, 1)  # global and sliding layers, as in the first ones of MiMo-V2-Flash
+
+
+def engine_cost(
+    folder: Path,
+    threads: int,
+    seconds: float,
+    rate: KernelRate,
+    clock: Callable[[], float] = time.perf_counter,
+) -> EngineCost:
+    """Measure it; `rate` is that of Q4_0. Models of a few MB are written to `folder`, whose owner
+    removes them. Raises BackendError when ggml refuses, ExportError when the disk is full."""
+    each = seconds / 12
+    few, many = (_model(folder, layers) for layers in (FEW, MANY))
+
+    def measured(path: Path, streamed: bool) -> tuple[float, float, float]:
+        with _engine(path, threads, streamed) as engine:
+            plain, drafting = (_step_s(engine, n, each, clock) for n in (0, _DRAFTS))
+            return plain, drafting, 0.0 if streamed else _prompt_s(engine, each, clock)
+
+    (few1, few4, few_row), (many1, many4, many_row) = measured(few, False), measured(many, False)
+    (few_s1, few_s4, _), (many_s1, many_s4, _) = measured(few, True), measured(many, True)
+    found = []
+    for vocab in (_SMALL_VOCAB, _LARGE_VOCAB):
+        # As narrow as can be: the head's product is not what is asked for.
+        with _engine(_model(folder, FEW, vocab, _NARROW), threads, False) as engine:
+            found.append(_step_s(engine, 0, each, clock))
+    logits = (found[1] - found[0]) / (_LARGE_VOCAB - _SMALL_VOCAB) * 1000
+    layers = MANY - FEW
+    layer, layer4 = (many1 - few1) / layers, (many4 - few4) / layers
+    step = few1 - FEW * layer
+    drafts = few4 - FEW * layer4 - step
+    # On a disturbed machine a difference may come out below nothing.
+    return EngineCost(
+        step=max(_LEAST_S, step),
+        layer=max(_LEAST_S, layer),
+        layer4=max(_LEAST_S, layer4),
+        streamed=max(_LEAST_S, (many_s1 - few_s1) / layers),
+        streamed4=max(_LEAST_S, (many_s4 - few_s4) / layers),
+        draft=max(_LEAST_S, drafts / _DRAFTS),
+        logits=max(_LEAST_S, logits),
+        row=max(_LEAST_S, (many_row - few_row) / layers / _ROWS - _products_s(rate)),
+    )
+
+
+def _products_s(rate: KernelRate) -> float:
+    """What products take of a row of a prompt in a layer, by the forecast's own reckoning."""
+    c = _config(MANY, _SMALL_VOCAB, PROBED_WIDTH)
+    heads, groups = c.num_attention_heads, c.num_key_value_heads
+    dims = c.head_dim + c.v_head_dim
+    trunk = PROBED_WIDTH * (heads * dims + groups * dims + c.n_routed_experts)
+    experts = 3 * _CHOSEN * PROBED_WIDTH * _EXPERT_WIDTH
+    attention = heads * dims * _ROWS / 2 / ATTENTION_SHARE
+    return trunk / rate.batch + experts / rate.row + attention / rate.batch
+
+
+def _config(layers: int, vocab: int, width: int) -> MimoConfig:
+    return replace(
+        tiny_config("MiMo-V2-Flash", _MTP_BLOCKS),
+        num_hidden_layers=layers,
+        hybrid_layer_pattern=_MIX[:layers],
+        moe_layer_freq=(1,) * layers,
+        hidden_size=width,
+        n_routed_experts=_EXPERTS,
+        num_experts_per_tok=_CHOSEN,
+        moe_intermediate_size=_EXPERT_WIDTH,
+        vocab_size=vocab,
+    )
+
+
+def _model(folder: Path, layers: int, vocab: int = _SMALL_VOCAB, width: int = PROBED_WIDTH) -> Path:
+    path = folder / f"{layers}-{vocab}-{width}.gguf"
+    write_model(path, _config(layers, vocab, width), head="Q4_0")
+    return path
+
+
+@contextmanager
+def _engine(path: Path, threads: int, streamed: bool) -> Iterator[Engine]:
+    """An engine over the model: resident, or with a slot for every expert but one."""
+    from mimo_edge.runtimes.ggml.backend import GgmlBackend
+    from mimo_edge.runtimes.ggml.device import Device
+    from mimo_edge.runtimes.ggml.expert_source import CachedExperts
+    from mimo_edge.runtimes.ggml.raw import GgufTensors
+
+    with ExitStack() as stack:
+        bundle = Bundle.open(path)
+        stack.callback(bundle.close)
+
+        def experts(device: Device) -> CachedExperts:
+            table = ExpertTable.from_bundle(bundle)
+            # One is missing now and then: with all of them nothing would be guessed.
+            return CachedExperts(device, table, table.total - 1)
+
+        source = GgufTensors(bundle.config, [bundle.gguf], bounded=streamed)
+        engine = Engine(
+            GgmlBackend(source, threads=threads, experts=experts if streamed else None), _CONTEXT
+        )
+        stack.callback(engine.close)
+        yield engine
+
+
+def _step_s(engine: Engine, drafts: int, seconds: float, clock: Callable[[], float]) -> float:
+    """Seconds of a step that drafts so many tokens: the median."""
+    steps = iter(
+        engine.generate(
+            engine.sequence(),
+            [(7 * i + 3) % _SMALL_VOCAB for i in range(_PROMPT)],
+            Sampler(SamplingParams()),
+            draft=drafts,
+        )
+    )
+    for _ in range(_WARMUP):
+        next(steps)
+    samples: list[float] = []
+    began = clock()
+    while len(samples) < _LEAST or clock() - began < seconds:
+        start = clock()
+        if next(steps, None) is None:
+            break
+        samples.append(clock() - start)
+    steps.close()  # type: ignore[attr-defined]
+    return statistics.median(samples)
+
+
+def _prompt_s(engine: Engine, seconds: float, clock: Callable[[], float]) -> float:
+    """Seconds of a prompt of _ROWS tokens: the median, after one that builds its graphs."""
+    samples: list[float] = []
+    began = clock()
+    while len(samples) < _LEAST // 2 or clock() - began < seconds:
+        ids = [(7 * i + len(samples)) % _SMALL_VOCAB for i in range(_ROWS)]
+        sequence = engine.sequence()
+        steps = iter(engine.generate(sequence, ids, Sampler(SamplingParams()), draft=0))
+        start = clock()
+        next(steps)
+        samples.append(clock() - start)
+        steps.close()  # type: ignore[attr-defined]
+    return statistics.median(samples)
