@@ -54,15 +54,8 @@ class Wire:
         headers = {"user-agent": "mimo-edge"}
         if api_key is not None:
             headers["authorization"] = f"Bearer {api_key.strip()}"
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(connection.silence_s, connect=connection.connect_s),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=4),
-            verify=connection.tls(),
-            # Nothing outside the call decides where prompts and the key go.
-            trust_env=False,
-            follow_redirects=False,
-        )
+        self._headers = headers
+        self._tls = connection.tls()
         self._pid = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
@@ -165,9 +158,21 @@ class Wire:
 
     # --- the loop's side ------------------------------------------------------------------
 
+    def _client(self) -> httpx.AsyncClient:
+        """A client for one attempt. A pool of kept connections would lose those whose request was
+        cancelled between connecting and sending: they stay open and are never used."""
+        return httpx.AsyncClient(
+            headers=self._headers,
+            timeout=httpx.Timeout(self._connection.silence_s, connect=self._connection.connect_s),
+            verify=self._tls,
+            # Nothing outside the call decides where prompts and the key go.
+            trust_env=False,
+            follow_redirects=False,
+        )
+
     async def _get(self, path: str, emit: _Emit) -> None:
         async def attempt() -> None:
-            async with self._client.stream("GET", self.url + path) as response:
+            async with self._client() as client, client.stream("GET", self.url + path) as response:
                 if response.status_code != 200:
                     raise await self._refused(response)
                 await emit((await self._read(response, _MAX_JSON_BYTES)).decode("utf-8", "replace"))
@@ -181,9 +186,12 @@ class Wire:
             nonlocal came
             reader = EventReader()
             headers = {"content-type": "application/json", "accept": "text/event-stream"}
-            async with self._client.stream(
-                "POST", self.url + path, content=content, headers=headers
-            ) as response:
+            async with (
+                self._client() as client,
+                client.stream(
+                    "POST", self.url + path, content=content, headers=headers
+                ) as response,
+            ):
                 if response.status_code != 200:
                     raise await self._refused(response)
                 kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -240,4 +248,3 @@ class Wire:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._client.aclose()
