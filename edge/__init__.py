@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mimo_edge.agent import Agent, AgentResult
-    from mimo_edge.api import Piece, Reply, Runtime, Session
+    from mimo_edge.api import Runtime
     from mimo_edge.bundle import Bundle
     from mimo_edge.config import MimoConfig
     from mimo_edge.errors import MimoEdgeError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mimo_edge.planner import Plan, plan
     from mimo_edge.remote.address import Connection
     from mimo_edge.remote.policy import Policy
+    from mimo_edge.reply import Piece, Reply
+    from mimo_edge.session import Session
     from mimo_edge.tool_functions import Tool, tool
 
 __version__ = "0.1.0"
@@ -31,13 +33,13 @@ _PUBLIC = {
     "Connection": "mimo_edge.remote.address",
     "MimoConfig": "mimo_edge.config",
     "MimoEdgeError": "mimo_edge.errors",
-    "Piece": "mimo_edge.api",
+    "Piece": "mimo_edge.reply",
     "Plan": "mimo_edge.planner",
     "Policy": "mimo_edge.remote.policy",
-    "Reply": "mimo_edge.api",
+    "Reply": "mimo_edge.reply",
     "Runtime": "mimo_edge.api",
     "Sensors": "mimo_edge.governor",
-    "Session": "mimo_edge.api",
+    "Session": "mimo_edge.session",
     "SystemSensors": "mimo_edge.governor",
     "Tool": "mimo_edge.tool_functions",
     "export_bundle": "mimo_edge.export.pipeline",

@@ -22,8 +22,8 @@ from mimo_edge.tool_calls import Malformed, ToolCall
 from mimo_edge.tool_functions import ArgumentError, Tool, tool
 
 if TYPE_CHECKING:
-    from mimo_edge.api import Reply
     from mimo_edge.conversation import Conversation, Opened
+    from mimo_edge.reply import Reply
 
 _log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from mimo_edge.api import Piece, Reply
+    from mimo_edge.reply import Piece, Reply
 
 
 class Conversation(Protocol):
-    """A session: `mimo_edge.api.Session` says what each part means and which options there are."""
+    """A session: `mimo_edge.session.Session` says what each part means, and what options exist."""
 
     messages: list[dict[str, Any]]
 

@@ -16,7 +16,7 @@ from checkpoint_factory import write_checkpoint
 from scripted import END, runtime
 
 from mimo_edge.answer_reader import AnswerReader
-from mimo_edge.api import Reply, Runtime, Session
+from mimo_edge.api import Runtime
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.errors import (
     BackendError,
@@ -29,7 +29,9 @@ from mimo_edge.errors import (
 )
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.model_source import Model, kv_bytes, parameter_count
+from mimo_edge.reply import Reply
 from mimo_edge.runtimes.reference import ReferenceBackend, full_logits
+from mimo_edge.session import Session
 from mimo_edge.tokenizer import Tokenizer
 from mimo_edge.tool_calls import ToolCall
 from mimo_edge.units import format_bytes, parse_bytes

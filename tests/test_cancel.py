@@ -23,7 +23,6 @@ from fake_backend import FakeBackend
 from stopping import SlowDisk, stopped_after
 from streamed import open_streamed
 
-from mimo_edge.api import Session
 from mimo_edge.cancel import Cancel, check_cancel
 from mimo_edge.cli.interrupts import cancelled_by_interrupts
 from mimo_edge.engine import Engine, Sequence
@@ -33,6 +32,7 @@ from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.raw import PackedTensors
 from mimo_edge.runtimes.reference import ReferenceBackend
 from mimo_edge.sampling import Sampler, SamplingParams
+from mimo_edge.session import Session
 from mimo_edge.units import even_part
 
 PROMPT = [5, 17, 3, 40, 2, 9, 33, 8] * 5

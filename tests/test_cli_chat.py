@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from scripted import END, runtime
 
-from mimo_edge.api import Runtime, Session
+from mimo_edge.api import Runtime
 from mimo_edge.cli.chat import Chat, live_line
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import UsageError
 from mimo_edge.nano.commands import DEMO_TOOLS
+from mimo_edge.session import Session
 
 CALL = "<tool_call>\n<function=dim>\n<parameter=by>3</parameter>\n</function>\n</tool_call>"
 DIM = {"name": "dim", "parameters": {"type": "object", "properties": {"by": {"type": "integer"}}}}

@@ -13,7 +13,7 @@ import tiny
 from checkpoint_factory import write_checkpoint
 from streamed import open_streamed
 
-from mimo_edge.api import Runtime, Session
+from mimo_edge.api import Runtime
 from mimo_edge.bundle import Bundle
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.config import MimoConfig
@@ -26,6 +26,7 @@ from mimo_edge.runtimes.ggml.bindings import TYPE_F32
 from mimo_edge.runtimes.ggml.raw import PackedTensors, RawTensor
 from mimo_edge.runtimes.reference import ReferenceBackend
 from mimo_edge.runtimes.weights import DictWeights
+from mimo_edge.session import Session
 
 CONFIG = tiny.tiny_config(eos_token_ids=())
 MIMO7B = tiny.tiny_mimo7b_config(eos_token_ids=())

@@ -16,7 +16,7 @@ import tiny
 from fake_backend import FakeBackend
 from test_ggml_backend import packed
 
-from mimo_edge.api import Runtime, Session
+from mimo_edge.api import Runtime
 from mimo_edge.budget import Budget, Line
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.errors import UsageError
@@ -24,6 +24,7 @@ from mimo_edge.model_source import Model
 from mimo_edge.runtimes.base import Backend
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.reference import ReferenceBackend
+from mimo_edge.session import Session
 from mimo_edge.snapshots.store import SnapshotStore
 
 V2 = tiny.tiny_config(head_dim=32, v_head_dim=32, eos_token_ids=())

@@ -14,10 +14,11 @@ from scripted import END, runtime
 from serving import Served, scripted, serving, until
 from test_leaks import MIB, held
 
-from mimo_edge.api import Piece, Runtime
+from mimo_edge.api import Runtime
 from mimo_edge.errors import ContextLengthError, RemoteStatusError, TokenizerError, UsageError
 from mimo_edge.nano.commands import DEMO_TOOLS
 from mimo_edge.remote.request import to_openai
+from mimo_edge.reply import Piece
 from mimo_edge.serve.limits import Limits
 
 THOUGHT = "<think>it is polite</think>Hello there."

@@ -22,7 +22,7 @@ import tiny
 from fake_backend import FakeBackend
 from test_ggml_backend import packed
 
-from mimo_edge.api import Piece, Runtime, Session
+from mimo_edge.api import Runtime
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.errors import (
     ContextLengthError,
@@ -32,9 +32,11 @@ from mimo_edge.errors import (
     UsageError,
 )
 from mimo_edge.model_source import Model
+from mimo_edge.reply import Piece
 from mimo_edge.runtimes.base import Backend
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.reference import ReferenceBackend
+from mimo_edge.session import Session
 
 # Heads are whole blocks of q8_0; the window of 9 is passed many times.
 V2 = tiny.tiny_config(head_dim=32, v_head_dim=32, eos_token_ids=())

@@ -13,8 +13,9 @@ import pytest
 from checkpoint_factory import write_checkpoint
 from streamed import folder_in_memory, open_streamed
 
-from mimo_edge.api import Piece, Runtime
+from mimo_edge.api import Runtime
 from mimo_edge.export.pipeline import export_bundle
+from mimo_edge.reply import Piece
 
 # What each session is asked, turn by turn; some prompts are longer than a chunk and the window.
 TURNS = [

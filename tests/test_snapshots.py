@@ -18,11 +18,12 @@ import tiny
 from fake_backend import FakeBackend
 from test_ggml_backend import packed
 
-from mimo_edge.api import Reply, Runtime
+from mimo_edge.api import Runtime
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.errors import UsageError
 from mimo_edge.model_source import Model
 from mimo_edge.prompt_border import PromptBorders
+from mimo_edge.reply import Reply
 from mimo_edge.runtimes.base import Backend
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.reference import ReferenceBackend

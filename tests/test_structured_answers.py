@@ -12,10 +12,11 @@ import pytest
 from babbler import Babbler, babbling, tokenizer_of
 from scripted import END, runtime
 
-from mimo_edge.api import Reply, Runtime
+from mimo_edge.api import Runtime
 from mimo_edge.chat_template import ChatTemplate
 from mimo_edge.errors import ConstraintError, TokenizerError, UsageError
 from mimo_edge.model_source import Model
+from mimo_edge.reply import Reply
 from mimo_edge.structured.wanted import _say_once
 from mimo_edge.tool_calls import tool_schemas
 

@@ -16,17 +16,20 @@ from typing import Any
 
 from mimo_edge import errors
 from mimo_edge.agent import Agent, AgentResult, Step
-from mimo_edge.api import Piece, Reply, Runtime, Session
+from mimo_edge.api import Runtime
 from mimo_edge.bundle import Bundle
 from mimo_edge.engine import GenerationStats
 from mimo_edge.export.pipeline import export_bundle
+from mimo_edge.governor import Battery, Bound, MemoryReading, Sensors, SystemSensors
 from mimo_edge.planner import Plan, plan
 from mimo_edge.remote.address import Connection
 from mimo_edge.remote.policy import Choice, Policy
 from mimo_edge.remote.routed import RoutedRuntime, RoutedSession
 from mimo_edge.remote.runtime import RemoteRuntime
 from mimo_edge.remote.session import RemoteSession
+from mimo_edge.reply import Piece, Reply
 from mimo_edge.sampling import SamplingParams
+from mimo_edge.session import Session
 from mimo_edge.tool_calls import Malformed, ToolCall
 from mimo_edge.tool_functions import Tool, tool
 
@@ -49,6 +52,13 @@ PARTS: dict[str, list[Any]] = {
         RoutedRuntime,
         RoutedSession,
         Choice,
+    ],
+    "Heat, battery and memory of a device": [
+        Sensors,
+        SystemSensors,
+        MemoryReading,
+        Bound,
+        Battery,
     ],
     "Bundles and plans": [export_bundle, Bundle, plan, Plan],
 }

@@ -35,7 +35,7 @@ from make_random_model import scaled_config, write_model
 from simulate_policies import export_nano
 from tables import Deadline, add_minutes, command, markdown, show, write_section
 
-from mimo_edge.api import Runtime, Session
+from mimo_edge.api import Runtime
 from mimo_edge.budget import resident_bytes
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
@@ -50,6 +50,7 @@ from mimo_edge.runtimes.ggml.cache import GgmlCache
 from mimo_edge.runtimes.ggml.cache_memory import KvTensors, kv_rows
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs
 from mimo_edge.runtimes.ggml.raw import GgufTensors
+from mimo_edge.session import Session
 from mimo_edge.suites import spread
 from mimo_edge.units import format_bytes
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tables import DOCUMENT, command, markdown, write_section
 
-from mimo_edge.api import Runtime, Session
+from mimo_edge.api import Runtime
 from mimo_edge.bundle import Bundle
 from mimo_edge.errors import UsageError
 from mimo_edge.experts.simulate import (
@@ -41,6 +41,7 @@ from mimo_edge.experts.trace import Phase, Trace, read_trace
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.heat import Heat
 from mimo_edge.nano import commands as nano
+from mimo_edge.session import Session
 from mimo_edge.suites import spread
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)

@@ -10,7 +10,8 @@ from mimo_edge.cli.output import Output
 from mimo_edge.errors import MimoEdgeError, UsageError
 
 if TYPE_CHECKING:
-    from mimo_edge.api import Runtime, Session
+    from mimo_edge.api import Runtime
+    from mimo_edge.session import Session
 
 HELP = """/help            this list
 /new             forget the conversation

@@ -34,7 +34,9 @@ from mimo_edge.errors import MimoEdgeError, UsageError
 from mimo_edge.text_file import read_json
 
 if TYPE_CHECKING:
-    from mimo_edge.api import Piece, Reply, Runtime, Session
+    from mimo_edge.api import Runtime
+    from mimo_edge.reply import Piece, Reply
+    from mimo_edge.session import Session
     from mimo_edge.speculative import DraftSetting
     from mimo_edge.tool_calls import ToolCall
 

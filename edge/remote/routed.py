@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from mimo_edge.agent import MAX_STEPS, Agent, Step, make_agent
-from mimo_edge.api import DEFAULT_MAX_TOKENS, Piece, Prompt, Reply, Runtime, Session
+from mimo_edge.api import Runtime
 from mimo_edge.async_stream import in_threads
 from mimo_edge.chat_template import check_messages
 from mimo_edge.errors import (
@@ -28,6 +28,8 @@ from mimo_edge.remote.policy import Choice, Need, Place, Policy, Speed, choose
 from mimo_edge.remote.request import to_openai
 from mimo_edge.remote.runtime import RemoteRuntime
 from mimo_edge.remote.session import RemoteSession
+from mimo_edge.reply import DEFAULT_MAX_TOKENS, Piece, Prompt, Reply
+from mimo_edge.session import Session
 from mimo_edge.tool_functions import Tool
 
 _log = logging.getLogger(__name__)

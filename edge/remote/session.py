@@ -8,14 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from mimo_edge.answer_options import AnswerOptions
 from mimo_edge.answer_reader import Fragment
-from mimo_edge.api import (
-    DEFAULT_MAX_TOKENS,
-    FinishReason,
-    Piece,
-    Prompt,
-    Reply,
-    messages_of,
-)
 from mimo_edge.async_stream import in_threads
 from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import check_messages
@@ -25,6 +17,7 @@ from mimo_edge.remote.chunks import DONE, ChunkReader
 from mimo_edge.remote.request import request_body, to_openai
 from mimo_edge.remote.wire import Late
 from mimo_edge.repetition import check_stop_repeats
+from mimo_edge.reply import DEFAULT_MAX_TOKENS, FinishReason, Piece, Prompt, Reply, messages_of
 from mimo_edge.tool_calls import tool_schemas
 
 if TYPE_CHECKING:
@@ -41,8 +34,8 @@ _REASONS: dict[str, FinishReason] = {
 
 
 class RemoteSession:
-    """As `mimo_edge.api.Session`. What differs: replies have no token ids, and the server processes
-    the whole conversation again unless it keeps what it knows (mimo-edge does).
+    """As `mimo_edge.session.Session`. What differs: replies have no token ids, and the server
+    processes the whole conversation again unless it keeps what it knows (mimo-edge does).
 
     When a connection breaks inside an answer, the error is raised, `last_reply` holds what arrived
     with the finish reason "broken", and the history stays as before, so that the same prompt can

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mimo_edge.api import Piece, Reply
 from mimo_edge.engine import GenerationStats
 from mimo_edge.logprobs import TokenLogprob
+from mimo_edge.reply import Piece, Reply
 from mimo_edge.serve.calls import Call
 from mimo_edge.serve.refusal import Refusal
 from mimo_edge.serve.token_logprobs import chat_logprobs, completion_logprobs

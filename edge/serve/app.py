@@ -17,8 +17,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mimo_edge.api import Reply, Runtime
+from mimo_edge.api import Runtime
 from mimo_edge.machine import rss_bytes
+from mimo_edge.reply import Reply
 from mimo_edge.serve.answers import KEEP_ALIVE, Answer, to_json
 from mimo_edge.serve.body import parse_json
 from mimo_edge.serve.calls import Call, read_chat, read_completion

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from mimo_edge.api import Piece, Reply
 from mimo_edge.engine import GenerationStats
+from mimo_edge.reply import Piece, Reply
 from mimo_edge.serve.answers import to_json
 from mimo_edge.serve.calls import Call
 from mimo_edge.serve.refusal import Refusal

@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from mimo_edge.api import Piece, Prompt, Reply, Runtime, Session
+from mimo_edge.api import Runtime
 from mimo_edge.engine import GenerationStats
 from mimo_edge.errors import MimoEdgeError
+from mimo_edge.reply import Piece, Prompt, Reply
 from mimo_edge.serve.calls import Call
 from mimo_edge.serve.limits import Limits
 from mimo_edge.serve.refusal import Refusal, refusal_of
+from mimo_edge.session import Session
 
 log = logging.getLogger("mimo_edge.serve")
 
