@@ -47,20 +47,25 @@ def check_flat(work: Callable[[int], None], warm_up: int, count: int, rss: int) 
     """`work(n)` for n in 0..count-1 must leave what it left after `warm_up` of them."""
     for number in range(warm_up):
         work(number)
-    before = held()
-    for number in range(count):
-        work(number)
-    after = held()
-    for _ in range(100):  # a thread that was told to end may need a moment
-        if after.threads <= before.threads and after.files <= before.files:
-            break
-        time.sleep(0.05)
+    # What leaks does so in every round; the allocator of a process full of other tests' memory may
+    # take a few MiB more in one of them.
+    for rounds_left in (2, 1, 0):
+        before = held()
+        for number in range(count):
+            work(number)
         after = held()
-    assert after.files <= before.files, (before, after)
-    assert after.threads <= before.threads, (before, after)
-    # The allocator keeps arenas of its own; what leaks per round is far more in `count` rounds.
-    assert after.maps <= before.maps + 16, (before, after)
-    assert after.rss <= before.rss + rss, (before, after)
+        for _ in range(100):  # a thread that was told to end may need a moment
+            if after.threads <= before.threads and after.files <= before.files:
+                break
+            time.sleep(0.05)
+            after = held()
+        assert after.files <= before.files, (before, after)
+        assert after.threads <= before.threads, (before, after)
+        # The allocator keeps arenas of its own; what leaks per round is far more in `count` times.
+        assert after.maps <= before.maps + 16, (before, after)
+        if after.rss <= before.rss + rss:
+            return
+        assert rounds_left, (before, after)
 
 
 @pytest.fixture(scope="module")

@@ -499,7 +499,9 @@ def test_a_bound_on_memory_streams_experts_or_is_refused(tmp_path: Path) -> None
         assert budget["streamed"]
         assert 3 <= budget["slots"] < 48
         assert budget["total"] <= ram
-        assert np.array_equal(runtime.logits(ids), want)
+        # With fewer slots than a layer has experts a prompt is computed in groups of them, and the
+        # f32 sums over a token's experts are in another order.
+        np.testing.assert_allclose(runtime.logits(ids), want, rtol=0, atol=1e-5)
         found = runtime.stats()["experts"]
         assert found["slots_used"] <= budget["slots"]
         assert found["evictions"] > 0
