@@ -17,7 +17,8 @@ def check_ids(token_ids: ArrayLike, config: MimoConfig) -> TokenIds:
         raise UsageError(
             f"token ids of shape {ids.shape}, type {ids.dtype}", "give one or more integers"
         )
-    low, high = int(ids.min()), int(ids.max())
+    found = ids.tolist()  # of few ids Python finds these sooner than NumPy
+    low, high = min(found), max(found)
     if low < 0 or high >= config.vocab_size:
         raise UsageError(
             f"token id {low if low < 0 else high} is outside 0..{config.vocab_size - 1}"
@@ -56,9 +57,10 @@ def check_mtp_rows(
 def check_finite(rows: F32, where: str, first: int) -> None:
     """Raise GenerationError naming the position of the first of rows [n, ...], the first of which
     is at `first`, that holds NaN or Inf."""
-    finite = np.isfinite(rows).all(axis=-1)
+    finite = np.isfinite(rows)
     if not finite.all():
+        row = int(np.argmin(finite.all(axis=-1)))
         raise GenerationError(
-            f"{where} gave NaN or Inf at position {first + int(np.argmin(finite))}",
+            f"{where} gave NaN or Inf at position {first + row}",
             "the weights, or the input, are damaged",
         )

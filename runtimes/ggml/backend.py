@@ -11,11 +11,10 @@ import weakref
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
-from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
+from mimo_edge.errors import BackendError, CacheError, UsageError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE, check_kv_type
 from mimo_edge.machine import usable_cores
 from mimo_edge.runtimes.base import (
@@ -26,6 +25,7 @@ from mimo_edge.runtimes.base import (
     RouteSink,
     TokenIds,
 )
+from mimo_edge.runtimes.checks import check_finite, check_ids, check_mtp_rows, check_wanted
 from mimo_edge.runtimes.ggml.cache import FullIndex, GgmlCache, RingIndex
 from mimo_edge.runtimes.ggml.cache_memory import IdleMemory
 from mimo_edge.runtimes.ggml.device import Device
@@ -153,11 +153,9 @@ class GgmlBackend:
         GenerationError (NaN or Inf), Cancelled, BundleError (a read), BackendError.
         """
         self._check_open()
-        ids = self._check_ids(token_ids)
+        ids = check_ids(token_ids, self.config)
         total = len(ids)
-        for label, rows in (("logits_rows", logits_rows), ("hidden_rows", hidden_rows)):
-            if not 0 <= rows <= total:
-                raise UsageError(f"{label} = {rows} of {total} new tokens")
+        check_wanted(total, logits_rows, hidden_rows)
         ours = self._check_cache(cache)
         ours.require(total)
         if total <= self._chunk:
@@ -199,8 +197,8 @@ class GgmlBackend:
             trunk.compute()
             hidden = _copy(trunk.hidden_tensor, self.config.hidden_size)
             logits = _copy(trunk.logits_tensor, self.config.vocab_size)
-            self._check_finite(hidden, "the residual stream", position + total - len(hidden))
-            self._check_finite(logits, "the output head", position + total - len(logits))
+            check_finite(hidden, "the residual stream", position + total - len(hidden))
+            check_finite(logits, "the output head", position + total - len(logits))
         except BaseException:
             cache.undo_write(saved)
             raise
@@ -240,9 +238,7 @@ class GgmlBackend:
         Raises UsageError (depth, shapes, ids), CacheError (rows missing or not yet processed),
         GenerationError (NaN or Inf), Cancelled.
         """
-        if not 0 <= depth < self.config.num_mtp_layers:
-            raise UsageError(f"MTP block {depth} of a model with {self.config.num_mtp_layers}")
-        ids, hidden, ours = self._check_mtp(token_ids, hidden, position, cache)
+        ids, hidden, ours = self._check_mtp(depth, token_ids, hidden, position, cache)
         index = ours.mtp_index[depth]
         index.check(position, len(ids), 1)
         if isinstance(index, RingIndex) and len(ids) > index.rows:
@@ -276,7 +272,7 @@ class GgmlBackend:
             found.rows.fill(hidden, position, slots)
             found.compute()
             logits = found.logits()
-            self._check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
+            check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
         except BaseException:
             index.truncate(position)
             raise
@@ -305,7 +301,7 @@ class GgmlBackend:
         """
         if not self.chains or not 1 <= count <= self.config.num_mtp_layers:
             raise UsageError(f"a chain of {count} MTP blocks", "see `chains`")
-        ids, hidden, ours = self._check_mtp(token_ids, hidden, position, cache)
+        ids, hidden, ours = self._check_mtp(0, token_ids, hidden, position, cache)
         if not 1 < len(ids) <= ours.memory.mtp_rows:
             raise UsageError(f"a chain on {len(ids)} rows", f"use 2 to {ours.memory.mtp_rows}")
         rings = [index for index in ours.mtp_index[:count] if isinstance(index, RingIndex)]
@@ -340,7 +336,7 @@ class GgmlBackend:
             found.compute()
             logits = found.logits()
             for depth, row in enumerate(logits):
-                self._check_finite(row[None], f"MTP block {depth}", position + len(ids) - 1)
+                check_finite(row[None], f"MTP block {depth}", position + len(ids) - 1)
         except BaseException:
             for ring in rings:
                 ring.truncate(position)
@@ -348,24 +344,13 @@ class GgmlBackend:
         return found.chosen(), logits
 
     def _check_mtp(
-        self, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
+        self, depth: int, token_ids: TokenIds, hidden: F32, position: int, cache: Cache
     ) -> tuple[TokenIds, F32, GgmlCache]:
         self._check_open()
-        ids = self._check_ids(token_ids)
-        hidden = np.asarray(hidden, np.float32)
-        if hidden.shape != (len(ids), self.config.hidden_size):
-            raise UsageError(
-                f"hidden states of shape {hidden.shape} for {len(ids)} tokens of width "
-                f"{self.config.hidden_size}"
-            )
+        ids = check_ids(token_ids, self.config)
         ours = self._check_cache(cache)
-        if not 0 <= position <= ours.length - len(ids):
-            raise CacheError(
-                f"MTP rows {position}..{position + len(ids) - 1}, but the target has processed "
-                f"{ours.length} tokens",
-                "a row needs the target's hidden state of its position",
-            )
-        return ids, hidden, ours
+        rows = check_mtp_rows(self.config, depth, len(ids), hidden, position, ours.length)
+        return ids, rows, ours
 
     def close(self) -> None:
         """Free weights and scratch, close the source. Twice is harmless. Caches keep their own
@@ -378,20 +363,6 @@ class GgmlBackend:
         if self.device.closed:
             raise BackendError("the backend is closed")
 
-    def _check_ids(self, token_ids: ArrayLike) -> TokenIds:
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise UsageError(
-                f"token ids of shape {ids.shape}, type {ids.dtype}", "give one or more integers"
-            )
-        found = ids.tolist()
-        low, high = min(found), max(found)
-        if low < 0 or high >= self.config.vocab_size:
-            raise UsageError(
-                f"token id {low if low < 0 else high} is outside 0..{self.config.vocab_size - 1}"
-            )
-        return ids.astype(np.int32)
-
     def _check_cache(self, cache: Cache) -> GgmlCache:
         if not isinstance(cache, GgmlCache) or (
             cache.config is not self.config and cache.config != self.config
@@ -402,16 +373,6 @@ class GgmlBackend:
         if cache.closed:
             raise CacheError("this cache is closed")
         return cache
-
-    @staticmethod
-    def _check_finite(rows: F32, where: str, first: int) -> None:
-        finite = np.isfinite(rows)
-        if not finite.all():
-            row = int(np.argmin(finite.all(axis=-1)))
-            raise GenerationError(
-                f"{where} gave NaN or Inf at position {first + row}",
-                "the weights, or the input, are damaged",
-            )
 
 
 def _copy(tensor: Tensor | None, width: int) -> F32:
