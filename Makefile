@@ -35,6 +35,10 @@ $(STAMP): pyproject.toml $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python tools/amx_left_out.py || { echo "compiling llama.cpp without it"; \
+		$(BIN)/python -m pip install --quiet --force-reinstall --no-deps --no-cache-dir \
+			"$$($(BIN)/python -m pip freeze | grep '^llama_cpp_python==')" && \
+		$(BIN)/python tools/amx_left_out.py; }
 	touch $@
 
 $(TORCH_STAMP): $(STAMP)

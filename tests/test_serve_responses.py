@@ -81,6 +81,25 @@ def test_length(served: Served) -> None:
         answer = ai.responses.create(model="scripted", input="hello", max_output_tokens=4)
     assert answer.status == "incomplete"
     assert answer.incomplete_details.reason == "max_output_tokens"
+    assert [item.status for item in answer.output] == ["incomplete"]
+
+
+def test_a_response_repeats_what_was_asked(served: Served) -> None:
+    asked: Any = {
+        "instructions": "Be brief.",
+        "metadata": {"room": "kitchen"},
+        "parallel_tool_calls": False,
+        "tool_choice": "none",
+        "tools": TOOLS,
+    }
+    with client(served) as ai:
+        plain = ai.responses.create(model="scripted", input="hello")
+        full = ai.responses.create(model="scripted", input="hello", **asked)
+    assert (plain.instructions, plain.metadata, plain.tool_choice) == (None, {}, "auto")
+    assert plain.parallel_tool_calls
+    assert plain.text.format.type == "text"
+    for name in ("instructions", "metadata", "parallel_tool_calls", "tool_choice"):
+        assert getattr(full, name) == asked[name]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -343,7 +343,7 @@ _SCHEMAS: Schema = {
                 ("id", "type", "status"),
                 id=_TEXT,
                 type={"enum": ["reasoning", "message", "function_call"]},
-                status={"const": "completed"},
+                status={"enum": ["completed", "incomplete"]},
             ),
         },
         usage=_object(

@@ -36,6 +36,7 @@ _HARMLESS = frozenset(
         "include",  # more of what there is none of here
     }
 )
+_REPEATED = ("instructions", "metadata", "parallel_tool_calls", "text", "tool_choice")
 _NEUTRAL: dict[str, Any] = {
     "background": False,
     "top_logprobs": 0,
@@ -65,7 +66,8 @@ def read_response(raw: Mapping[str, Any], models: tuple[str, ...]) -> Call:
     options = read_options(fields, ("max_output_tokens",))
     options |= _choice(fields, tools) | _format(fields)
     fields.finish(_HARMLESS, _NEUTRAL)
-    return Call("response", model, messages, options, tools, thinking, stream)
+    asked = {name: raw[name] for name in _REPEATED if raw.get(name) is not None}
+    return Call("response", model, messages, options, tools, thinking, stream, asked=asked)
 
 
 def _refuse_stored(fields: Fields) -> None:
