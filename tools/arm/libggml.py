@@ -76,7 +76,8 @@ def build(variants: Sequence[str] = VARIANTS) -> Path:
         fresh(out)
         run(
             ["cmake", "-S", place / "ggml", "-B", work, "-Wno-dev", "--log-level=ERROR"]
-            + [f"-D{name}={value}" for name, value in options.items()]
+            + [f"-D{name}={value}" for name, value in options.items()],
+            env={"CFLAGS": "", "CXXFLAGS": ""},  # what suits the compiler of this machine
         )
         (work / ".configured").write_text(key, "utf-8")
     names = ["ggml-base", *(f"ggml-cpu-{variant}" for variant in variants)]
