@@ -20,11 +20,12 @@ ENVIRONMENT = WORK / "env"
 # What the tests import that has wheels for aarch64; torch, onnxruntime and llama-cpp-python
 # are left out: docs/arm.md says what that leaves untested.
 PACKAGES = (
-    "numpy", "jinja2", "tokenizers", "sentencepiece", "gguf", "typer", "pillow",
+    "numpy", "jinja2", "llguidance", "tokenizers", "sentencepiece", "gguf", "typer", "pillow",
     "pytest", "hypothesis", "starlette", "uvicorn", "httpx", "openai",
 )  # fmt: skip
-_PLATFORMS = ("manylinux_2_34_aarch64", "manylinux_2_28_aarch64", "manylinux_2_27_aarch64",
-              "manylinux_2_17_aarch64", "manylinux2014_aarch64")  # fmt: skip
+_PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in (34, 31, 28, 27, 17)) + (
+    "manylinux2014_aarch64",
+)
 
 
 def make_environment(full: Path) -> Path:
