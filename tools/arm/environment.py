@@ -23,9 +23,7 @@ PACKAGES = (
     "numpy", "jinja2", "llguidance", "tokenizers", "sentencepiece", "gguf", "typer", "pillow",
     "pytest", "hypothesis", "starlette", "uvicorn", "httpx", "openai",
 )  # fmt: skip
-_PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in (34, 31, 28, 27, 17)) + (
-    "manylinux2014_aarch64",
-)
+_PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in (34, 31, 28, 27, 17)]
 
 
 def make_environment(full: Path) -> Path:
