@@ -53,7 +53,7 @@ def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "version": "1.0",
         "python": "{}.{}".format(*sys.version_info),
         "machine": platform.machine(),
-        "glibc": "2.17",
+        "libc": {"name": "glibc", "version": "2.17"},
         "wheels": [{"file": f"wheels/{wheel.name}"}],
         "files": {
             f"wheels/{wheel.name}": {
@@ -93,7 +93,8 @@ def test_a_kit_is_installed(
     [
         ({"machine": "mips"}, "this kit is for mips, this machine is"),
         ({"python": "3.4"}, r"this kit is for CPython 3\.4, this is cpython"),
-        ({"glibc": "2.99"}, r"needs glibc 2\.99, here is 2\.36"),
+        ({"libc": {"name": "glibc", "version": "2.99"}}, r"needs glibc 2\.99, here is 2\.36"),
+        ({"libc": {"name": "musl", "version": "1.2"}}, "needs musl, here is glibc"),
         ({"wheels": [{"file": "wheels/gone.whl"}]}, "gone.whl"),
         ({"files": {"wheels/gone.whl": {"size": 1, "sha256": ""}}}, "gone.whl"),
     ],

@@ -347,3 +347,17 @@ def test_the_command_writes_what_auto_reads(disk: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 1
     assert "cannot write" in done.stderr
+
+
+def test_what_computes_is_shown(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libggml with what it was compiled for; on ARM its variant and the kernel's words, too."""
+    monkeypatch.setattr(probing, "hwcap_words", lambda: (0x8FB, 0x2))
+    found = {"version": "0.25.3", "variant": "armv8.0_1", "compiled_for": ["neon"]}
+    monkeypatch.setattr("mimo_edge.runtimes.ggml.bindings.describe_library", lambda: found)
+    arguments = ["probe", "--dir", str(disk), "--file-size", "16MiB", "--threads", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--seconds", "0.1"])
+    assert done.exit_code == 0, done.output
+    assert "libggml     0.25.3, variant armv8.0_1, compiled for neon\n" in done.stdout
+    assert "HWCAP       0x8fb, HWCAP2 0x2\n" in done.stdout
+    shown = measured(disk, seconds=0.05).to_dict()
+    assert (shown["hwcap"], shown["libggml"]) == (["0x8fb", "0x2"], found)

@@ -231,6 +231,26 @@ def test_the_one_used_longest_ago_is_deleted(tmp_path: Path) -> None:
     assert ask(runtime, [3], prefix(1)).stats.reused_tokens == 0
 
 
+def test_the_clock_is_set_back_by_decades(tmp_path: Path) -> None:
+    """As on a board without a battery: what is used then is still what was used last."""
+    backend = FakeBackend(V2)
+    ask(opened(backend, tmp_path), [1], prefix(0))
+    (first,) = files(tmp_path)
+    size = first.stat().st_size
+    runtime = opened(backend, tmp_path, limit=3 * size + size // 2)
+    for number in (1, 2):
+        ask(runtime, [1], prefix(number))
+    order = sorted(files(tmp_path), key=lambda path: path.stat().st_mtime_ns)
+    assert order[0] == first
+    for later, path in enumerate(order):
+        os.utime(path, (4e9 + later, 4e9 + later))
+    assert ask(runtime, [2], prefix(0)).stats.reused_tokens == 60
+    ask(runtime, [1], prefix(3))
+    ask(runtime, [1], prefix(4))
+    kept = [ask(runtime, [3], prefix(n)).stats.reused_tokens > 0 for n in (0, 3, 4)]
+    assert kept == [True, True, True]
+
+
 def test_larger_than_the_bound_is_not_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

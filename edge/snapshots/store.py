@@ -97,8 +97,7 @@ class SnapshotStore:
         opened counts as used now."""
         path = self._path(key)
         try:
-            with suppress(OSError):
-                os.utime(path)
+            self._used_now(path)
             return SnapshotFile(path)
         except SnapshotError as error:
             # Another process may delete it at any time; what is not there is not damaged.
@@ -128,6 +127,7 @@ class SnapshotStore:
                 # No wait for the disk: what a power cut tears is found by its checksum.
                 with writing(path, sync=False) as file:
                     write(file, header, sections)
+                self._used_now(path)
         except OSError as error:
             self._gave_up(path, error.strerror or str(error))
             return False
@@ -207,6 +207,14 @@ class SnapshotStore:
                     status = path.stat()
                     found.append((status.st_mtime_ns, status.st_size, path))
         return found
+
+    def _used_now(self, path: Path) -> None:
+        """Make the file the one used last, also where the clock was set back since the others were:
+        a board without a battery starts in 1970."""
+        newest = max((used for used, _, other in self._files() if other != path), default=0)
+        now = max(time.time_ns(), newest + 1)
+        with suppress(OSError):  # not there, or on a file system without times
+            os.utime(path, ns=(now, now))
 
     def _make_room(self, nbytes: int) -> bool:
         """Delete the snapshots used longest ago until `nbytes` more fit; whether they do."""

@@ -95,27 +95,36 @@ def _answers(
     return [json.loads(line) for line in text.splitlines()]
 
 
-def session_checks(python: Path, model: Path, cpu: str, state: bytes) -> Iterator[Check]:
-    """A session saved on either machine goes on on the other with the tokens it would have had."""
-    script = _SCRIPTS / "carry_session.py"
-    state_now = digest(state, script.read_bytes())
-    here: tuple[Path, dict[str, str]] = (Path(sys.executable), {})
-    there = (python, {"QEMU_CPU": cpu})
+@dataclass(frozen=True)
+class _Machine:
+    python: Path
+    settings: dict[str, str]
 
-    def turn(machine: tuple[Path, dict[str, str]], what: str, file: Path) -> str:
-        program, env = machine
-        return run([program, script, what, model, file], env=env, capture=True)
+    def turn(self, what: str, model: Path, file: Path) -> Any:
+        """What carry_session.py says."""
+        command = [self.python, _SCRIPTS / "carry_session.py", what, model, file]
+        return json.loads(run(command, env=self.settings, capture=True))
 
-    def carried(name: str, first: tuple[Path, dict[str, str]], second: Any) -> Outcome:
+
+def session_checks(
+    python: Path, model: Path, other: Path, cpu: str, state: bytes
+) -> Iterator[Check]:
+    """A session saved on either machine goes on on the other with the tokens it would have had, and
+    is refused there with the bundle `other`."""
+    here, there = _Machine(Path(sys.executable), {}), _Machine(python, {"QEMU_CPU": cpu})
+
+    def carried(name: str, first: _Machine, second: _Machine) -> Outcome:
         file = WORK / f"session-{cpu}-{name}"
         file.unlink(missing_ok=True)
-        turn(first, "save", file)
-        want, found = turn(first, "restore", file), turn(second, "restore", file)
+        first.turn("save", model, file)
+        want, found = (one.turn("restore", model, file) for one in (first, second))
+        refused = second.turn("refuse", other, file)
         file.unlink()
-        good = bool(json.loads(want)) and want == found
-        return Outcome(good, f"goes on with {'the same' if good else 'other'} tokens")
+        told = f"goes on with {'the same' if want == found else 'other'} tokens"
+        good = bool(want) and want == found
+        return Outcome(good, f"{told}; with another bundle: {refused.splitlines()[0]}")
 
-    yield Check(cpu, "session from here", state_now,
-                functools.partial(carried, "here", here, there))  # fmt: skip
-    yield Check(cpu, "session from there", state_now,
-                functools.partial(carried, "there", there, here))  # fmt: skip
+    state_now = digest(state, (_SCRIPTS / "carry_session.py").read_bytes())
+    for name, first, second in (("from here", here, there), ("from there", there, here)):
+        run_it = functools.partial(carried, name.split()[-1], first, second)
+        yield Check(cpu, f"session {name}", state_now, run_it)

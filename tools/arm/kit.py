@@ -1,7 +1,7 @@
 """The device kit: one archive that installs the runtime on aarch64 Linux without compiler, root or
 network.
 
-    PYTHONPATH=tools python -m arm.kit [--python 3.11] [--out dist]
+    PYTHONPATH=tools python -m arm.kit [--python 3.11] [--out dist] [--target aarch64-linux-musl]
 
 Same sources, same pins, same compiler: same bytes. docs/arm.md tells what is in it and why.
 """
@@ -21,37 +21,37 @@ from pathlib import Path
 
 from arm import libggml
 from arm.paths import WORK, fresh, run
+from arm.toolchain import GCC_TARGET, Toolchain
 from arm.wheel import read_zip
-from arm.wheels import device_wheel, full_wheel, libggml_wheel, needed
+from arm.wheels import device_wheel, full_wheel, libc, libggml_wheel
 from mimo_edge.runtimes.ggml.library import BUILT_BY
 
 _FILES = Path(__file__).with_name("kit_files")
-# The releases that were tested; their wheels ask for glibc 2.28 at most.
+# The releases that were tested; their wheels ask for glibc 2.28, or musl 1.2.
 PINS = ("numpy==2.4.6", "jinja2==3.1.6", "markupsafe==3.0.4")
-_PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64",
-              "manylinux2014_aarch64")  # fmt: skip
 SCHEMA = 1
 
 
-def make_kit(python: str, out: Path, full: Path) -> Path:
+def make_kit(python: str, out: Path, full: Path, toolchain: Toolchain = libggml.GCC) -> Path:
     """Write the archive for CPython `python` ("3.11") into the folder `out`; returns its path.
     `full` is the wheel of this repository."""
-    libraries = libggml.build()
+    libraries = libggml.build(toolchain=toolchain)
     wheels = fresh(WORK / "kit" / "wheels")
     device = device_wheel(full, wheels)
-    libggml_wheel(libraries, wheels)
-    _download(python, wheels)
+    libggml_wheel(libraries, wheels, toolchain)
+    _download(python, wheels, toolchain)
     files = {f"wheels/{path.name}": path.read_bytes() for path in sorted(wheels.glob("*.whl"))}
     files |= {path.name: path.read_bytes() for path in sorted(_FILES.iterdir()) if path.is_file()}
     for path in sorted(wheels.glob("*.whl")):
         files |= _licenses(path)
     version = device.name.split("-")[1]
+    libc_name, libc_version = libc(sorted(libraries.glob("*.so*")), toolchain)
     manifest = {
         "schema": SCHEMA,
         "version": version,
         "python": python,
         "machine": "aarch64",
-        "glibc": needed(sorted(libraries.glob("*.so*")), "GLIBC"),
+        "libc": {"name": libc_name, "version": libc_version},
         "libggml": {"from": BUILT_BY, "variants": list(libggml.VARIANTS)},
         "wheels": [_about(path) for path in sorted(wheels.glob("*.whl"))],
         "files": {
@@ -60,19 +60,20 @@ def make_kit(python: str, out: Path, full: Path) -> Path:
         },
     }
     files["manifest.json"] = (json.dumps(manifest, indent=1) + "\n").encode()
-    name = f"mimo-edge-kit-{version.partition('+')[0]}-py{python}-aarch64"
+    system = "aarch64-musl" if toolchain.is_musl else "aarch64"
+    name = f"mimo-edge-kit-{version.partition('+')[0]}-py{python}-{system}"
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.tar.gz"
     path.write_bytes(_archive(name, files))
     return path
 
 
-def _download(python: str, wheels: Path) -> None:
+def _download(python: str, wheels: Path, toolchain: Toolchain) -> None:
     """The pinned wheels for this Python on aarch64."""
     run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels]
         + ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python]
-        + [word for platform in _PLATFORMS for word in ("--platform", platform)]
+        + [word for platform in toolchain.platforms() for word in ("--platform", platform)]
         + list(PINS)
     )
 
@@ -128,8 +129,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the device kit for aarch64 Linux.")
     parser.add_argument("--python", default="3.11", help="Python of the device, such as 3.11")
     parser.add_argument("--out", type=Path, default=Path("dist"))
+    parser.add_argument("--target", default=GCC_TARGET, help="such as aarch64-linux-musl: by Zig")
     wanted = parser.parse_args()
-    path = make_kit(wanted.python, wanted.out, full_wheel())
+    path = make_kit(wanted.python, wanted.out, full_wheel(), Toolchain(wanted.target))
     print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -6,10 +6,12 @@ decided on the device (runtimes/ggml/cpu_library.py).
 
     PYTHONPATH=tools python -m arm.libggml                       # all variants
     PYTHONPATH=tools python -m arm.libggml armv8.0_1 armv8.2_2   # only these
+    PYTHONPATH=tools python -m arm.libggml --target aarch64-linux-musl
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -18,19 +20,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arm.paths import WORK, check_programs, fresh, is_made, run
+from arm.toolchain import GCC_TARGET, Toolchain
 from mimo_edge.runtimes.ggml.library import BUILT_BY
 
 # SME needs a newer compiler than Debian 12 has; processors with it run the SVE2 variant.
 VARIANTS = ("armv8.0_1", "armv8.2_1", "armv8.2_2", "armv8.2_3", "armv8.6_1", "armv8.6_2")
-_PREFIX = "aarch64-linux-gnu"
-# Unique symbols would keep a library loaded that was only asked for its score.
-_COMPILE = "-fno-gnu-unique -ffile-prefix-map={source}=ggml"
+# GCC's unique symbols would keep a library loaded that was only asked for its score.
+_COMPILE_GCC = " -fno-gnu-unique"
+_COMPILE = "-ffile-prefix-map={source}=ggml"
 _LINK = "-Wl,-rpath,$ORIGIN -Wl,-s"
+GCC = Toolchain()
 _OPTIONS = {
     "CMAKE_SYSTEM_NAME": "Linux",
     "CMAKE_SYSTEM_PROCESSOR": "aarch64",
-    "CMAKE_C_COMPILER": f"{_PREFIX}-gcc",
-    "CMAKE_CXX_COMPILER": f"{_PREFIX}-g++",
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
     "GGML_NATIVE": "OFF",
@@ -63,13 +65,14 @@ def source() -> Path:
     return folder
 
 
-def build(variants: Sequence[str] = VARIANTS) -> Path:
+def build(variants: Sequence[str] = VARIANTS, toolchain: Toolchain = GCC) -> Path:
     """The folder of the finished libraries; what is there already is not compiled again."""
     check_programs()
     place = source()
-    work, out = WORK / "ggml", WORK / "libggml"
-    flags = _COMPILE.format(source=place)
-    options = {**_OPTIONS, "CMAKE_C_FLAGS": flags, "CMAKE_CXX_FLAGS": flags}
+    work, out = WORK / f"ggml{toolchain.folder}", WORK / f"libggml{toolchain.folder}"
+    flags = _COMPILE.format(source=place) + (_COMPILE_GCC if toolchain.is_gcc else "")
+    options = {**_OPTIONS, **toolchain.options()}
+    options |= {"CMAKE_C_FLAGS": flags, "CMAKE_CXX_FLAGS": flags}
     key = f"{place} {options}"
     if not is_made(work / ".configured", key):
         fresh(work)
@@ -90,10 +93,20 @@ def build(variants: Sequence[str] = VARIANTS) -> Path:
         run(["cmake", "--build", work, "--parallel", jobs, "--target", *names], capture=True)
         for path, name in wanted.items():
             shutil.copy(next(work.rglob(name)).resolve(), path)
-        # Systems without a compiler often have no OpenMP either.
-        shutil.copy(Path(f"/usr/{_PREFIX}/lib/libgomp.so.1").resolve(), out / "libgomp.so.1")
+        if toolchain.is_gcc:  # systems without a compiler often have no OpenMP either
+            openmp = Path(f"/usr/{GCC_TARGET}/lib/libgomp.so.1")
+            shutil.copy(openmp.resolve(), out / openmp.name)
     return out
 
 
+def main() -> None:
+    """Compile, and say where the libraries are."""
+    parser = argparse.ArgumentParser(description="Compile libggml for aarch64.")
+    parser.add_argument("--target", default=GCC_TARGET, help="other than glibc of Debian 12: Zig's")
+    parser.add_argument("variants", nargs="*", default=VARIANTS)
+    wanted = parser.parse_args()
+    print(build(wanted.variants, Toolchain(wanted.target)))
+
+
 if __name__ == "__main__":
-    print(build(sys.argv[1:] or VARIANTS))
+    main()

@@ -15,9 +15,12 @@ QUICK = (
     "test_cpu_library", "test_ggml_library", "test_ggml_graph", "test_native_library",
     "test_quant_base", "test_limits", "test_runtime_alone",
 )  # fmt: skip
-# Pages of 64 KiB and 39 bits of address space, as some kernels for ARM give them. Emulators from
-# QEMU 9 on know only the host's pages.
-SMALL_SYSTEM = {"QEMU_PAGESIZE": "65536", "QEMU_RESERVED_VA": hex(1 << 39)}
+# 39 bits of address space and pages of 64 KiB, as some kernels for ARM give them, or of 16 KiB, as newer
+# phones have them. Emulators from QEMU 9 on know only the host's pages.
+SMALL_SYSTEMS = (
+    {"QEMU_PAGESIZE": "65536", "QEMU_RESERVED_VA": hex(1 << 39)},
+    {"QEMU_PAGESIZE": "16384", "QEMU_RESERVED_VA": hex(1 << 39)},
+)
 ON_SMALL_SYSTEM = ("test_limits", "test_kv_cache", "test_runtime_alone")
 _NOTHING_LEFT = 5  # how pytest ends when every test of a file is left out
 # Files that cannot run, or say nothing of the processor there, and why.

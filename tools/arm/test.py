@@ -80,9 +80,9 @@ def all_checks(python: Path, full: Path, quick: bool, only: list[str] | None) ->
         yield answer_check(python, exact, cpu, at_f32, state)
         yield answer_check(python, int4, cpu, at_int4, state)
     for cpu in whole:
-        yield from session_checks(python, exact, cpu, state)
-    small = suite.SMALL_SYSTEM
-    yield from suite.suite_checks(python, compared[0], suite.ON_SMALL_SYSTEM, small)
+        yield from session_checks(python, exact, int4, cpu, state)
+    for small in suite.SMALL_SYSTEMS[: 1 if quick else None]:
+        yield from suite.suite_checks(python, compared[0], suite.ON_SMALL_SYSTEM, small)
     for cpu in whole:
         yield from suite.suite_checks(python, cpu, suite.QUICK if quick else suite.all_files())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from arm import libggml
 from arm.paths import REPOSITORY, WORK, fresh, run
+from arm.toolchain import MUSL, Toolchain
 from arm.wheel import read_zip, write_wheel
 from mimo_edge.runtimes.ggml import library
 
@@ -18,7 +19,6 @@ RUNTIME = ("numpy", "jinja2")
 LIBGGML = "mimo_edge_libggml"
 _BUILT_IN = "mimo_edge/nano/checkpoint/"
 _DEVICE = "device"  # the local version that tells this wheel from the full one
-_OPENMP_LICENSE = Path("/usr/share/doc/libgomp1-arm64-cross/copyright")
 
 
 def full_wheel(folder: Path = WORK / "dist") -> Path:
@@ -62,12 +62,13 @@ def _device_metadata(metadata: Message, version: str) -> None:
     metadata["Requires-Dist"] = LIBGGML
 
 
-def libggml_wheel(libraries: Path, out: Path) -> Path:
+def libggml_wheel(libraries: Path, out: Path, toolchain: Toolchain = libggml.GCC) -> Path:
     """A wheel of the libraries in `libraries`: the package `mimo_edge_libggml`."""
     paths = sorted(libraries.glob("*.so*"))
-    glibc = needed(paths, "GLIBC")
     version = _version()
     info = f"{LIBGGML}-{version}.dist-info"
+    licenses = {"LICENSE.ggml": (libggml.source() / "LICENSE").read_bytes()}
+    licenses |= toolchain.licenses()
     files = {f"{LIBGGML}/lib/{path.name}": path.read_bytes() for path in paths}
     files[f"{LIBGGML}/__init__.py"] = (
         f'"""libggml {version} for aarch64, from {library.BUILT_BY}; found by mimo_edge."""\n'
@@ -75,12 +76,20 @@ def libggml_wheel(libraries: Path, out: Path) -> Path:
     files[f"{info}/METADATA"] = (
         f"Metadata-Version: 2.4\nName: {LIBGGML}\nVersion: {version}\n"
         "Summary: libggml with a variant for every ARMv8 and ARMv9 core\n"
-        "License-Expression: MIT AND GPL-3.0-or-later WITH GCC-exception-3.1\n"
-        "License-File: LICENSE.ggml\nLicense-File: LICENSE.libgomp\n"
+        f"License-Expression: {toolchain.license_expression()}\n"
+        + "".join(f"License-File: {name}\n" for name in licenses)
     ).encode()
-    files[f"{info}/licenses/LICENSE.ggml"] = (libggml.source() / "LICENSE").read_bytes()
-    files[f"{info}/licenses/LICENSE.libgomp"] = _OPENMP_LICENSE.read_bytes()
-    return write_wheel(out, f"py3-none-manylinux_{glibc.replace('.', '_')}_aarch64", files)
+    files |= {f"{info}/licenses/{name}": text for name, text in licenses.items()}
+    name, number = libc(paths, toolchain)
+    system = "musllinux" if name == "musl" else "manylinux"
+    return write_wheel(out, f"py3-none-{system}_{number.replace('.', '_')}_aarch64", files)
+
+
+def libc(libraries: list[Path], toolchain: Toolchain) -> tuple[str, str]:
+    """The C library these need, "glibc" or "musl", and the oldest version of it that will do."""
+    if toolchain.is_musl:
+        return "musl", MUSL
+    return "glibc", needed(libraries, "GLIBC")
 
 
 def needed(paths: list[Path], name: str) -> str:

@@ -59,11 +59,19 @@ def check_machine(manifest: dict[str, Any]) -> None:
             f"this kit is for CPython {manifest['python']}, this is {sys.implementation.name} "
             f"{python}: make one with `python -m arm.kit --python {python}`"
         )
+    check_libc(manifest["libc"]["name"], manifest["libc"]["version"])
+
+
+def check_libc(wanted: str, oldest: str) -> None:
+    """Whether the C library is the kit's. musl does not tell its version: that it is too old is
+    found when the libraries are tried."""
     name, version = platform.libc_ver()
     if name != "glibc":
-        raise InstallError(f"this kit needs glibc, here is {name or 'another C library'}")
-    if numbers(version) < numbers(manifest["glibc"]):
-        raise InstallError(f"this kit needs glibc {manifest['glibc']}, here is {version}")
+        name = "musl" if list(Path("/lib").glob("ld-musl-*.so.1")) else name
+    if name != wanted:
+        raise InstallError(f"this kit needs {wanted}, here is {name or 'another C library'}")
+    if name == "glibc" and numbers(version) < numbers(oldest):
+        raise InstallError(f"this kit needs glibc {oldest}, here is {version}")
 
 
 def numbers(version: str) -> list[int]:
