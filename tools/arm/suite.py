@@ -15,8 +15,8 @@ QUICK = (
     "test_cpu_library", "test_ggml_library", "test_ggml_graph", "test_native_library",
     "test_quant_base", "test_limits", "test_runtime_alone",
 )  # fmt: skip
-# 39 bits of address space and pages of 64 KiB, as some kernels for ARM give them, or of 16 KiB, as newer
-# phones have them. Emulators from QEMU 9 on know only the host's pages.
+# 39 bits of address space and pages of 64 KiB, as some kernels for ARM give them, or of 16 KiB, as
+# newer phones have them. Emulators from QEMU 9 on know only the host's pages.
 SMALL_SYSTEMS = (
     {"QEMU_PAGESIZE": "65536", "QEMU_RESERVED_VA": hex(1 << 39)},
     {"QEMU_PAGESIZE": "16384", "QEMU_RESERVED_VA": hex(1 << 39)},
