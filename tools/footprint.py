@@ -24,7 +24,7 @@ STEPS = (
 # Packages a device does not have are not there for these processes either.
 _CODE = """
 import json, sys, time
-for name in ("tokenizers", "sentencepiece", "typer", "rich", "onnx", "onnxruntime"):
+for name in ("tokenizers", "sentencepiece", "typer", "rich", "onnx", "onnxruntime", "llguidance"):
     sys.modules[name] = None
 def resident():
     lines = open("/proc/self/status").read().splitlines()

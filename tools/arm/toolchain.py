@@ -90,6 +90,22 @@ def _zig_package() -> Path:
     return Path(spec.origin).parent
 
 
+# Zig names processors where GCC names architectures: -march=armv8.2-a+dotprod+fp16.
+_ZIG_PROGRAM = """#!/bin/sh
+export ZIG_GLOBAL_CACHE_DIR={cache} ZIG_LOCAL_CACHE_DIR={cache}
+for word do
+    shift
+    case $word in
+        -march=armv8-a) word=-mcpu=generic ;;
+        -march=armv*) word=$(echo "$word" | sed \\
+            's/-march=armv\\(.*\\)[.]\\(.*\\)-a/-mcpu=generic+v\\1_\\2a/; s/+fp16/+fullfp16/') ;;
+    esac
+    set -- "$@" "$word"
+done
+exec {python} -m ziglang {aimed} "$@"
+"""
+
+
 def _zig_programs(target: str) -> Path:
     """A folder with `cc`, `c++`, `ar` and `ranlib`: CMake wants a program's name, not a command."""
     _zig_package()
@@ -98,10 +114,7 @@ def _zig_programs(target: str) -> Path:
     cache = WORK / "zig" / "cache"
     for name in ("cc", "c++", "ar", "ranlib"):
         aimed = f"{name} -target {target}" if name in ("cc", "c++") else name
-        (place / name).write_text(
-            f"#!/bin/sh\nexport ZIG_GLOBAL_CACHE_DIR={cache} ZIG_LOCAL_CACHE_DIR={cache}\n"
-            f'exec {sys.executable} -m ziglang {aimed} "$@"\n',
-            "utf-8",
-        )
+        program = _ZIG_PROGRAM.format(cache=cache, python=sys.executable, aimed=aimed)
+        (place / name).write_text(program, "utf-8")
         (place / name).chmod(0o755)
     return place
