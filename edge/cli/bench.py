@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mimo_edge.cli.options import BackendName, Ep, Profile
+from mimo_edge.cli.options import BackendName, Ep, EpLibrary, EpOption, Profile, provider
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import parse_draft
 from mimo_edge.errors import UsageError
@@ -73,6 +73,8 @@ def bench(
     profile: Profile = None,
     backend: BackendName = "auto",
     ep: Ep = "auto",
+    ep_library: EpLibrary = None,
+    ep_option: EpOption = None,
     kv_type: Annotated[
         str | None,
         typer.Option(
@@ -105,7 +107,7 @@ def bench(
         model=bundle,
         profile=profile,
         backend=backend,
-        ep=ep,
+        **provider(ep, ep_library, ep_option),
         context=context,
         kv_type=kv_type,
         repetitions=repetitions,

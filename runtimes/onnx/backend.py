@@ -18,7 +18,7 @@ from mimo_edge.cancel import Cancel, check_cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, CacheError, UsageError
 from mimo_edge.machine import usable_cores
-from mimo_edge.onnx_io import CPU_VARIANT
+from mimo_edge.onnx_io import CPU_VARIANT, RUN_ROWS
 from mimo_edge.runtimes.base import (
     F32,
     VERIFY_ROWS,
@@ -37,10 +37,11 @@ from mimo_edge.runtimes.onnx.experts import HostExperts
 from mimo_edge.runtimes.onnx.library import Array
 from mimo_edge.runtimes.onnx.package import Package
 from mimo_edge.runtimes.onnx.passes import MtpPass, TrunkPass, TrunkShape
+from mimo_edge.runtimes.onnx.plugin import Plugin
 from mimo_edge.runtimes.onnx.rows import rows_together
 from mimo_edge.units import even_part
 
-DEFAULT_CHUNK = 128
+DEFAULT_CHUNK = 512
 
 
 class OnnxBackend:
@@ -61,9 +62,13 @@ class OnnxBackend:
         chunk: int = DEFAULT_CHUNK,
         experts: Callable[[Device], ExpertSource] | None = None,
         routes: RouteSink | None = None,
+        plugin: Plugin | None = None,
+        reason: str = "",
     ) -> None:
-        """`config`: the bundle's, or that without MTP blocks. Raises BackendError (onnxruntime, no
-        such form), BundleError (graphs), UsageError (options)."""
+        """`config`: the bundle's, or that without MTP blocks. `plugin`: the provider of all graphs
+        but the embedding's, None: the CPU, and then `reason` why not another. Raises BackendError
+        (onnxruntime, no such form), ProviderError (the plug-in, nodes it does not run), BundleError
+        (graphs), UsageError (options)."""
         self.config: MimoConfig = bundle.config if config is None else config
         if chunk < 1:
             raise UsageError(f"chunk = {chunk}", "give 1 or more")
@@ -72,6 +77,8 @@ class OnnxBackend:
             raise UsageError("this model has routed experts", "give a source of them")
         self._chunk = chunk
         self._routes = routes
+        self._plugin = plugin
+        self._reason = reason
         self.prepared = 0
         """Passes made so far: see `PreparingBackend`."""
         self._pid = os.getpid()
@@ -95,11 +102,12 @@ class OnnxBackend:
 
     def _load(self, bundle: Bundle, threads: int) -> None:
         """Open the graphs."""
-        self.package = Package(bundle, self.config, CPU_VARIANT, threads)
+        self.package = Package(bundle, self.config, CPU_VARIANT, threads, self._plugin)
 
     def provider_stats(self) -> dict[str, object]:
-        """JSON-ready: which provider runs what."""
-        return {"provider": "CPUExecutionProvider"}
+        """JSON-ready: which provider runs the graphs, and why no other."""
+        name = "CPUExecutionProvider" if self._plugin is None else self._plugin.name
+        return {"provider": name, "reason": self._reason}
 
     def _try_rows(self) -> list[int]:
         """For each shard, then the head, how many rows of a verify one run may compute."""
@@ -225,7 +233,7 @@ class OnnxBackend:
                 experts = HostExperts(
                     self.device, self.config, self._source, shape.tokens, self._routes
                 )
-            together = self._together[:-1] if exact else [shape.tokens] * len(self.package.layers)
+            together = self._together[:-1] if exact else [RUN_ROWS] * len(self.package.layers)
             found = TrunkPass(
                 cache, self.package.shards, self.package.layers, together, shape, experts
             )
