@@ -272,8 +272,8 @@ def _open_onnx(
     over the files behind `source`."""
     from mimo_edge import onnx_budget
     from mimo_edge.runtimes.onnx.backend import OnnxBackend
-    from mimo_edge.runtimes.onnx.package import onnx_form
     from mimo_edge.runtimes.onnx.npu_package import compiled_targets
+    from mimo_edge.runtimes.onnx.package import onnx_form
     from mimo_edge.runtimes.onnx.providers import Choice, OnCpu, OnNpu, OnPlugin, open_chosen
 
     if source.bundle is None:

@@ -32,7 +32,7 @@ class ProviderRequest:
         for name in ("options", "profile_options"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         kind, colon, target = self.ep.partition(":")
-        if kind != QNN and colon or (colon and not target) or not kind:
+        if (kind != QNN and colon) or (colon and not target) or not kind:
             raise UsageError(f"execution provider {self.ep!r}", "use cpu, auto, qnn or qnn:NPU")
         if kind in (AUTO, CPU):
             for what, given in (("a library", self.library), ("options", self.options)):

@@ -1,4 +1,4 @@
-"""Choosing an execution provider: by name, by library, by itself; and that nothing runs elsewhere."""
+"""Choosing an execution provider: by name, library or by itself; and that nothing runs elsewhere."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ class FakeRuntime:
     def unregister_execution_provider_library(self, name: str) -> None:
         self.loaded.remove(name)
 
-    def SessionOptions(self) -> Any:  # noqa: N802
+    def SessionOptions(self) -> Any:
         entries: dict[str, str] = {}
         given: dict[str, str] = {}
         return SimpleNamespace(
@@ -224,7 +224,7 @@ class FakeRuntime:
             add_provider_for_devices=lambda devices, options: given.update(options),
         )
 
-    def InferenceSession(self, model: object, options: Any) -> Any:  # noqa: N802
+    def InferenceSession(self, model: object, options: Any) -> Any:
         self.opened.append(options.given)
         if options.entries.get("session.disable_cpu_ep_fallback"):
             raise RuntimeError("[ONNXRuntimeError] : fallback to CPU EP has been disabled")
@@ -288,7 +288,7 @@ def test_a_plug_in_that_does_not_load_ends_the_opening_of_a_model(tmp_path: Path
     path, _ = make_bundle(tmp_path)
     library = tmp_path / "ep.so"
     library.write_bytes(b"not an ELF file")
-    with pytest.raises(ProviderError, match="SomeProvider: .* does not load"):
+    with pytest.raises(ProviderError, match=r"SomeProvider: .* does not load"):
         Runtime.open(path, backend="onnx", ep="SomeProvider", ep_library=library)
     with Runtime.open(path, backend="onnx", context=64) as runtime:
         found = runtime.stats()["provider"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,9 @@ class Kinds:
         return path
 
 
-def ask(runtime: Runtime, asked: dict[str, Any]) -> list[str]:
+def answer(kinds: Kinds, kind: str, asked: dict[str, Any]) -> list[str]:
     """Whether one command is answered exactly, tokens, and verifies they took."""
-    found = evaluate_commands(runtime, [asked], nano.TOOLS)
+    found = evaluate_commands(kinds.get(kind), [asked], nano.TOOLS)
     return [str(found.total.exact), str(found.tokens), str(found.verifies)]
 
 
@@ -93,11 +94,9 @@ def table(rows: Rows, kinds: Kinds, asked: list[dict[str, Any]], deadline: Deadl
         cells = []
         for one in asked:
             key = f"{kind}: {one['id']}"
-            cells.append(rows.get(key, deadline, lambda k=kind, c=one: ask(kinds.get(k), c)))
+            cells.append(rows.get(key, deadline, partial(answer, kinds, kind, one)))
         done = [[int(cell) for cell in row] for row in cells if row]
-        exact, tokens, verifies = (sum(column) for column in zip(*done, strict=True)) if done else (
-            0, 0, 0
-        )  # fmt: skip
+        exact, tokens, verifies = (sum(row[i] for row in done) for i in range(3))
         per = f"{tokens / verifies:.2f}" if verifies else "-"
         lines.append([kind, f"{len(done)}", f"{exact}", per])
     return markdown(lines)

@@ -52,7 +52,7 @@ class Profiled:
             self.experts_s += time.perf_counter() - start
 
         onnxruntime.InferenceSession = session
-        HostExperts.add = add  # type: ignore[method-assign]
+        HostExperts.add = add  # type: ignore[assignment, method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,29 +78,32 @@ class Profiled:
 
 def profile(bundle: str, what: str, count: int, threads: int) -> None:
     """Print where the time of a prompt of `count` tokens goes, or of `count` single tokens."""
-    with tempfile.TemporaryDirectory() as folder, Profiled(Path(folder)) as profiled:
-        with Runtime.open(bundle, backend="onnx", threads=threads, draft=0) as runtime:
-            backend = runtime.engine.backend
-            ids = np.random.default_rng(0).integers(0, runtime.config.vocab_size, 640)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Profiled(Path(folder)) as profiled,
+        Runtime.open(bundle, backend="onnx", threads=threads, draft=0) as runtime,
+    ):
+        backend = runtime.engine.backend
+        ids = np.random.default_rng(0).integers(0, runtime.config.vocab_size, 640)
+        cache = backend.new_cache(1024)
+        backend.forward(ids[:128].astype(np.int32), cache)
+        if what == "prefill":
             cache = backend.new_cache(1024)
-            backend.forward(ids[:128].astype(np.int32), cache)
-            if what == "prefill":
-                cache = backend.new_cache(1024)
-                backend.forward(ids[:count].astype(np.int32), cache)  # graphs and pages
-                cache = backend.new_cache(1024)
-            else:
-                backend.forward(ids[128:130].astype(np.int32), cache)
-                backend.forward(ids[130:131].astype(np.int32), cache)
-            profiled.experts_s = 0.0
-            began_us = time.time_ns() / 1e3  # the clock of the profiles
-            start = time.perf_counter()
-            if what == "prefill":
-                backend.forward(ids[:count].astype(np.int32), cache)
-            else:
-                for token in ids[131 : 131 + count]:
-                    backend.forward(np.array([token], np.int32), cache)
-            total = time.perf_counter() - start
-            kinds, names = profiled.nodes(began_us)
+            backend.forward(ids[:count].astype(np.int32), cache)  # graphs and pages
+            cache = backend.new_cache(1024)
+        else:
+            backend.forward(ids[128:130].astype(np.int32), cache)
+            backend.forward(ids[130:131].astype(np.int32), cache)
+        profiled.experts_s = 0.0
+        began_us = time.time_ns() / 1e3  # the clock of the profiles
+        start = time.perf_counter()
+        if what == "prefill":
+            backend.forward(ids[:count].astype(np.int32), cache)
+        else:
+            for token in ids[131 : 131 + count]:
+                backend.forward(np.array([token], np.int32), cache)
+        total = time.perf_counter() - start
+        kinds, names = profiled.nodes(began_us)
     passes = 1 if what == "prefill" else count
     in_nodes = sum(kinds.values()) / 1e6
     rest = total - in_nodes - profiled.experts_s

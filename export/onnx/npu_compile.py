@@ -104,9 +104,7 @@ class Compiler:
         """End the process. Twice is harmless."""
         self._worker.close()
 
-    def component(
-        self, component: Component, refused: tuple[str, ...] = ()
-    ) -> list[NpuComponent]:
+    def component(self, component: Component, refused: tuple[str, ...] = ()) -> list[NpuComponent]:
         """Compile one, with less where it is refused; the parts it became, in order. `refused`:
         why more layers at once were not compiled."""
         reasons = list(refused)

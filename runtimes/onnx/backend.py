@@ -32,7 +32,7 @@ from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex
 from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.slots import ExpertSource
-from mimo_edge.runtimes.onnx.cache import OnnxCache
+from mimo_edge.runtimes.onnx.cache import FEW_TOKENS, OnnxCache
 from mimo_edge.runtimes.onnx.experts import HostExperts
 from mimo_edge.runtimes.onnx.library import Array
 from mimo_edge.runtimes.onnx.package import Package
@@ -82,6 +82,7 @@ class OnnxBackend:
         self.prepared = 0
         """Passes made so far: see `PreparingBackend`."""
         self._pid = os.getpid()
+        self._caches: weakref.WeakSet[OnnxCache] = weakref.WeakSet()
         count = threads if threads is not None else usable_cores()
         self.device = Device(count)
         self._source: ExpertSource | None = None
@@ -135,7 +136,9 @@ class OnnxBackend:
     def new_cache(self, context: int, verify_rows: int = VERIFY_ROWS) -> OnnxCache:
         """An empty cache. Raises ContextLengthError past the model's positions, UsageError."""
         self._check_open()
-        return OnnxCache(self, self.config, context, verify_rows)
+        made = OnnxCache(self, self.config, context, verify_rows)
+        self._caches.add(made)
+        return made
 
     def forward(
         self,
@@ -227,7 +230,7 @@ class OnnxBackend:
         found = cache.found(key)
         if not isinstance(found, TrunkPass):
             if shape.large:
-                cache.drop_large()
+                self._drop_large()
             experts = None
             if self._source is not None:
                 experts = HostExperts(
@@ -240,6 +243,11 @@ class OnnxBackend:
             self.prepared += 1
             cache.keep(key, found)
         return found
+
+    def _drop_large(self) -> None:
+        """Free the passes of many tokens, of every cache: the plan has room for one."""
+        for cache in list(self._caches):
+            cache.drop_large()
 
     def _embedding(self, ids: TokenIds) -> F32:
         out = np.empty((len(ids), self.config.hidden_size), np.float32)
@@ -307,8 +315,8 @@ class OnnxBackend:
         key = (depth, total)
         found = cache.found(key)
         if not isinstance(found, MtpPass):
-            if total > self._chunk:
-                cache.drop_large()
+            if total > FEW_TOKENS:
+                self._drop_large()
             found = MtpPass(cache, depth, self.package.mtp[depth], total)
             self.prepared += 1
             cache.keep(key, found)

@@ -115,7 +115,9 @@ class Plugin:
             if part.ep_name == self.name:
                 partitions += 1
             else:
-                elsewhere += [(node.name or node.op_type, node.op_type) for node in part.get_nodes()]
+                elsewhere += [
+                    (node.name or node.op_type, node.op_type) for node in part.get_nodes()
+                ]
         return partitions, elsewhere
 
     def _refusal(
