@@ -1,4 +1,4 @@
-"""Choosing an execution provider: by name, library or by itself; and that nothing runs elsewhere."""
+"""Choosing an execution provider, by name, library or itself; and that nothing runs elsewhere."""
 
 from __future__ import annotations
 

@@ -76,8 +76,8 @@ def bench(
     backend: Annotated[
         str,
         typer.Option(
-            help="ggml, onnx, reference, or auto: ggml for bundles and GGUF files; several by turns, "
-            'as "onnx,ggml".'
+            help="ggml, onnx, reference, or auto: ggml for bundles and GGUF files; several by "
+            'turns, as "onnx,ggml".'
         ),
     ] = "auto",
     ep: Ep = "auto",
