@@ -113,8 +113,7 @@ class RowCheck:
                     for a, n in ((key, dim), (value, v_dim))
                 )
                 hides = g.view(sees, (reads, count), (sees.nb[1],), start * sees.nb[1])
-                swapped = g.swap_rows(queries)
-                return g.attention(swapped, k, v, hides, dim**-0.5, sink if sinks else None)
+                return g.attention(queries, k, v, hides, dim**-0.5, sink if sinks else None)
 
             if together:
                 return part(0, total, rows)
