@@ -527,9 +527,7 @@ class Graph(Context):
             and mask.type == ggml.TYPE_F16
             and mask.ne == (k.ne[1], q.ne[2], 1, 1)
             and mask.contiguous
-            and (
-                sinks is None or (sinks.type == ggml.TYPE_F32 and sinks.ne == (q.ne[1], 1, 1, 1))
-            ),
+            and (sinks is None or (sinks.type == ggml.TYPE_F32 and sinks.ne == (q.ne[1], 1, 1, 1))),
             "attention of {} over {}, {} with mask {} and sinks {}",
             q,
             k,
