@@ -17,7 +17,7 @@ endif
 SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
 
 .PHONY: help setup demo test lint types unit oracle test-npu test-slow test-arm test-arm-quick \
-	arm-packages device-kit clean
+	arm-packages arm-system device-kit clean
 
 help:
 	@echo "make setup      create $(VENV) and install mimo-edge with its development tools"
@@ -35,6 +35,10 @@ $(STAMP): pyproject.toml $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python tools/amx_left_out.py || { echo "compiling llama.cpp without it"; \
+		$(BIN)/python -m pip install --quiet --force-reinstall --no-deps --no-cache-dir \
+			"$$($(BIN)/python -m pip freeze | grep '^llama_cpp_python==')" && \
+		$(BIN)/python tools/amx_left_out.py; }
 	touch $@
 
 $(TORCH_STAMP): $(STAMP)
@@ -76,13 +80,20 @@ test-slow: $(TORCH_STAMP)
 	$(BIN)/python -m pytest -m slow
 
 # Under emulation: docs/arm.md. ARM_PACKAGES are Debian's.
-ARM_PACKAGES := qemu-user-static g++-aarch64-linux-gnu
+ARM_PACKAGES := qemu-user-static g++-aarch64-linux-gnu cmake make
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=5 -o Acquire::http::Timeout=60 \
+	-o DPkg::Lock::Timeout=300
 
 arm-packages:
-	@command -v qemu-aarch64-static aarch64-linux-gnu-g++ >/dev/null || { \
-		$(SUDO) apt-get update -qq && \
-		$(SUDO) apt-get install -y -qq --no-install-recommends $(ARM_PACKAGES); }
+	@for program in qemu-aarch64-static aarch64-linux-gnu-g++ cmake; do \
+		command -v $$program >/dev/null || missing=1; done; \
+	test -z "$$missing" || { echo "installing $(ARM_PACKAGES)"; $(APT) update && \
+		$(APT) install -y --no-install-recommends $(ARM_PACKAGES) >/dev/null </dev/null; }
+
+# What needs the package manager and the network, without the rest.
+arm-system: $(STAMP) arm-packages
+	PYTHONPATH=tools $(BIN)/python -m arm.root
 
 test-arm: $(STAMP) arm-packages
 	PYTHONPATH=tools $(BIN)/python -m arm.test

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -70,6 +71,24 @@ def test_the_guard_against_repetition_is_asked() -> None:
     assert result.exit_code == 0
 
 
+def test_an_answer_of_a_form(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3}')
+
+    def answer(*options: str) -> Any:
+        result = invoke("run", "-p", "hi", "--json", "--max-tokens", "600", *options)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    text = ["--tool-choice", "none", "--repetition-penalty", "1.1", "--presence-penalty", "1"]
+    found = json.loads(answer("--json-schema", str(schema), *text)["text"])
+    assert len(found) <= 3
+    assert set(found) <= {"a", "b"}
+    assert re.fullmatch("x[abc]{3}", answer("--regex", "x[abc]{3}y", "--stop", "y", *text)["text"])
+    calls = answer("--tool-choice", "set_guest_wifi", "--timeout", "600")["tool_calls"]
+    assert {call["name"] for call in calls} <= {"set_guest_wifi"}
+
+
 def test_chat_reads_lines_and_keeps_the_conversation() -> None:
     result = invoke("run", "--max-tokens", "40", "--context", "1000", stdin="hello\n\n你好\n")
     assert result.exit_code == 0
@@ -98,6 +117,11 @@ def test_own_tools(tmp_path: Path) -> None:
         (["run", "-p", "x", "--backend", "ggml2"], 1, "no backend"),
         (["run", "-p", "x", "--temperature", "-1"], 2, "temperature"),
         (["run", "-p", "x", "--tools", "/no/such.json"], 2, "cannot read"),
+        (["run", "-p", "x", "--json-schema", "/no/such.json"], 2, "cannot read"),
+        (["run", "-p", "x", "--regex", "("], 2, "cannot be enforced"),
+        (["run", "-p", "x", "--tool-choice", "fly"], 2, "there is no tool 'fly'"),
+        (["run", "-p", "x", "--repetition-penalty", "0"], 2, "repetition_penalty"),
+        (["run", "-p", "x", "--timeout", "-1"], 2, "timeout"),
         (["run", "--json"], 2, "needs a prompt"),
         (["run", "--nonsense"], 2, "nonsense"),
         (["nonsense"], 2, "nonsense"),

@@ -164,14 +164,20 @@ def test_from_threads(tmp_path: Path) -> None:
     want = alone(backend, 2)
     runtime = opened(backend, tmp_path / "s", 400, 2)
     errors: list[BaseException] = []
+    all_here = threading.Barrier(8)  # so that eight conversations are open where two have room
 
     def work(number: int) -> None:
         try:
             for _ in range(3):
                 session = runtime.session()
-                assert [talk(session, turn, number) for turn in range(3)] == want[number]
+                answers = []
+                for turn in range(3):
+                    answers.append(talk(session, turn, number))
+                    all_here.wait(120)
+                assert answers == want[number]
         except BaseException as error:
             errors.append(error)
+            all_here.abort()
 
     threads = [threading.Thread(target=work, args=(n % 5,)) for n in range(8)]
     for thread in threads:

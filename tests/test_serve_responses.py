@@ -81,6 +81,25 @@ def test_length(served: Served) -> None:
         answer = ai.responses.create(model="scripted", input="hello", max_output_tokens=4)
     assert answer.status == "incomplete"
     assert answer.incomplete_details.reason == "max_output_tokens"
+    assert [item.status for item in answer.output] == ["incomplete"]
+
+
+def test_a_response_repeats_what_was_asked(served: Served) -> None:
+    asked: Any = {
+        "instructions": "Be brief.",
+        "metadata": {"room": "kitchen"},
+        "parallel_tool_calls": False,
+        "tool_choice": "none",
+        "tools": TOOLS,
+    }
+    with client(served) as ai:
+        plain = ai.responses.create(model="scripted", input="hello")
+        full = ai.responses.create(model="scripted", input="hello", **asked)
+    assert (plain.instructions, plain.metadata, plain.tool_choice) == (None, {}, "auto")
+    assert plain.parallel_tool_calls
+    assert plain.text.format.type == "text"
+    for name in ("instructions", "metadata", "parallel_tool_calls", "tool_choice"):
+        assert getattr(full, name) == asked[name]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -121,8 +140,16 @@ def test_a_round_of_tools(stream: bool) -> None:
         ({"input": [{"type": "web_search_call"}]}, "web_search_call"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "only text"),
         ({"input": [{"role": "user", "content": 5}]}, "neither"),
-        ({"input": [{"type": "function_call", "arguments": "{}"}]}, "no name"),
-        ({"input": [{"type": "function_call", "name": "f", "arguments": "{"}]}, "no JSON"),
+        ({"input": [{"role": "user"}]}, "neither"),
+        ({"input": [{"role": "user", "content": [{"type": [], "text": "x"}]}]}, "only text"),
+        ({"input": [{"type": "function_call", "arguments": "{}", "call_id": "1"}]}, "no name"),
+        ({"input": [{"type": "function_call", "name": "f", "call_id": "1"}]}, "no arguments"),
+        ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "no call_id"),
+        (
+            {"input": [{"type": "function_call", "name": "f", "arguments": "{", "call_id": "1"}]},
+            "no JSON",
+        ),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "no call_id"),
         ({"input": [{"type": "reasoning", "content": [5]}]}, "not text"),
         ({"input": "x", "previous_response_id": "resp_1"}, "nothing is stored"),
         ({"input": "x", "text": {"format": {"type": "grammar"}}}, "text.format"),

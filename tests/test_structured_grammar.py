@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import tokenizers_made as made
 from babbler import tokenizer_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mimo_edge.errors import ConstraintError, GenerationError
+from mimo_edge.errors import ConstraintError, GenerationError, UsageError
 from mimo_edge.sampling import Constraint
 from mimo_edge.structured.answers import Value
 from mimo_edge.structured.bridge import make_vocabulary
@@ -535,6 +537,53 @@ WORK: dict[str, Value] = {
     "tree": Value(schema={"type": "array", "items": {"$ref": "#"}}),
     "nested repeats": Value(schema={"type": "string", "pattern": "((((a{99}){99}){99}){99}){99}"}),
 }
+
+
+# Keywords with values of the right kind and of any other.
+_ANY: st.SearchStrategy[Any] = st.sampled_from([
+    None, True, False, 0, -1, 7, 2**63, 10**300, 0.5, "", "a", "string", "\ud800", "\x00", "^a|b$",
+    "(", "/", "date", "#/$defs/a", "#/properties/a", [], {}, ["a"], ["string", "null"], [{}], [[]],
+])  # fmt: skip
+_TYPES: st.SearchStrategy[Any] = st.sampled_from([
+    "string", "integer", "number", "boolean", "null", "array", "object", ["string", "null"],
+    ["integer", "string"], ["array", "string"], [], {}, [{}], [["string"]], 3, "text",
+])  # fmt: skip
+
+
+def _schema(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    some = inner | _ANY
+    named = st.dictionaries(
+        st.sampled_from(["a", "b", "$ref", "type", "x y", ""]), some, max_size=3
+    )
+    lists = st.lists(some, max_size=3)
+    keywords: dict[str, st.SearchStrategy[Any]] = {
+        "type": _TYPES, "properties": named, "items": some, "enum": lists, "const": some,
+        "anyOf": lists, "oneOf": lists, "allOf": lists, "$ref": _ANY, "$defs": named,
+        "definitions": named, "required": lists, "pattern": _ANY, "format": _ANY,
+        "minLength": _ANY, "maxLength": _ANY, "minimum": _ANY, "maximum": _ANY, "minItems": _ANY,
+        "maxItems": _ANY, "additionalProperties": some, "patternProperties": named,
+        "multipleOf": _ANY, "not": some, "x-guidance": some, "title": _ANY, "prefixItems": lists,
+    }  # fmt: skip
+    right = st.fixed_dictionaries({}, optional=keywords)
+    return right | st.dictionaries(st.sampled_from(list(keywords)), some, max_size=3)
+
+
+@settings(max_examples=250, deadline=None)
+@given(schema=st.recursive(_ANY, _schema, max_leaves=8))
+def test_any_schema_at_all_is_compiled_or_refused(schema: Any) -> None:
+    parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    strict = {"function": {"name": "f", "parameters": parameters}}
+    whole = {"function": {"name": "f", "parameters": schema}}
+    makers: list[Callable[[], Constraint]] = [
+        lambda: GRAMMARS.of_answer("over", Value(schema=schema)),
+        lambda: GRAMMARS.of_calls("over", [strict]),
+        lambda: GRAMMARS.of_calls("over", [whole]),
+    ]
+    for make in makers:
+        try:
+            make().mask()
+        except (ConstraintError, UsageError):
+            continue
 
 
 @pytest.mark.parametrize("name", WORK)

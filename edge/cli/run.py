@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = "mimo-nano"
 INTERRUPTED = 130
-_MAX_TOOLS_BYTES = 4 << 20
+_MAX_JSON_BYTES = 4 << 20
 
 
 def register(app: typer.Typer) -> None:
@@ -68,6 +68,27 @@ def run(
     top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divide the chance of what was said by this; 1 leaves it.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Take this from the logits of every token that was said.")
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="JSON file: the schema that the answer must fit.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Regular expression that the whole answer must match.")
+    ] = None,
+    tool_choice: Annotated[
+        str, typer.Option(help="auto, none, required, or the tool that must be called.")
+    ] = "auto",
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="End an answer after this time.")
+    ] = None,
     stop_repeats: Annotated[
         int,
         typer.Option(
@@ -109,6 +130,13 @@ def run(
         "top_k": top_k,
         "min_p": min_p,
         "seed": seed,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "stop": stop or (),
+        "json_schema": None if json_schema is None else read_schema(json_schema),
+        "regex": regex,
+        "tool_choice": tool_choice,
+        "timeout_s": timeout,
         "stop_repeats": stop_repeats,
     }
     from mimo_edge.api import Runtime
@@ -348,7 +376,15 @@ def _reply_json(runtime: Runtime, reply: Reply) -> dict[str, Any]:
 
 def read_tools(path: Path) -> list[Any]:
     """A list of tools from a JSON file. Raises UsageError."""
-    tools = read_json(path, _MAX_TOOLS_BYTES, UsageError)
+    tools = read_json(path, _MAX_JSON_BYTES, UsageError)
     if not isinstance(tools, list):
         raise UsageError(f"{path} holds a {type(tools).__name__}, not a list of tools")
     return tools
+
+
+def read_schema(path: Path) -> dict[str, Any]:
+    """A JSON schema from a file. Raises UsageError."""
+    schema = read_json(path, _MAX_JSON_BYTES, UsageError)
+    if not isinstance(schema, dict):
+        raise UsageError(f"{path} holds a {type(schema).__name__}, not a JSON schema object")
+    return schema

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mimo_edge.chat_template import check_messages
@@ -51,7 +51,8 @@ _NEUTRAL_COMPLETION: dict[str, Any] = {**_NEUTRAL, "best_of": 1, "echo": False, 
 class Call:
     """One request: `prompt` messages (chat, response), or a text or token ids (completion).
 
-    `options` are those of `Session.stream`. `thinking` None leaves it to the server.
+    `options` are those of `Session.stream`. `thinking` None leaves it to the server. `asked` are
+    fields that a response repeats.
     """
 
     kind: Literal["chat", "completion", "response"]
@@ -63,6 +64,7 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     usage_so_far: bool = False
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_chat(raw: Mapping[str, Any], models: tuple[str, ...]) -> Call:

@@ -62,19 +62,19 @@ class ResponseAnswer:
 
     def last(self, reply: Reply) -> Iterator[bytes]:
         """What a stream ends with."""
-        yield from self._close()
+        yield from self._close(_status(reply))
         whole = self.whole(reply)
         yield self._event(f"response.{whole['status']}", response=whole)
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         """The response, after all its pieces."""
-        for _ in self._close():
+        status = _status(reply)
+        for _ in self._close(status):
             pass
         if not self._output:  # an empty answer is one as well
-            for _ in (*self._grow("message", ""), *self._close()):
+            for _ in (*self._grow("message", ""), *self._close(status)):
                 pass
-        cut = reply.finish_reason in ("length", "repetition", "deadline")
-        return self._response("incomplete" if cut else "completed", reply)
+        return self._response(status, reply)
 
     def error(self, refusal: Refusal) -> bytes:
         """What a stream says that cannot go on."""
@@ -124,7 +124,7 @@ class ResponseAnswer:
         item["content"].append(part)
         yield self._event("response.content_part.added", **self._at(), content_index=0, part=part)
 
-    def _close(self) -> Iterator[bytes]:
+    def _close(self, status: str = "completed") -> Iterator[bytes]:
         kind, self._open = self._open, None
         if kind is None:
             return
@@ -139,7 +139,7 @@ class ResponseAnswer:
             **extra,
         )
         yield self._event("response.content_part.done", **self._at(), content_index=0, part=part)
-        yield self._ended(item)
+        yield self._ended(item, status)
 
     def _called(self, call: ToolCall) -> Iterator[bytes]:
         yield from self._close()
@@ -162,14 +162,14 @@ class ResponseAnswer:
         yield self._event(f"{kind}.done", **self._at(), arguments=arguments, name=call.name)
         yield self._ended(item)
 
-    def _ended(self, item: dict[str, Any]) -> bytes:
-        item["status"] = "completed"
+    def _ended(self, item: dict[str, Any], status: str = "completed") -> bytes:
+        item["status"] = status
         return self._event(
             "response.output_item.done", output_index=len(self._output) - 1, item=item
         )
 
     def _response(self, status: str, reply: Reply | None) -> dict[str, Any]:
-        call = self._call
+        call, asked = self._call, self._call.asked
         return {
             "id": self._id,
             "object": "response",
@@ -179,17 +179,17 @@ class ResponseAnswer:
             "incomplete_details": (
                 {"reason": "max_output_tokens"} if status == "incomplete" else None
             ),
-            "instructions": None,
+            "instructions": asked.get("instructions"),
             "max_output_tokens": call.options["max_tokens"],
-            "metadata": {},
+            "metadata": asked.get("metadata", {}),
             "model": call.model,
             "output": self._output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": asked.get("parallel_tool_calls", True),
             "previous_response_id": None,
             "store": False,
             "temperature": call.options["temperature"],
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
+            "text": {"format": {"type": "text"}} | asked.get("text", {}),
+            "tool_choice": asked.get("tool_choice", "auto"),
             "tools": [_tool(tool) for tool in call.tools],
             "top_p": call.options["top_p"],
             "truncation": "disabled",
@@ -207,6 +207,11 @@ class ResponseAnswer:
         }
 
 
+def _status(reply: Reply) -> str:
+    cut = reply.finish_reason in ("length", "repetition", "deadline")
+    return "incomplete" if cut else "completed"
+
+
 def _tool(tool: Any) -> dict[str, Any]:
     function = tool.get("function", tool)
     return {
@@ -214,5 +219,5 @@ def _tool(tool: Any) -> dict[str, Any]:
         "name": function["name"],
         "description": function.get("description"),
         "parameters": function.get("parameters"),
-        "strict": False,
+        "strict": function.get("strict"),
     }

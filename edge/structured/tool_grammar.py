@@ -63,7 +63,9 @@ def _parameters(lark: Lark, tool: str, schema: dict[str, Any], loose: bool) -> s
             f"the parameters of tool {tool} use {unknown[0]!r}, which cannot be enforced",
             'describe them with properties and required, or give the tool "strict": false',
         )
-    required = [name for name in schema.get("required") or () if isinstance(name, str)]
+    required = schema.get("required") or []
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise ConstraintError(f"tool {tool}: required is {required!r}, not a list of names")
     properties = {**schema.get("properties", {})}
     properties |= {name: {} for name in required if name not in properties}
     if len(properties) > MAX_PARAMETERS:

@@ -124,6 +124,8 @@ class Values:
                 return self._combined(key, said[key], where, depth)
         kinds = said.get("type")
         kinds = kinds if isinstance(kinds, list) else [kinds]
+        if not all(kind is None or isinstance(kind, str) for kind in kinds):
+            raise ConstraintError(f"{where}: a schema of type {said['type']!r}", _HINT)
         if "enum" in said or "const" in said:
             if len(said.keys() - {"type"}) > 1:
                 raise ConstraintError(f"{where}: an enumeration beside other keywords", _HINT)
@@ -172,7 +174,7 @@ class Values:
             if key == "pattern":
                 parts.append(pattern(_searched(wanted, where)))
             elif key == "format":
-                if wanted not in FORMATS:
+                if not isinstance(wanted, str) or wanted not in FORMATS:
                     known = ", ".join(FORMATS)
                     raise ConstraintError(f"{where}: format {wanted!r}", f"known are {known}")
                 parts.append(pattern(FORMATS[wanted]))
