@@ -16,14 +16,20 @@ endif
 
 SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
 
+<<<<<<< HEAD
+.PHONY: help setup demo test lint types unit oracle test-npu test-npu-slow test-slow test-arm test-arm-quick \
+	arm-packages device-kit clean
+=======
 .PHONY: help setup demo test lint types unit oracle test-npu test-slow test-arm test-arm-quick \
 	arm-packages arm-system device-kit clean
+>>>>>>> main
 
 help:
 	@echo "make setup      create $(VENV) and install mimo-edge with its development tools"
 	@echo "make demo       export the built-in mimo-nano to an int4 bundle and run two commands"
 	@echo "make test       everything CI checks: lint, types, tests with the oracles"
 	@echo "make test-npu   tests on Qualcomm's HTP emulator (installs onnxruntime-qnn, proprietary)"
+	@echo "make test-npu-slow  one layer of MiMo-V2-Flash's width on it (half a minute)"
 	@echo "make test-slow  tests that need minutes, large files or special hardware"
 	@echo "make test-arm   the suite and mimo-nano on three emulated ARM processors (hours)"
 	@echo "make test-arm-quick  a part of it, in minutes"
@@ -75,6 +81,10 @@ oracle: $(TORCH_STAMP)
 test-npu: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[npu]'
 	$(BIN)/python -m pytest -m 'qnn_sim and not slow'
+
+test-npu-slow: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[npu]'
+	$(BIN)/python -m pytest -m 'qnn_sim and slow'
 
 test-slow: $(TORCH_STAMP)
 	$(BIN)/python -m pytest -m slow
