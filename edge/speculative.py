@@ -25,9 +25,15 @@ from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache, ChainingBa
 DraftSetting = int | Literal["auto"]
 
 MAX_DRAFT = VERIFY_ROWS - 1
-# Rows of H kept behind the window: a commit leaves up to MAX_DRAFT stale rows to write again,
-# and a later turn may roll back as many.
+# Rows that a block with a window starts with, after a prompt or many steps without drafts: newer ones
+# join them. Filling a whole window can take longer than drafts save in a short answer.
+FILL_ROWS = 32
+# Rows of H kept behind those: a commit leaves up to MAX_DRAFT stale rows to write again, and a later
+# turn may roll back as many.
 _SPARE_ROWS = MAX_DRAFT + 1
+# A block is run on so many rows or a power of two as many: backends keep what a number of rows needs,
+# and writing a row again changes nothing.
+_LEAST_ROWS = MAX_DRAFT + 1
 # A block that attends to everything needs every row; they are written in groups this large.
 _FLUSH_ROWS = 64
 
@@ -77,7 +83,8 @@ class Drafter:
         self._cache = cache
         self.limit = max_draft(config)
         self._window = config.layer(config.num_hidden_layers).window if self.limit else 1
-        self._keep = None if self._window is None else self._window + _SPARE_ROWS
+        self._fill = min(FILL_ROWS, self._window or FILL_ROWS)
+        self._keep = None if self._window is None else self._fill + _SPARE_ROWS
         self._hidden: deque[F32] = deque(maxlen=self._keep)  # H rows, the newest last
         self._length = 0  # positions observed
         # Rows of block k below this are in its cache, computed from tokens that stand.
@@ -103,7 +110,7 @@ class Drafter:
 
     def skip(self, length: int) -> None:
         """Begin behind `length` positions that were not observed: windowed blocks propose again
-        once their window lies behind there."""
+        after a few rows."""
         self._hidden.clear()
         self._length, self._final = length, [0] * self.limit
         self._proposed = (0, [])
@@ -131,7 +138,7 @@ class Drafter:
 
     def wanted_rows(self, rows: int, following: int = 0) -> int:
         """How many H rows, the last ones, to ask of a pass of `rows` tokens when `following` more
-        are sure to come: rows that a window will have passed by then are never looked at."""
+        are sure to come: rows that will be too old by then are never looked at."""
         if not self.limit:
             return 0
         return rows if self._keep is None else max(0, min(rows, self._keep - following))
@@ -175,8 +182,7 @@ class Drafter:
         """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
 
         `propose` picks from logits [V], or says None when nothing can follow. Fewer, down to none,
-        come back then, and while the H rows that the newest row's window covers are not all at
-        hand (after a cut deeper than is kept).
+        come back then, and while hardly any H rows are at hand (after a cut deeper than is kept).
         """
         p = self._length - 1
         if len(tokens) != p + 2:
@@ -184,8 +190,9 @@ class Drafter:
         self._settle(tokens)
         self.steady = True
         count = min(count, self.limit)
-        first = self._first(min(self._final[:count], default=0))
-        if self._chain is not None and count > 1 and first is not None and first < p:
+        chain = self._chain is not None and count > 1
+        first = self._first(min(self._final[:count])) if chain else None
+        if first is not None and first < p:
             drafts = self._draft_in_chain(tokens, first, count, propose, cancel)
         else:
             drafts = self._draft_one_by_one(tokens, count, propose, cancel)
@@ -200,7 +207,7 @@ class Drafter:
 
     def _regular(self, first: int) -> bool:
         # One verify commits up to MAX_DRAFT + 1 rows; as many more may be stale.
-        return first >= self._oldest and self._length - 1 - first <= 2 * MAX_DRAFT + 1
+        return self._length - first <= 2 * (MAX_DRAFT + 1)
 
     @property
     def _oldest(self) -> int:
@@ -213,15 +220,23 @@ class Drafter:
         return 0 if self._window is None else max(0, self._length - self._window)
 
     def _first(self, final: int) -> int | None:
-        """Where to begin so that every row the newest one sees is there, when those below `final`
-        are; None when H rows are missing for that."""
-        p, first = self._length - 1, max(final, self._reach)
-        if first < self._oldest:
+        """Where to begin so that the newest row sees the rows before it, when those below `final`
+        are there: all of them, or where that is much to write, the newest. None when H rows are
+        missing for that."""
+        missing = self._length - max(final, self._reach)
+        self.steady = self.steady and self._regular(self._length - missing)
+        at_hand = self._length - max(self._reach, self._oldest)
+        if self._window is None:
+            return None if missing > at_hand else self._length - min(at_hand, _rounded(missing))
+        if missing > at_hand < _LEAST_ROWS:
             return None
-        self.steady = self.steady and self._regular(first)
-        # Never fewer rows than a verify has: backends keep what a number of rows needs, and
-        # writing a row again changes nothing.
-        return max(min(first, p - MAX_DRAFT), self._reach, self._oldest)
+        return self._length - min(at_hand, _rounded(min(missing, self._fill)))
+
+    def _begin(self, depth: int, first: int) -> None:
+        """Rows of a block are about to be written from `first` on."""
+        if first > max(self._final[depth], self._reach):
+            self._cache.begin_mtp(depth, first)
+        self._final[depth] = min(self._final[depth], first)
 
     def _draft_one_by_one(
         self,
@@ -241,7 +256,7 @@ class Drafter:
             # Rows up to p - depth take tokens that stand; the newer ones take drafts. A pass that
             # fails leaves none of its rows.
             final = max(self._final[depth], p - depth + 1)
-            self._final[depth] = min(self._final[depth], first)
+            self._begin(depth, first)
             logits = self._run(depth, known, first, p + 1, offset, cancel)
             self._final[depth] = final
             token = propose(logits)
@@ -263,7 +278,8 @@ class Drafter:
         assert self._chain is not None
         p = self._length - 1
         final = [max(self._final[depth], p - depth + 1) for depth in range(count)]
-        self._final[:count] = [min(known, first) for known in self._final[:count]]
+        for depth in range(count):
+            self._begin(depth, first)
         hidden = self._rows(first, p + 1)
         ids = np.asarray(tokens[first + 1 : p + 2], dtype=np.int32)
         chosen, logits = self._chain.mtp_chain(
@@ -350,6 +366,14 @@ def accept(
         if row == len(drafts) or token != drafts[row]:
             break
     return gained
+
+
+def _rounded(rows: int) -> int:
+    """`rows` or more, of few different numbers."""
+    size = _LEAST_ROWS
+    while size < rows:
+        size *= 2
+    return size
 
 
 class DraftPolicy(Protocol):
