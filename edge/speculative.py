@@ -1,4 +1,4 @@
-"""Self-speculation with MiMo's MTP blocks: draft, verify, accept, and how much to draft.
+"""Self-speculation with MiMo's MTP blocks: draft, verify, accept. How much: draft_policy.py.
 
 State between steps (spec section 3.3): the target has processed x_0..x_p, x_{p+1} is chosen
 but not processed. Block k at row i takes the target's H_i and x_{i+1+k}; every block takes
@@ -8,12 +8,10 @@ only if the sampler, fed the target's own logits, draws that very token.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -25,14 +23,14 @@ from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache, ChainingBa
 DraftSetting = int | Literal["auto"]
 
 MAX_DRAFT = VERIFY_ROWS - 1
-# Rows that a block with a window starts with, after a prompt or many steps without drafts: newer ones
-# join them. Filling a whole window can take longer than drafts save in a short answer.
+# Rows that a block with a window starts with, after a prompt or many steps without drafts: newer
+# ones join them. Filling a whole window can take longer than drafts save in a short answer.
 FILL_ROWS = 32
-# Rows of H kept behind those: a commit leaves up to MAX_DRAFT stale rows to write again, and a later
-# turn may roll back as many.
+# Rows of H kept behind those: a commit leaves up to MAX_DRAFT stale rows to write again, and a
+# later turn may roll back as many.
 _SPARE_ROWS = MAX_DRAFT + 1
-# A block is run on so many rows or a power of two as many: backends keep what a number of rows needs,
-# and writing a row again changes nothing.
+# A block is run on so many rows, twice as many (after a few steps without drafts) or FILL_ROWS:
+# backends keep what a number of rows needs, and writing a row again changes nothing.
 _LEAST_ROWS = MAX_DRAFT + 1
 # A block that attends to everything needs every row; they are written in groups this large.
 _FLUSH_ROWS = 64
@@ -370,276 +368,5 @@ def accept(
 
 def _rounded(rows: int) -> int:
     """`rows` or more, of few different numbers."""
-    size = _LEAST_ROWS
-    while size < rows:
-        size *= 2
-    return size
-
-
-class DraftPolicy(Protocol):
-    """Decides how many tokens to draft before each verify."""
-
-    def begin(self) -> None:
-        """An answer begins."""
-        ...
-
-    def choose(self, cold: bool = False) -> int:
-        """Tokens to draft now; `cold` says that the first draft costs extra (`Drafter.cold`)."""
-        ...
-
-    def record(
-        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
-    ) -> None:
-        """One step's outcome: `hits` per depth that was tested, cost of draft and verify.
-
-        `steady` is False when it was the first draft after a prompt or after steps without any.
-        `seconds` is None when they say nothing of the next such step.
-        """
-        ...
-
-    def why(self) -> str:
-        """The current choice and its reason, for people."""
-        ...
-
-
-class FixedPolicy:
-    """Always the same draft length."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def begin(self) -> None:
-        return None
-
-    def choose(self, cold: bool = False) -> int:
-        return self._count
-
-    def record(
-        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
-    ) -> None:
-        return None
-
-    def why(self) -> str:
-        return f"draft {self._count}, as set"
-
-
-class CostTable:
-    """Seconds of one step per draft length, measured; shared by the sequences of an engine.
-
-    Of the newest steps of a length the middle half counts: contexts grow, single steps are
-    disturbed, and what experts cost that come from flash differs from step to step.
-    """
-
-    NEWEST = 24
-
-    def __init__(self) -> None:
-        self._samples: dict[int, deque[float]] = {}
-        self._seconds: dict[int, float] = {}
-        self._fast: dict[int, float] = {}
-
-    def add(self, drafted: int, seconds: float) -> None:
-        newest = self._samples.setdefault(drafted, deque(maxlen=self.NEWEST))
-        newest.append(seconds)
-        samples = sorted(newest)
-        aside = (len(samples) + 1) // 4 if len(samples) > 2 else 0
-        self._seconds[drafted] = fmean(samples[aside : len(samples) - aside])
-        self._fast[drafted] = samples[len(samples) // 4]
-
-    def count(self, drafted: int) -> int:
-        """How many steps of that length are remembered."""
-        return len(self._samples.get(drafted, ()))
-
-    def seconds(self, drafted: int) -> float | None:
-        """Mean of the middle half; None before the first step."""
-        return self._seconds.get(drafted)
-
-    def fast(self, drafted: int) -> float | None:
-        """What all but a quarter of the steps take at least; None before the first step."""
-        return self._fast.get(drafted)
-
-
-@dataclass
-class _Depth:
-    """Acceptance at one depth, given that all shallower drafts were accepted."""
-
-    hits: float = 1.5  # starts at 0.75, as published, which a few tries outweigh
-    tries: float = 2.0
-
-    def record(self, hit: bool) -> None:
-        # Old outcomes fade: text changes its nature within an answer.
-        self.hits = self.hits * 0.988 + hit
-        self.tries = self.tries * 0.988 + 1
-
-    def fade(self) -> None:
-        """A step did not try this depth: the rate stays, the weight of what is known shrinks."""
-        if self.tries > 12:
-            self.hits *= 0.997
-            self.tries *= 0.997
-
-    @property
-    def rate(self) -> float:
-        return self.hits / self.tries
-
-
-class AdaptivePolicy:
-    """Draft as many tokens as maximise expected tokens per second, possibly none.
-
-    Expected tokens of a step with K drafts: 1 + a_1 + a_1 a_2 + ..., a_k the running
-    acceptance of depth k. Divided by the measured cost of a step of that width. Every width is
-    measured at the start and looked at again now and then, when what that may lose is a small share
-    of the time spent since: a width that is far off is tried rarely, a close one often.
-
-    The first draft after a prompt also fills the MTP caches. Whether that pays depends on how long
-    answers are: as long as those before, on average.
-
-    One policy serves all answers of an engine: what it learnt need not be learnt again.
-    """
-
-    MEASURE = 3  # steps of a width before it is judged
-    ADVANTAGE = 1.01  # a change must promise this much, or two equal widths would alternate
-    REST = 12  # steps between two probes at least
-    PROBE, FROM_REST = 2, 4  # steps of a probe, and of one while nothing is drafted
-    PROBE_SHARE = 0.0075  # of the time, at most, that probes may lose; more of the first steps
-    EARLY = 128
-    FADE = 0.95  # of what answers before say about the length of the next
-
-    def __init__(self, limit: int, costs: CostTable) -> None:
-        self._limit = limit
-        self._costs = costs
-        self._depths = [_Depth() for _ in range(limit)]
-        self._current = limit
-        self._asked = [0] * (limit + 1)  # how often a width was asked for to measure it
-        self._steps = 0
-        self._last = 0  # width of the latest step
-        self._rested = 0  # steps since the last probe
-        self._unused = [0.0] * (limit + 1)  # seconds of steps since one had that width
-        self._restart = 0.0  # seconds per draft that the first one costs on top: MTP caches fill
-        self._answers = self._gained = 0.0  # begun, and their tokens; old ones fade
-        self._start: int | None = None  # what the latest choice was, when the MTP caches were cold
-        self._plan: deque[int] = deque()
-
-    def begin(self) -> None:
-        self._answers = self._answers * self.FADE + 1
-        self._gained *= self.FADE
-
-    def choose(self, cold: bool = False) -> int:
-        if not self._limit:
-            return 0
-        if self._plan:
-            return self._plan.popleft()
-        for count in range(self._limit, -1, -1):
-            # When something keeps a width from being drafted, that is not asked for ever.
-            if self._costs.count(count) < self.MEASURE and self._asked[count] < 4 * self.MEASURE:
-                self._asked[count] += 1
-                return count
-        self._settle()
-        self._rested += 1
-        if self._rested > self.REST:
-            self._plan.extend(self._probe(cold))
-            if self._plan:
-                self._rested = 0
-                return self._plan.popleft()
-        self._start = self._started() if cold else None
-        return self._current if self._start is None else self._start
-
-    @property
-    def _answer_tokens(self) -> float:
-        """How long answers are, on average."""
-        return max(1.0, self._gained / self._answers) if self._answers else math.inf
-
-    def _started(self) -> int | None:
-        """The best width for a whole answer, the first draft's extra cost included; None when it is
-        not known how long answers are."""
-        tokens = self._answer_tokens
-        if math.isinf(tokens):
-            return None
-        speeds = [self._speed(count) for count in range(self._limit + 1)]
-        costs = [
-            self._restart * count + tokens / speed if speed else math.inf
-            for count, speed in enumerate(speeds)
-        ]
-        return min(range(self._limit + 1), key=lambda count: (costs[count], count))
-
-    def record(
-        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
-    ) -> None:
-        for depth, hit in zip(self._depths, hits, strict=False):
-            depth.record(hit)
-            if not hit:
-                break
-        for depth in self._depths[drafted:]:
-            depth.fade()
-        usual = self._costs.seconds(drafted)
-        if seconds is None:
-            seconds = usual or 0.0
-        elif steady:
-            # The first plain step after drafts finds nothing of its own in the processor's caches,
-            # which a small model feels.
-            if drafted or not self._last:
-                self._costs.add(drafted, seconds)
-        elif usual is not None:
-            extra = max(0.0, seconds - usual) / max(1, drafted)
-            self._restart = (self._restart + extra) / 2 if self._restart else extra
-        self._gained += 1 + sum(hits)
-        self._last = drafted
-        self._steps += 1
-        self._unused = [unused + seconds for unused in self._unused]
-        if drafted <= self._limit:
-            self._unused[drafted] = 0.0
-
-    def expected_tokens(self, count: int) -> float:
-        """Tokens a step with `count` drafts is expected to gain."""
-        total = chance = 1.0
-        for depth in self._depths[:count]:
-            chance *= depth.rate
-            total += chance
-        return total
-
-    def why(self) -> str:
-        if not self._limit:
-            return "draft 0: the model has no MTP block"
-        plain, other = self._costs.seconds(0), self._current or self._limit
-        cost = self._costs.seconds(other)
-        if plain is None or cost is None:
-            return f"draft {self._current}: not enough steps measured yet"
-        facts = (
-            f"drafting {other} gives {self.expected_tokens(other):.2f} tokens a step "
-            f"for {cost / plain:.2f} times the time of a plain one"
-        )
-        if self._start is None or self._start == self._current:
-            return f"draft {self._current}: {facts}"
-        extra = f"{self._restart * other * 1e3:.1f} ms"
-        return (
-            f"draft {self._start}: {facts}, but the first takes {extra} more and answers have "
-            f"{self._answer_tokens:.0f} tokens"
-        )
-
-    def _speed(self, count: int) -> float:
-        """Expected tokens per second; 0 for a width that could not be measured."""
-        seconds = self._costs.seconds(count)
-        return 0.0 if seconds is None else self.expected_tokens(count) / max(seconds, 1e-9)
-
-    def _settle(self) -> None:
-        best = max(range(self._limit + 1), key=lambda count: (self._speed(count), -count))
-        if self._speed(best) > self.ADVANTAGE * self._speed(self._current):
-            self._current = best
-
-    def _probe(self, cold: bool) -> list[int]:
-        """Steps of the width that was not used for longest and may be now; none are due often."""
-        speed = self._speed(self._current)
-        steps = self.PROBE if self._current else self.FROM_REST
-        share = self.PROBE_SHARE * (4 if self._steps < self.EARLY else 1)
-        others = [k for k in range(self._limit + 1) if k != self._current]
-        for width in sorted(others, key=lambda k: -self._unused[k]):
-            # Few steps may have been disturbed ones: what they cost is not to keep a width away.
-            few = self._costs.count(width) < 2 * self.MEASURE
-            seconds = self._costs.fast(width) if few else self._costs.seconds(width)
-            if seconds is None or not speed:
-                continue
-            loss = steps * max(0.0, seconds - self.expected_tokens(width) / speed)
-            if cold or not self._current:
-                loss += self._restart * width
-            if loss <= share / self._limit * self._unused[width]:
-                # The time of the first drafting step after others does not count.
-                return [width] * (steps + (not self._current))
-        return []
+    sizes = (_LEAST_ROWS, 2 * _LEAST_ROWS, FILL_ROWS)
+    return next((size for size in sizes if size >= rows), rows)

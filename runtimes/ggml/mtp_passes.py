@@ -45,8 +45,8 @@ class ChainShape:
 
 
 def mtp_shape(cache: GgmlCache, depth: int, tokens: int, position: int) -> MtpShape:
-    """The shape of an MTP pass over rows position.. . The first draft of a conversation fills the
-    window of every block: where that takes little memory all these graphs are kept."""
+    """The shape of an MTP pass over rows position.. . The first draft of an answer writes more rows
+    than others: where that takes little memory all these graphs are kept."""
     kv = cache.mtp[depth]
     ring = isinstance(cache.mtp_index[depth], RingIndex)
     read_rows = kv.rows if ring else kv_rows(position + tokens)

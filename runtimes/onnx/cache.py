@@ -222,8 +222,8 @@ class OnnxCache:
         for index, (begin, count) in zip(indices, placed, strict=True):
             start = starts[id(index)]
             index.store(start, begin + count - start)
-        for block in self.mtp_index:
-            block.miss_none()
+        for index in self.mtp_index:
+            index.miss_none()
         self.generation += 1
         self._length = length
 
