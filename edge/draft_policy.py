@@ -78,7 +78,7 @@ class CostTable:
     disturbed, and what experts cost that come from flash differs from step to step.
     """
 
-    NEWEST = 24
+    NEWEST, FEW = 24, 3
 
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}
@@ -86,6 +86,13 @@ class CostTable:
 
     def add(self, drafted: int, seconds: float) -> None:
         self._samples.setdefault(drafted, deque(maxlen=self.NEWEST)).append(seconds)
+        self._sorted.pop(drafted, None)
+
+    def age(self, drafted: int) -> None:
+        """Forget all but the newest few: those that come are of another time."""
+        samples = self._samples.get(drafted)
+        while samples and len(samples) > self.FEW:
+            samples.popleft()
         self._sorted.pop(drafted, None)
 
     def count(self, drafted: int) -> int:
@@ -193,9 +200,13 @@ class AdaptivePolicy:
     REVIEW = 8  # steps that go by one decision
     ADVANTAGE = 1.01  # a change must promise this much, or two equal widths would alternate
     REST = 12  # steps between two probes at least
-    PROBE, FROM_REST = 2, 4  # steps of a probe, and of one while nothing is drafted
+    # The first steps after others find nothing of their own in the processor's caches, which a
+    # small model feels by a third of a step: they say nothing of a width that is kept to.
+    SETTLING = 2
+    PROBE = 5  # steps of a probe
+    STALE = 64  # steps after which only a few of a width's samples still count
     PROBE_SHARE = 0.0075  # of the time, at most, that probes may lose; more of the first steps
-    EARLY = 128
+    EARLY, EARLY_SHARE = 128, 2
     FADE = 0.95  # of what answers before say about the length of the next
 
     def __init__(self, limit: int, costs: CostTable) -> None:
@@ -209,6 +220,8 @@ class AdaptivePolicy:
         self._measured = not limit
         self._steps = 0
         self._last = 0  # width of the latest step
+        self._run = 0  # how many had that width in a row
+        self._used = [0] * (limit + 1)  # the latest step of every width
         self._rested = 0  # steps since the last probe
         self._unused = [0.0] * (limit + 1)  # seconds of steps since one had that width
         self._answers = self._gained = 0.0  # begun, and their tokens; old ones fade
@@ -226,6 +239,7 @@ class AdaptivePolicy:
         self._gained *= self.FADE
         self._said = 0
         self._first = True
+        self._plan.clear()
         self._chosen = None
 
     def choose(self, cold: bool = False) -> int:
@@ -275,7 +289,7 @@ class AdaptivePolicy:
     def _decide(self, cold: bool) -> int:
         """The width of the coming steps. Plans a probe before them when one is due."""
         self._settle()
-        if self._rested > self.REST:
+        if self._rested > self.REST and (self._first or not self._short):
             self._plan.extend(self._probe(cold))
             if self._plan:
                 self._rested = 0
@@ -286,6 +300,12 @@ class AdaptivePolicy:
     def _answer_tokens(self) -> float:
         """How long answers are, on average."""
         return max(1.0, self._gained / self._answers) if self._answers else math.inf
+
+    @property
+    def _short(self) -> bool:
+        """Whether answers are so short that changes inside them cost too much: a probe is then how
+        an answer starts."""
+        return self._answer_tokens < 8 * self.PROBE
 
     def _started(self) -> int | None:
         """The best width for the rest of an answer, what its start costs included; None when it is
@@ -347,8 +367,8 @@ class AdaptivePolicy:
     def _probe(self, cold: bool) -> list[int]:
         """Steps of the width that was not used for longest and may be now; none are due often."""
         speed = self._speed(self._current)
-        steps = self.PROBE if self._current else self.FROM_REST
-        share = self.PROBE_SHARE * (2 if self._steps < self.EARLY else 1)
+        steps = self.PROBE + (not self._current)  # the first one starts the blocks
+        share = self.PROBE_SHARE * (self.EARLY_SHARE if self._steps < self.EARLY else 1)
         others = [k for k in range(self._limit + 1) if k != self._current]
         for width in sorted(others, key=lambda k: -self._unused[k]):
             # Few steps may have been disturbed ones: what they cost is not to keep a width away.
@@ -361,8 +381,7 @@ class AdaptivePolicy:
             if cold or not self._current:
                 loss += self._starts.extra(width)
             if loss <= share / self._limit * self._unused[width]:
-                # The time of the first drafting step after others does not count.
-                return [width] * (steps + (not self._current))
+                return [width] * steps
         return []
 
     # --- learning ---
@@ -387,16 +406,21 @@ class AdaptivePolicy:
         if known:
             built = more if step.prepared else 0.0
             self._building[drafted] += (built - self._building[drafted]) / 16
+        self._run = self._run + 1 if drafted == self._last else 1
+        if step.first:  # found nothing in the caches, whatever its width
+            self._run = self.SETTLING
         if step.prepared:
             pass  # says nothing of the next such step
         elif step.first or not step.steady:
             # Blocks that start within an answer find the caches as its steps left them.
             if usual is not None and (step.first or drafted):
                 self._starts.add(drafted, more + (0.0 if step.first else self._starts.plain))
-        elif drafted or not self._last:
-            # The first plain step after drafts finds nothing of its own in the processor's caches,
-            # which a small model feels.
+        elif self._run > self.SETTLING:
+            if known and self._steps - self._used[drafted] > self.STALE:
+                self._costs.age(drafted)
             self._costs.add(drafted, step.seconds)
+            if known:
+                self._used[drafted] = self._steps
         self._gained += 1 + sum(step.hits)
         self._said += 1 + sum(step.hits)
         self._last = drafted

@@ -206,28 +206,34 @@ def test_the_first_draft_of_an_answer_pays_or_not_by_its_length(length: int, bes
 @dataclass
 class ShortAnswers:
     """Answers of `length` tokens, each in a new session: its first step takes `first` more with any
-    width, and a width's first step in `shapes` tokens builds a graph for `build`."""
+    width, a width's first step in `shapes` tokens builds a graph for `build`, and the two steps
+    after a change of width take a share `change` more. So do the first 40 of all."""
 
     world: World
     length: int
     first: float = 1.0
     build: float = 3.0
     shapes: int = 400
+    change: float = 0.3
 
     def speed(self, simulation: Simulation, policy: DraftPolicy, answers: int) -> float:
         """Tokens per second of a policy over so many answers."""
         rng, world = simulation.rng, self.world
-        spent, everything = 0.0, 0
+        spent, everything, last, steps = 0.0, 0, -1, 0
         built = [-math.inf] * 4
         for _ in range(answers):
             policy.begin()
-            said, idle = 0, 128
+            said, idle, same = 0, 128, 2
             while said < self.length:
                 width = policy.choose(cold=idle > 6)
                 hits: list[bool] = []
                 while len(hits) < width and all(hits):
                     hits.append(bool(rng.random() < world.chances[len(hits)]))
-                seconds = world.seconds[width] + self.first * (said == 0)
+                same = same + 1 if width == last or not said else 1
+                last, steps = width, steps + 1
+                slow = same <= 2 or (steps <= 40 and policy is simulation.policy)
+                seconds = world.seconds[width] * (1 + self.change * slow)
+                seconds += self.first * (said == 0)
                 seconds += world.restart * width * min(idle, 128) / 128
                 builds = everything - built[width] >= self.shapes
                 if builds:
@@ -241,10 +247,11 @@ class ShortAnswers:
         return everything / spent
 
 
-@pytest.mark.parametrize("length", [8, 22, 60])
-def test_short_answers_in_new_sessions(length: int) -> None:
+@pytest.mark.parametrize(("length", "least"), [(8, 0.95), (22, NEAR), (60, NEAR)])
+def test_short_answers_in_new_sessions(length: int, least: float) -> None:
     """What starts and graphs cost counts: close to the best fixed setting on average, and nowhere
-    far from it."""
+    far from it. In answers of two or three steps much depends on where the last one ends, which the
+    policy knows on average only."""
     shares = []
     for seed in range(18):
         world = replace(random_world(seed), restart=(0.1, 0.5, 2.0)[seed % 3])
@@ -254,8 +261,8 @@ def test_short_answers_in_new_sessions(length: int) -> None:
         answers.speed(simulation, simulation.policy, 30)
         auto = answers.speed(simulation, simulation.policy, 4800 // length)
         shares.append(auto / max(fixed))
-    assert np.mean(shares) >= NEAR
-    assert min(shares) >= 0.92
+    assert np.mean(shares) >= least
+    assert min(shares) >= least - 0.1
 
 
 class Clock:
