@@ -48,6 +48,7 @@ _ENGINE_US = {
     "logits": 2.3,
     "row": 6.2,
 }
+_CACHE_BYTES = 2 << 20
 # Bytes per second a thread draws, and all of them together at most.
 _THREAD_BYTES_PER_S, _MOST_BYTES_PER_S = 8e9, 50e9
 _READS = (("128 KiB", "300 MB/s"), ("1 MiB", "900 MB/s"), ("4 MiB", "1000 MB/s"))
@@ -106,6 +107,7 @@ def known_figures(folder: Path | None = None) -> dict[str, Any]:
         "stored": batch * _STORED_SHARE,
     }
     disk = shutil.disk_usage(folder or Path.cwd()).free
+    cache = machine.cache_bytes()
     sensors, trip = machine.thermal_zones(), machine.thermal_limit_celsius()
 
     def figure(value: Any, evidence: str, source: str) -> dict[str, Any]:
@@ -145,6 +147,10 @@ def known_figures(folder: Path | None = None) -> dict[str, Any]:
         "cpu.kernels": assumed(
             {"any": {name: f"{value / 1e9:.4g} GMAC/s" for name, value in share.items()}},
             f"{per_cycle:g} multiply-adds per cycle and core with {key or 'no vector extension'}",
+        ),
+        "cpu.cache": assumed(
+            f"{cache or _CACHE_BYTES} B",
+            "the last caches as the system tells them" if cache else "the system tells no caches",
         ),
         "cpu.engine": assumed(
             {name: f"{value:g} us" for name, value in _ENGINE_US.items()},

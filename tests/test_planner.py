@@ -28,10 +28,11 @@ from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.heat import Heat
 from mimo_edge.known_models import KNOWN_MODELS, known_model
 from mimo_edge.planner import Plan, chart, plan
-from mimo_edge.planner.forecast import LOAD_PASSES, Weights, forecast, heated
+from mimo_edge.planner.forecast import LOAD_PASSES, forecast, heated
 from mimo_edge.planner.hits import CURVES, distinct_experts, expected_hits
 from mimo_edge.planner.model import PlannedModel, of_config, planned_model
 from mimo_edge.planner.planning import VERDICTS
+from mimo_edge.planner.weights import Weights
 
 GIB = 1 << 30
 PHONE, WORKSTATION = load_profile("phone-24gb"), load_profile("workstation")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from mimo_edge.bench.flash_rate import measure_reads
 from mimo_edge.cli.main import app
 from mimo_edge.devices import probe as probing
 from mimo_edge.devices.probe import LANES, Probe, probe
-from mimo_edge.devices.profile import EngineCost, KernelRate, load_profile
+from mimo_edge.devices.profile import EngineCost, load_profile
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.flash_file import FlashFile
@@ -69,7 +69,9 @@ def test_what_is_measured_becomes_a_profile(disk: Path, tmp_path: Path) -> None:
     assert profile.measured
     assert profile.threads == 1
     assert profile.memory_bytes_per_s == pytest.approx(max(found.memory.values()), rel=1e-3)
-    assert set(profile.kernels) == {"any", "Q4_0", "F16"}
+    matrices = {name for name in profile.kernels if not name.startswith("ATTENTION_")}
+    assert matrices == {"any", "Q4_0", "F16"}
+    assert set(profile.kernels) - matrices == {"ATTENTION_F16", "ATTENTION_Q8_0", "ATTENTION_F32"}
     assert len(profile.kernels["Q4_0"].cold) == 4
     assert min(profile.kernels["F16"].rates()) > 0
     # blocks that do not fit the file are left out
@@ -160,7 +162,7 @@ def test_a_signal_leaves_nothing(disk: Path, stage: str, number: int) -> None:
     script = f"""
 import sys, time
 from mimo_edge.bench import engine_cost
-from mimo_edge.devices import probe, scratch
+from mimo_edge.devices import probe, profile, scratch
 from mimo_edge.cli.main import app
 def stop(*_):
     print("here", flush=True)
@@ -172,8 +174,10 @@ elif {stage!r} == "reading":
     probe.measure_reads = stop
 else:
     probe._reads = lambda *_: ({{}}, {{}})
-    probe._kernels = lambda *_: ({{}}, {{"Q4_0": None}})
-    engine_cost._step_s = stop
+    rate = profile.KernelRate(1e9, 1e9, 1e9, 1e9, 4 * (1e9,), 1e9)
+    probe._kernels = lambda *_: ({{"Q4_0": 1e9}}, {{"Q4_0": rate}}, None)
+    probe._rising = lambda *_: [{{"block": "1 MiB", "rate": "1 GB/s"}}]
+    engine_cost._step = stop
 sys.argv = ["mimo-edge", "probe", "--dir", {str(disk)!r}, "--file-size", "16MiB", "--threads", "1"]
 app()
 """
@@ -275,27 +279,24 @@ def test_a_layer_costs_what_few_and_many_of_them_differ_in(
 ) -> None:
     """An engine of known costs, measured."""
     want = EngineCost(1e-3, 1e-4, 2e-4, 3e-4, 5e-4, 4e-4, 2e-6, 7e-6)
-    rate = KernelRate(50e9, 80e9, 100e9, 90e9)
+    device = replace(load_profile("phone"), engine=want)
 
     @contextmanager
-    def engine(path: Path, threads: int, streamed: bool) -> Iterator[tuple[int, int, bool]]:
-        layers, vocab, _ = map(int, path.stem.split("-"))
-        yield layers, vocab, streamed
+    def engine(path: Path, threads: int, streamed: bool) -> Iterator[tuple[Path, bool]]:
+        yield path, streamed
 
-    def step_s(engine: tuple[int, int, bool], drafts: int, *_: Any) -> float:
-        layers, vocab, streamed = engine
-        name = ("streamed" if streamed else "layer") + "4" * bool(drafts)
-        own: float = layers * getattr(want, name) + drafts * want.draft
-        return want.step + own + want.logits * (vocab - 512) / 1000
+    def step(engine: tuple[Path, bool], drafts: int, *_: Any) -> tuple[float, int]:
+        path, streamed = engine
+        return engine_costs._reckoned(path, device, 100, streamed).decodes[drafts].cost.seconds, 100
 
-    def prompt_s(engine: tuple[int, int, bool], *_: Any) -> float:
-        return 1.0 + engine[0] * 256 * (want.row + engine_costs._products_s(rate))
+    def prompt_s(engine: tuple[Path, bool], *_: Any) -> float:
+        return engine_costs._reckoned(engine[0], device, 0).prefill.cost.seconds
 
     monkeypatch.setattr(engine_costs, "_engine", engine)
-    monkeypatch.setattr(engine_costs, "_step_s", step_s)
+    monkeypatch.setattr(engine_costs, "_step", step)
     monkeypatch.setattr(engine_costs, "_prompt_s", prompt_s)
-    found = engine_costs.engine_cost(disk, 1, 1.0, rate)
-    assert asdict(found) == pytest.approx(asdict(want), rel=1e-6)
+    found = engine_costs.engine_cost(disk, 1, 1.0, device)
+    assert asdict(found) == pytest.approx(asdict(want), rel=1e-4)
     assert sum(path.stat().st_size for path in disk.iterdir()) < 20 << 20
 
 

@@ -9,8 +9,11 @@ most products of a pass are theirs.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from mimo_edge.errors import BackendError
 from mimo_edge.quant.base import Format
 from mimo_edge.runtimes.ggml import bindings as ggml
+from mimo_edge.runtimes.ggml.cache_memory import KV_TYPES
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Context, Graph, Inputs, Tensor
 
@@ -30,6 +34,20 @@ _CACHED_COLS, _CACHED_ROWS = 1024, 1024
 _MEMORY_COLS, _MEMORY_ROWS = 4096, 1024
 _PRODUCTS = 16  # per graph: starting one must not count
 _LEAST_RUNS = 2
+# Where memory costs less than so much more than the caches nothing says how large those are.
+_CLEAR_STEP = 1.3
+
+
+_CACHED_TOKENS = 256
+
+
+class Heads(NamedTuple):
+    """Query heads, groups of them that share keys and values, and their widths."""
+
+    queries: int
+    groups: int
+    dim: int
+    v_dim: int
 
 
 class _Matrices:
@@ -123,6 +141,78 @@ def kernel_rates(
         return [n * macs / _best(device, products, n, seconds, clock) for n in rows]
     finally:
         weights.close()
+
+
+def attention_rates(
+    device: Device,
+    kv_type: str,
+    heads: Heads,
+    queries: Sequence[int],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Multiply-adds per second of scores and values over cached rows of a format, for each number
+    of `queries`."""
+    return [_attention(device, KV_TYPES[kv_type], heads, count, seconds, clock) for count in queries]
+
+
+def _attention(
+    device: Device,
+    kv_type: int,
+    heads: Heads,
+    queries: int,
+    seconds: float,
+    clock: Callable[[], float],
+) -> float:
+    inputs, graph = Inputs(device), Graph(device, 8 * _PRODUCTS + 8)
+    try:
+        q = inputs.new(ggml.TYPE_F32, heads.dim, queries, heads.queries)
+        key = inputs.new(kv_type, heads.dim, _CACHED_TOKENS, heads.groups)
+        value = inputs.new(kv_type, heads.v_dim, _CACHED_TOKENS, heads.groups)
+        mask = inputs.new(ggml.TYPE_F16, _CACHED_TOKENS, queries)
+        inputs.allocate()
+        for tensor in (q, key, value, mask):  # zeros take as long as anything else
+            ctypes.memset(tensor.address, 0, tensor.ne[3] * tensor.nb[3])
+        for _ in range(_PRODUCTS):
+            graph.output(graph.attention(q, key, value, mask, heads.dim**-0.5, None))
+        graph.finish()
+        macs = _PRODUCTS * queries * heads.queries * (heads.dim + heads.v_dim) * _CACHED_TOKENS
+        return macs / _fastest(graph, seconds, clock)
+    finally:
+        graph.close()
+        inputs.close()
+
+
+def cache_bytes(
+    device: Device,
+    fmt: Format,
+    pool_bytes: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int | None:
+    """Bytes of weights whose products with one row take as much longer than those of few as they
+    are faster than those of many, up to `pool_bytes`, that is, of which the caches keep half from
+    one pass to the next; None where memory is about as fast as they are."""
+    each = fmt.row_bytes(_CACHED_COLS) * _CACHED_ROWS
+    total = max(2, pool_bytes // each)
+    counts = [1 << bits for bits in range(1, total.bit_length())]
+    weights = _Matrices(device, fmt, _CACHED_COLS, _CACHED_ROWS, counts[-1])
+    try:
+        times = [
+            _best(device, weights.tensors[:count], 1, seconds / len(counts), clock) / count
+            for count in counts
+        ]
+    finally:
+        weights.close()
+    near, far = min(times), times[-1]
+    if far < _CLEAR_STEP * near:
+        return None
+    middle = (near + far) / 2
+    # The last step up counts: a disturbance only ever makes a time longer.
+    [(low, a), (_, b)] = next(
+        reversed([pair for pair in pairwise(zip(counts, times, strict=True)) if pair[0][1] <= middle])
+    )
+    return round(low * 2 ** ((middle - a) / (b - a)) * each)
 
 
 def _best(
