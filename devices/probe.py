@@ -16,10 +16,8 @@ from typing import Any
 from mimo_edge import machine
 from mimo_edge.bench.engine_cost import engine_cost
 from mimo_edge.bench.flash_rate import measure_reads
-from mimo_edge.bench.random_model import tiny_config
 from mimo_edge.devices.profile import (
     ANY,
-    ATTENTION,
     DeviceProfile,
     KernelRate,
     build,
@@ -30,10 +28,7 @@ from mimo_edge.devices.this_machine import known_figures, title
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.hwcap import hwcap_words
-from mimo_edge.known_models import known_model
-from mimo_edge.kv_format import KV_FORMATS
-from mimo_edge.quant.base import FORMATS, Format
-from mimo_edge.runtimes.base import VERIFY_ROWS
+from mimo_edge.quant.base import FORMATS
 from mimo_edge.units import format_bytes, round_up
 
 Progress = Callable[[str, int, int], None]
@@ -45,9 +40,8 @@ BLOCKS = (128 << 10, 512 << 10, 1 << 20, 4 << 20)
 RECORD_BYTES = 4_718_592
 DEFAULT_FILE_BYTES = 256 << 20
 READ_BYTES = 512 << 20  # at most, for one figure
-DEFAULT_SECONDS = 30.0
+DEFAULT_SECONDS = 24.0
 BUSY_CORES = 0.15  # used by others: figures are no longer those of the machine
-KERNEL_ROWS = (1, 4, 32)
 _POOL_BYTES = 512 << 20  # of matrices, larger than the caches of servers
 _POOL_SHARE = 8  # an eighth of the free memory at most
 _LEAST_POOL_BYTES = 16 << 20
@@ -55,13 +49,10 @@ _UNIT = 64 << 10  # the largest alignment that direct reads ask for
 _LEAST_FILE_BYTES = 1 << 20
 # Between the times of reads of neighbouring sizes: more than rates lose when they are written down.
 _STEP = 1.001
-# Few multiply-adds for its bytes: where its rate falls the caches end.
-_CACHE_FORMAT = "Q8_0"
 # Formats whose kernels are measured.
 KERNEL_FORMATS = tuple(name for name in FORMATS if name != "F32")
 # Shares of the time.
-_READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _ENGINE_SHARE = 0.3, 0.25, 0.22, 0.2
-_CACHE_SHARE = 0.03
+_READ_SHARE, _PROCESSOR_SHARE, _ENGINE_SHARE = 0.3, 0.5, 0.2
 
 
 @dataclass(frozen=True)
@@ -127,6 +118,7 @@ def probe(
     takes besides writing the file. Raises UsageError on values out of range, DeviceError where
     there is no room on disk or in memory, BackendError when ggml refuses.
     """
+    from mimo_edge.devices.processor import ROUNDS, measure_processor
     from mimo_edge.runtimes.ggml.bindings import describe_library
 
     began, watch = time.perf_counter(), _Others()
@@ -145,11 +137,13 @@ def probe(
         )
     pool = _pool_bytes()
     kinds = [FORMATS[name] for name in KERNEL_FORMATS]
-    steps = _Steps(progress, len(_read_plan(record_bytes)) + len(kinds) + 2)
+    steps = _Steps(progress, len(_read_plan(record_bytes)) + ROUNDS * len(kinds) + 2)
     with scratch_file(folder, file_bytes) as scratch:
         works = scratch.direct_works
         direct, buffered = _reads(scratch, record_bytes, seconds * _READ_SHARE, steps)
-    memory, kernels, cache = _kernels(count, kinds, pool, seconds, steps)
+    memory, kernels, cache, cold = measure_processor(
+        count, kinds, pool, seconds * _PROCESSOR_SHARE, steps.next
+    )
     figures = known_figures(folder)
     note = f"mimo-edge probe, {time.strftime('%Y-%m-%d')}"
 
@@ -161,14 +155,14 @@ def probe(
     figures |= {
         "memory.bandwidth": measured(
             f"{max(memory.values()) / 1e9:.4g} GB/s",
-            f"weights of {format_bytes(pool)} by one row, {count} threads, the best format",
+            f"weights of {format_bytes(cold)} by one row, {count} threads, the best format",
         ),
         "cpu.threads": measured(count, "threads it measured with"),
         "cpu.kernels": measured(
             {name: _plain(found) for name, found in {ANY: kernels["Q4_0"], **kernels}.items()},
             f"1, 4 and 32 rows, weights in the caches, {count} threads; stored: 32 rows, weights "
-            f"in the order of the file; cold: 1 to 4 rows, weights of {format_bytes(pool)}; any is "
-            "Q4_0; attention: 1, 4 and 32 queries over 256 cached rows of a format, heads of "
+            f"in the order of the file; cold: 1 to 4 rows, weights of {format_bytes(cold)}; any is "
+            "Q4_0; attention: 1, 4 and 128 queries over 256 cached rows of a format, heads of "
             "MiMo-V2-Flash, with f32 those of mimo-nano",
         ),
         "storage.lanes": measured(DEFAULT_LANES, "what the runtime reads with"),
@@ -293,51 +287,6 @@ def _rising(blocks: Sequence[int], rates: dict[tuple[int, int], float]) -> list[
         longest = max(longest * _STEP, block / rates[block, DEFAULT_LANES])
         listed.append({"block": f"{block} B", "rate": f"{block / longest / 1e6:.6g} MB/s"})
     return listed
-
-
-# --- memory and processor ----------------------------------------------------------------------
-
-
-def _kernels(
-    threads: int, kinds: Sequence[Format], pool: int, seconds: float, steps: _Steps
-) -> tuple[dict[str, float], dict[str, KernelRate], int | None]:
-    """Bytes per second that one row draws from memory and kernel rates, by format; bytes of the
-    caches, where they can be told from memory."""
-    from mimo_edge.runtimes.ggml.device import Device
-    from mimo_edge.runtimes.ggml.measure import (
-        Heads,
-        attention_rates,
-        cache_bytes,
-        kernel_rates,
-        memory_rates,
-    )
-
-    device = Device(threads)
-    memory, kernels = {}, {}
-    each = seconds * _KERNEL_SHARE / (len(kinds) + len(KV_FORMATS)) / (len(KERNEL_ROWS) + 1)
-    cold_each = seconds * _MEMORY_SHARE / len(kinds) / (VERIFY_ROWS + 1)
-    verify = range(1, VERIFY_ROWS + 1)
-    try:
-        for fmt in kinds:
-            steps.next()
-            row, rows4, batch = kernel_rates(device, fmt, KERNEL_ROWS, each)
-            [stored] = kernel_rates(device, fmt, KERNEL_ROWS[-1:], each, reorder=False)
-            cold = memory_rates(device, fmt, verify, pool, cold_each)
-            [cold_stored] = memory_rates(device, fmt, (1,), pool, cold_each, reorder=False)
-            kernels[fmt.name] = KernelRate(row, rows4, batch, stored, tuple(cold), cold_stored)
-            memory[fmt.name] = max(cold[0], cold_stored) * fmt.bits_per_weight / 8
-        # f32 rows are those of small models, whose heads are narrow (budget.usual_kv_type).
-        wide, narrow = known_model("MiMo-V2-Flash"), tiny_config("MiMo-V2-Flash", 0)
-        for name in KV_FORMATS:
-            c = narrow if name == "f32" else wide
-            heads = Heads(c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.v_head_dim)
-            row, rows4, batch = attention_rates(device, name, heads, KERNEL_ROWS, each)
-            kernels[ATTENTION + name.upper()] = KernelRate(row, rows4, batch, batch)
-        steps.next()
-        cache = cache_bytes(device, FORMATS[_CACHE_FORMAT], pool, seconds * _CACHE_SHARE)
-        return memory, kernels, cache
-    finally:
-        device.close()
 
 
 def _plain(rate: KernelRate) -> dict[str, Any]:

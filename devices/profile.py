@@ -117,7 +117,7 @@ class EngineCost:
     """Seconds that a step of the engine takes besides the products of its weights: one that
     processes one token `step`, and every layer `layer`, or `streamed` when its experts come
     through slots, although all are in memory; `layer4` and `streamed4` when the step verifies four
-    rows. A draft costs `draft`, a row of 1,000 logits `logits`, a row of a prompt `row` in a layer
+    rows. A step that drafts costs `drafting` more and every draft `draft`, a row of 1,000 logits `logits`, a row of a prompt `row` in a layer
     that is PROBED_WIDTH wide, and as much more as one is wider."""
 
     step: float
@@ -125,6 +125,7 @@ class EngineCost:
     layer4: float
     streamed: float
     streamed4: float
+    drafting: float
     draft: float
     logits: float
     row: float

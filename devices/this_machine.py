@@ -15,7 +15,7 @@ from typing import Any
 
 from mimo_edge import machine
 from mimo_edge.devices.profile import AUTO, DeviceProfile, build, raw_profile
-from mimo_edge.errors import DeviceError
+from mimo_edge.errors import ConfigError, DeviceError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
 
 _log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ _ENGINE_US = {
     "layer4": 143,
     "streamed": 281,
     "streamed4": 452,
+    "drafting": 1,
     "draft": 247,
     "logits": 2.3,
     "row": 6.2,
@@ -78,6 +79,12 @@ def this_machine(folder: Path | None = None) -> DeviceProfile:
         if probed == title():
             # What an older probe did not know yet is assumed.
             figures |= {key: figure for key, figure in raw.items() if key not in _FRESH}
+            try:
+                return build(AUTO, title(), figures, ())
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{path}: {error.message}", "run mimo-edge probe again, or delete the file"
+                ) from error
         else:
             _log.warning(
                 "%s is of another machine (%s) and is not used: run mimo-edge probe",

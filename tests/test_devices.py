@@ -110,7 +110,7 @@ def figure(value: str) -> str:
 
 ENGINE = (
     '{ step = "1 ms", layer = "2 us", layer4 = "1 us", streamed = "1 us", streamed4 = "1 us", '
-    'draft = "1 ms", logits = "1 us", row = "1 us" }'
+    'drafting = "1 us", draft = "1 ms", logits = "1 us", row = "1 us" }'
 )
 
 COLD = (

@@ -43,7 +43,7 @@ def quick(model: Any = FLASH, profile: Any = PHONE, **arguments: Any) -> Plan:
     return plan(model, profile, advise=False, **arguments)
 
 
-NO_ENGINE = EngineCost(*8 * (1e-7,))
+NO_ENGINE = EngineCost(*9 * (1e-7,))
 
 
 def tps(made: Plan) -> float:

@@ -162,7 +162,7 @@ def test_a_signal_leaves_nothing(disk: Path, stage: str, number: int) -> None:
     script = f"""
 import sys, time
 from mimo_edge.bench import engine_cost
-from mimo_edge.devices import probe, profile, scratch
+from mimo_edge.devices import probe, processor, profile, scratch
 from mimo_edge.cli.main import app
 def stop(*_):
     print("here", flush=True)
@@ -175,7 +175,7 @@ elif {stage!r} == "reading":
 else:
     probe._reads = lambda *_: ({{}}, {{}})
     rate = profile.KernelRate(1e9, 1e9, 1e9, 1e9, 4 * (1e9,), 1e9)
-    probe._kernels = lambda *_: ({{"Q4_0": 1e9}}, {{"Q4_0": rate}}, None)
+    processor.measure_processor = lambda *_: ({{"Q4_0": 1e9}}, {{"Q4_0": rate}}, None, 1)
     probe._rising = lambda *_: [{{"block": "1 MiB", "rate": "1 GB/s"}}]
     engine_cost._step = stop
 sys.argv = ["mimo-edge", "probe", "--dir", {str(disk)!r}, "--file-size", "16MiB", "--threads", "1"]
@@ -278,7 +278,7 @@ def test_a_layer_costs_what_few_and_many_of_them_differ_in(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine of known costs, measured."""
-    want = EngineCost(1e-3, 1e-4, 2e-4, 3e-4, 5e-4, 4e-4, 2e-6, 7e-6)
+    want = EngineCost(1e-3, 1e-4, 2e-4, 3e-4, 5e-4, 1.5e-4, 4e-4, 2e-6, 7e-6)
     device = replace(load_profile("phone"), engine=want)
 
     @contextmanager

@@ -2,8 +2,9 @@
 
     mimo-edge probe -o this-machine.toml && python tools/engine_figures.py this-machine.toml
 
-No device has measured it yet, so every profile that states `cpu.engine` takes this machine's figures
-times the factor its source names ("2 times it"; none: once), as `auto` does without a probe.
+No device has measured it yet, so every profile that states `cpu.engine` takes this machine's
+figures times the factor its source names ("2 times it"; none: once), and `auto` without a probe
+these very figures.
 """
 
 from __future__ import annotations
@@ -51,9 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     cost = load_profile(parser.parse_args(argv).profile).engine
     for path, factor, source in stated():
         values = ", ".join(f'{name} = "{text}"' for name, text in rounded(cost, factor).items())
-        line = (
-            f'engine = {{ value = {{ {values} }}, evidence = "derived", source = "{source}" }}'
-        )
+        line = f'engine = {{ value = {{ {values} }}, evidence = "derived", source = "{source}" }}'
         text, count = _LINE.subn(lambda _, line=line: line, path.read_text("utf-8"))
         if count != 1:
             raise UsageError(f"{path} has {count} lines engine = ...")

@@ -29,6 +29,7 @@ from mimo_edge.planner.hits import EVEN, expected_hits
 from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.sampling import Sampler, SamplingParams
 
+ROUNDS = 3
 FEW, MANY = 2, 8  # layers
 _EXPERTS, _CHOSEN, _EXPERT_WIDTH = 16, 8, 64
 _NARROW = 32
@@ -52,44 +53,57 @@ def engine_cost(
     """Measure it; `device` is this one, its other figures measured. Models of a few MB are written
     to `folder`, whose owner removes them. Raises BackendError when ggml refuses, ExportError when
     the disk is full."""
-    each = seconds / 12
+    each = seconds / 16 / ROUNDS
     bare = replace(device, engine=_NOTHING)
     few, many = (_model(folder, layers) for layers in (FEW, MANY))
+    # As narrow as can be: the head's product is not what is asked for.
+    narrow = [_model(folder, FEW, vocab, _NARROW) for vocab in (_SMALL_VOCAB, _LARGE_VOCAB)]
 
     def step(engine: Engine, path: Path, drafts: int, streamed: bool = False) -> float:
         taken, depth = _step(engine, drafts, each, clock)
         return taken - _reckoned(path, bare, depth, streamed).decodes[drafts].cost.seconds
 
-    def measured(path: Path, streamed: bool) -> tuple[float, float, float]:
+    def once(path: Path, streamed: bool) -> list[float]:
         with _engine(path, threads, streamed) as engine:
-            plain, drafting = (step(engine, path, n, streamed) for n in (0, _DRAFTS))
-            if streamed:
-                return plain, drafting, 0.0
-            prompt = _prompt_s(engine, each, clock)
-            return plain, drafting, prompt - _reckoned(path, bare, 0).prefill.cost.seconds
+            found = [step(engine, path, drafts, streamed) for drafts in (0, 1, _DRAFTS)]
+            if not streamed:
+                prompt = _prompt_s(engine, each, clock)
+                found.append(prompt - _reckoned(path, bare, 0).prefill.cost.seconds)
+            return found
 
-    (few1, few4, few_rows), (many1, many4, many_rows) = measured(few, False), measured(many, False)
-    (few_s1, few_s4, _), (many_s1, many_s4, _) = measured(few, True), measured(many, True)
-    found = []
-    for vocab in (_SMALL_VOCAB, _LARGE_VOCAB):
-        # As narrow as can be: the head's product is not what is asked for.
-        path = _model(folder, FEW, vocab, _NARROW)
+    def once_narrow(path: Path) -> float:
         with _engine(path, threads, False) as engine:
-            found.append(step(engine, path, 0))
-    logits = (found[1] - found[0]) / (_LARGE_VOCAB - _SMALL_VOCAB) * 1000
-    layers = MANY - FEW
-    layer, layer4 = (many1 - few1) / layers, (many4 - few4) / layers
+            return step(engine, path, 0)
+
+    def all_once() -> list[float]:
+        models = [(few, False), (many, False), (few, True), (many, True)]
+        steps = [seconds for path, streamed in models for seconds in once(path, streamed)]
+        return steps + [once_narrow(path) for path in narrow]
+
+    # What disturbs the machine for a moment hits one round.
+    rounds = [all_once() for _ in range(ROUNDS)]
+    usual = [statistics.median(taken) for taken in zip(*rounds, strict=True)]
+    few0, few1, few3, few_rows, many0, _, many3, many_rows = usual[:8]
+    few_s0, _, few_s3, many_s0, _, many_s3, small, large = usual[8:]
+    logits = (large - small) / (_LARGE_VOCAB - _SMALL_VOCAB) * 1000
     row_s = logits * _SMALL_VOCAB / 1000
-    once = few1 - FEW * layer - row_s
-    drafts = few4 - FEW * layer4 - once - (VERIFY_ROWS + _DRAFTS) * row_s
+    layers = MANY - FEW
+    layer, layer4 = (many0 - few0) / layers, (many3 - few3) / layers
+    base = few0 - FEW * layer - row_s
+    # What steps with one draft and with three take beyond base, layers and rows of logits.
+    layer2 = layer + (layer4 - layer) / _DRAFTS
+    one = few1 - base - FEW * layer2 - 3 * row_s
+    three = few3 - base - FEW * layer4 - (VERIFY_ROWS + _DRAFTS) * row_s
+    draft = max(0.0, three - one) / (_DRAFTS - 1)
     # On a disturbed machine a difference may come out below nothing.
     return EngineCost(
-        step=max(_LEAST_S, once),
+        step=max(_LEAST_S, base),
         layer=max(_LEAST_S, layer),
         layer4=max(_LEAST_S, layer4),
-        streamed=max(_LEAST_S, (many_s1 - few_s1) / layers),
-        streamed4=max(_LEAST_S, (many_s4 - few_s4) / layers),
-        draft=max(_LEAST_S, drafts / _DRAFTS),
+        streamed=max(_LEAST_S, (many_s0 - few_s0) / layers),
+        streamed4=max(_LEAST_S, (many_s3 - few_s3) / layers),
+        drafting=max(_LEAST_S, one - draft),
+        draft=max(_LEAST_S, draft),
         logits=max(_LEAST_S, logits),
         row=max(_LEAST_S, ((many_rows - few_rows) / layers - layer4) / _ROWS),
     )
@@ -105,9 +119,7 @@ def _reckoned(path: Path, device: DeviceProfile, depth: int, streamed: bool = Fa
             total = config.n_routed_experts * sum(config.moe_layer_freq)
             budget = replace(budget, streamed=True, slots=total, experts=total)
         hits = expected_hits(1, 1, EVEN, None)
-        return forecast(
-            config, tensors, budget, device, hits, draft=0, depth=depth, prompt=_ROWS
-        )
+        return forecast(config, tensors, budget, device, hits, draft=0, depth=depth, prompt=_ROWS)
 
 
 def _config(layers: int, vocab: int, width: int) -> MimoConfig:

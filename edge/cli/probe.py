@@ -41,7 +41,7 @@ def probe(
     threads: Annotated[
         int | None, typer.Option(help="Threads to compute with; all cores by default.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="About how long to measure.")] = 30.0,
+    seconds: Annotated[float, typer.Option(help="About how long to measure.")] = 24.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure this machine in under a minute and write its device profile.
@@ -119,8 +119,8 @@ def probe(
     out.text("")
     if found.others_cores is not None and found.others_cores > BUSY_CORES:
         out.note(
-            f"warning: other processes used {found.others_cores:.1f} cores meanwhile: the figures are "
-            "too low, measure again when the machine is idle"
+            f"warning: other processes used {found.others_cores:.1f} cores meanwhile: the figures "
+            "are too low, measure again when the machine is idle"
         )
     out.text(f"{path} after {found.seconds:.0f} s")
 

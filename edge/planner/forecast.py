@@ -235,9 +235,7 @@ def _longer(times: Sequence[tuple[float, float]], cached: float) -> Cost:
     from_memory = sum(memory for memory, compute in times if memory >= compute)
     in_its_shadow = sum(compute for memory, compute in times if memory >= compute)
     computed = sum(compute for memory, compute in times if memory < compute)
-    return Cost(
-        memory=(1 - cached) * from_memory, compute=cached * in_its_shadow + computed
-    )
+    return Cost(memory=(1 - cached) * from_memory, compute=cached * in_its_shadow + computed)
 
 
 class _Machine:
@@ -400,6 +398,8 @@ class _Machine:
         around = self.matrices(self.weights.trunk, rows) + self.attention(trunk, rows, depth)
         cost, flash = self.layers(rows, around + self.host(rows), self.hits.rate)
         cost = cost + self.head(rows) + Cost(host=self.profile.engine.step)
+        if draft:
+            cost = cost + Cost(host=self.profile.engine.drafting)
         for block in range(draft):
             cost = cost + self.block(block, depth) + Cost(host=self.profile.engine.draft)
         gained = chance = 1.0

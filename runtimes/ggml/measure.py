@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +32,7 @@ _CACHED_COLS, _CACHED_ROWS = 1024, 1024
 # One as models have them, larger than caches only together with others.
 _MEMORY_COLS, _MEMORY_ROWS = 4096, 1024
 _PRODUCTS = 16  # per graph: starting one must not count
-_LEAST_RUNS = 2
+_LEAST_RUNS = 1
 # Where memory costs less than so much more than the caches nothing says how large those are.
 _CLEAR_STEP = 1.3
 
@@ -153,7 +152,9 @@ def attention_rates(
 ) -> list[float]:
     """Multiply-adds per second of scores and values over cached rows of a format, for each number
     of `queries`."""
-    return [_attention(device, KV_TYPES[kv_type], heads, count, seconds, clock) for count in queries]
+    return [
+        _attention(device, KV_TYPES[kv_type], heads, count, seconds, clock) for count in queries
+    ]
 
 
 def _attention(
@@ -164,7 +165,8 @@ def _attention(
     seconds: float,
     clock: Callable[[], float],
 ) -> float:
-    inputs, graph = Inputs(device), Graph(device, 8 * _PRODUCTS + 8)
+    count = max(1, _PRODUCTS // queries)
+    inputs, graph = Inputs(device), Graph(device, 8 * count + 8)
     try:
         q = inputs.new(ggml.TYPE_F32, heads.dim, queries, heads.queries)
         key = inputs.new(kv_type, heads.dim, _CACHED_TOKENS, heads.groups)
@@ -173,10 +175,10 @@ def _attention(
         inputs.allocate()
         for tensor in (q, key, value, mask):  # zeros take as long as anything else
             ctypes.memset(tensor.address, 0, tensor.ne[3] * tensor.nb[3])
-        for _ in range(_PRODUCTS):
+        for _ in range(count):
             graph.output(graph.attention(q, key, value, mask, heads.dim**-0.5, None))
         graph.finish()
-        macs = _PRODUCTS * queries * heads.queries * (heads.dim + heads.v_dim) * _CACHED_TOKENS
+        macs = count * queries * heads.queries * (heads.dim + heads.v_dim) * _CACHED_TOKENS
         return macs / _fastest(graph, seconds, clock)
     finally:
         graph.close()
@@ -209,10 +211,9 @@ def cache_bytes(
         return None
     middle = (near + far) / 2
     # The last step up counts: a disturbance only ever makes a time longer.
-    [(low, a), (_, b)] = next(
-        reversed([pair for pair in pairwise(zip(counts, times, strict=True)) if pair[0][1] <= middle])
-    )
-    return round(low * 2 ** ((middle - a) / (b - a)) * each)
+    at = max(i for i, seconds in enumerate(times) if seconds <= middle)
+    part = (middle - times[at]) / (times[at + 1] - times[at])
+    return round(counts[at] * 2**part * each)
 
 
 def _best(
@@ -222,7 +223,7 @@ def _best(
     seconds: float,
     clock: Callable[[], float],
 ) -> float:
-    """Seconds of the fastest of the passes that fit into `seconds`, two at least."""
+    """Seconds of the fastest of the passes that fit into `seconds`, one at least."""
     inputs, graph = Inputs(device), Graph(device, 2 * len(weights) + 8)
     try:
         x = inputs.new(ggml.TYPE_F32, weights[0].ne[0], rows)
