@@ -16,14 +16,20 @@ endif
 
 SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
 
-.PHONY: help setup demo test lint types unit oracle test-npu test-slow test-arm test-arm-quick \
+<<<<<<< HEAD
+.PHONY: help setup demo test lint types unit oracle test-npu test-npu-slow test-slow test-arm test-arm-quick \
 	arm-packages device-kit clean
+=======
+.PHONY: help setup demo test lint types unit oracle test-npu test-slow test-arm test-arm-quick \
+	arm-packages arm-system device-kit clean
+>>>>>>> main
 
 help:
 	@echo "make setup      create $(VENV) and install mimo-edge with its development tools"
 	@echo "make demo       export the built-in mimo-nano to an int4 bundle and run two commands"
 	@echo "make test       everything CI checks: lint, types, tests with the oracles"
 	@echo "make test-npu   tests on Qualcomm's HTP emulator (installs onnxruntime-qnn, proprietary)"
+	@echo "make test-npu-slow  one layer of MiMo-V2-Flash's width on it (half a minute)"
 	@echo "make test-slow  tests that need minutes, large files or special hardware"
 	@echo "make test-arm   the suite and mimo-nano on three emulated ARM processors (hours)"
 	@echo "make test-arm-quick  a part of it, in minutes"
@@ -76,17 +82,28 @@ test-npu: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[npu]'
 	$(BIN)/python -m pytest -m 'qnn_sim and not slow'
 
+test-npu-slow: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[npu]'
+	$(BIN)/python -m pytest -m 'qnn_sim and slow'
+
 test-slow: $(TORCH_STAMP)
 	$(BIN)/python -m pytest -m slow
 
 # Under emulation: docs/arm.md. ARM_PACKAGES are Debian's.
-ARM_PACKAGES := qemu-user-static g++-aarch64-linux-gnu
+ARM_PACKAGES := qemu-user-static g++-aarch64-linux-gnu cmake make
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=5 -o Acquire::http::Timeout=60 \
+	-o DPkg::Lock::Timeout=300
 
 arm-packages:
-	@command -v qemu-aarch64-static aarch64-linux-gnu-g++ >/dev/null || { \
-		$(SUDO) apt-get update -qq && \
-		$(SUDO) apt-get install -y -qq --no-install-recommends $(ARM_PACKAGES); }
+	@for program in qemu-aarch64-static aarch64-linux-gnu-g++ cmake; do \
+		command -v $$program >/dev/null || missing=1; done; \
+	test -z "$$missing" || { echo "installing $(ARM_PACKAGES)"; $(APT) update && \
+		$(APT) install -y --no-install-recommends $(ARM_PACKAGES) >/dev/null </dev/null; }
+
+# What needs the package manager and the network, without the rest.
+arm-system: $(STAMP) arm-packages
+	PYTHONPATH=tools $(BIN)/python -m arm.root
 
 test-arm: $(STAMP) arm-packages
 	PYTHONPATH=tools $(BIN)/python -m arm.test

@@ -24,6 +24,7 @@ from mimo_edge.kv_format import KV_FORMATS
 from mimo_edge.quant.base import FORMATS
 from mimo_edge.quant.recipe import recipe_names
 from mimo_edge.runtimes.base import VERIFY_ROWS
+from mimo_edge.runtimes.onnx.qnn_targets import TARGETS
 from mimo_edge.speculative import MAX_DRAFT, DraftSetting
 from mimo_edge.text_file import path_exists, read_whole
 
@@ -117,8 +118,9 @@ class EngineCost:
     """Seconds that a step of the engine takes besides the products of its weights: one that
     processes one token `step`, and every layer `layer`, or `streamed` when its experts come
     through slots, although all are in memory; `layer4` and `streamed4` when the step verifies four
-    rows. A step that drafts costs `drafting` more and every draft `draft`, a row of 1,000 logits `logits`, a row of a prompt `row` in a layer
-    that is PROBED_WIDTH wide, and as much more as one is wider."""
+    rows. A step that drafts costs `drafting` more and every draft `draft`, a row of 1,000 logits
+    `logits`, a row of a prompt `row` in a layer that is PROBED_WIDTH wide, and as much more as one
+    is wider."""
 
     step: float
     layer: float
@@ -160,8 +162,9 @@ class DeviceProfile:
     model of `cache_bytes` a pass finds half of the weights in the processor's caches. The governor
     acts when a sensor whose kind matches one of `thermal_zones` shows more than
     `thermal_limit_c`, a battery holds less than the share `battery_low`, or something waits for
-    memory more than the share `memory_stall` of the time. `sources[field]` says where a field comes
-    from.
+    memory more than the share `memory_stall` of the time. `npu_targets` are the NPUs that graphs
+    are compiled for to run here, the best first, and `npu_options` what ONNX Runtime's provider of
+    them is told. `sources[field]` says where a field comes from.
     """
 
     name: str
@@ -186,6 +189,8 @@ class DeviceProfile:
     memory_stall: float
     npu: str
     npu_limits: str
+    npu_targets: tuple[str, ...]
+    npu_options: Mapping[str, str]
     os: str
     traps: tuple[str, ...]
     context: int
@@ -197,6 +202,7 @@ class DeviceProfile:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
+        object.__setattr__(self, "npu_options", MappingProxyType(dict(self.npu_options)))
         object.__setattr__(self, "sources", MappingProxyType(dict(self.sources)))
         _validate(self)
 
@@ -328,6 +334,12 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(_text(item) for item in value)
 
 
+def _options(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise _Wrong(f"{value!r} is not a table of options")
+    return {key: _text(text) for key, text in value.items()}
+
+
 def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise _Wrong(f"{value!r} is not a whole number")
@@ -455,7 +467,7 @@ class _Figure:
         """For people, on one line."""
         plain = self.plain(value)
         if isinstance(plain, dict):
-            return "; ".join(f"{k} {_joined(v)}" for k, v in plain.items())
+            return "; ".join(f"{k} {_joined(v)}" for k, v in plain.items()) or "none"
         if isinstance(plain, list):
             return "; ".join(_joined(item) for item in plain) or "none"
         return str(plain)
@@ -493,6 +505,8 @@ FIGURES: Mapping[str, _Figure] = MappingProxyType(
         "power.battery_low": _Figure("battery_low", _share, _same),
         "npu.route": _Figure("npu", _text, _same),
         "npu.limits": _Figure("npu_limits", _text, _same),
+        "npu.targets": _Figure("npu_targets", _texts, _same),
+        "npu.options": _Figure("npu_options", _options, dict),
         "system.os": _Figure("os", _text, _same),
         "system.traps": _Figure("traps", _texts, _same),
         "run.context": _Figure("context", _integer, _same),
@@ -560,6 +574,8 @@ def _validate(p: DeviceProfile) -> None:
     times = [read.block_bytes / read.bytes_per_s for read in p.reads]
     need(times == sorted(times), "a larger read takes less time than a smaller one")
     need(p.kv_type in KV_FORMATS, f"kv_type {p.kv_type!r}; known: {', '.join(KV_FORMATS)}")
+    unknown = sorted(set(p.npu_targets) - set(TARGETS))
+    need(not unknown, f"npu.targets {unknown}; known: {', '.join(TARGETS)}")
     need(p.recipe in recipe_names(), f"recipe {p.recipe!r}; known: {', '.join(recipe_names())}")
     good = p.draft == "auto" or (isinstance(p.draft, int) and 0 <= p.draft <= MAX_DRAFT)
     need(good, f"draft {p.draft!r}: use 0 to {MAX_DRAFT} or auto")

@@ -183,6 +183,8 @@ def known_figures(folder: Path | None = None) -> dict[str, Any]:
         "power.battery_low": figure(0.2, "assumed", "where laptops begin to warn"),
         "npu.route": figure("not looked for", "assumed", "only the processor is described"),
         "npu.limits": figure("not known", "assumed", "only the processor is described"),
+        "npu.targets": figure([], "assumed", "only the processor is described"),
+        "npu.options": figure({}, "assumed", "only the processor is described"),
         "system.os": measured(str(machine.describe()["system"]), "uname"),
         "system.traps": measured([], "none known"),
         "run.context": figure(4096, "assumed", "the default of run"),

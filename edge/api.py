@@ -19,7 +19,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,7 @@ from mimo_edge.kv_format import DEFAULT_KV_TYPE
 from mimo_edge.machine import peak_rss_bytes, usable_cores
 from mimo_edge.model_source import Model, open_model
 from mimo_edge.prompt_border import PromptBorders
+from mimo_edge.provider_request import ProviderRequest
 from mimo_edge.runtimes.base import F32, IdlingBackend, ThreadedBackend
 from mimo_edge.sampling import Mask
 from mimo_edge.sequence_pool import SequencePool
@@ -148,14 +149,19 @@ class Runtime:
         snapshots: str | Path | None = None,
         snapshot_bytes: int | str | None = None,
         idle_bytes: int | str | None = None,
+        ep_library: str | Path | None = None,
+        ep_options: Mapping[str, str] | None = None,
     ) -> Runtime:
         """Open a bundle folder, a bare GGUF file or a Hugging Face checkpoint folder.
 
         `profile` is the name or file of a device profile ("auto": this machine); it decides what
         is not given of `ram`, `context`, `threads` and `kv_type`, and `draft` when that is "auto".
         `backend` "auto" is "ggml" for bundles and GGUF files, "reference" for checkpoints; "onnx"
-        takes the ONNX form of a bundle, on the execution provider `ep` ("cpu", "qnn", or
-        "qnn:v73" when a bundle has graphs for several NPUs). `ram` is
+        takes the ONNX form of a bundle, on the execution provider `ep`: "cpu", "qnn", or
+        "qnn:v73" when a bundle has graphs for several NPUs and the profile names none of them;
+        "auto" takes the device's own NPU where the bundle has graphs for it, else the CPU, and
+        `stats` says why. `ep_library` is the file of a plug-in, whose provider `ep` then names, and
+        `ep_options` are options of a provider, over those of the profile. `ram` is
         a bound on the process in bytes (or "900MiB"): ggml and onnx read routed experts from
         flash when they do not fit, the reference backend refuses. `context` is the most tokens of
         a conversation (default 4,096 or what the model has), `draft` 0 to 3 or "auto"; with 0 the
@@ -184,6 +190,8 @@ class Runtime:
         ):
             raise UsageError(f"context = {context!r}", "use 1 or more")
         usual_context, prefer_kv_type = DEFAULT_CONTEXT, DEFAULT_KV_TYPE
+        library = None if ep_library is None else Path(ep_library)
+        provider = ProviderRequest(ep, library, ep_options or {})
         limits = _limits(profile, governor)
         if profile is not None:
             from mimo_edge.devices.profile import load_profile
@@ -194,6 +202,9 @@ class Runtime:
             # A profile may be tried out on a machine with fewer cores.
             threads = min(device.threads, usable_cores()) if threads is None else threads
             draft = device.draft if draft == "auto" else draft
+            provider = replace(
+                provider, profile_options=device.npu_options, targets=device.npu_targets
+            )
         model = open_model(
             bundle,
             backend,
@@ -205,7 +216,7 @@ class Runtime:
             pin=pin,
             trace=None if trace is None else Path(trace),
             mtp=draft != 0,
-            ep=ep,
+            ep=provider,
             idle_bytes=idle or 0,
         )
         positions = model.backend.config.max_position_embeddings

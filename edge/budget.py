@@ -53,7 +53,7 @@ _NODE_BYTES, _BLOCK_NODES = 512, 64
 _GUESS_NODES = 16
 # and how many more a row of a verify takes where ggml's router and attention do not give rows of
 # several the bits of one (runtimes/ggml/passes.py)
-_APART_NODES = 10
+_APART_NODES = 17
 # What direct reads may have to be aligned to, where no file was asked yet.
 _DIRECT_UNIT = PAGE
 # The largest alignment for which FlashFile grows a bounce buffer, at both ends.
@@ -362,8 +362,9 @@ def kv_bytes(config: MimoConfig, context: int, kv_type: str = DEFAULT_KV_TYPE) -
             kind, rows = KV_FORMATS[kv_type], round_up(context, 256)
         else:
             kind = KV_FORMATS[ring_type(kv_type)]
-            spare = MAX_DRAFT if index < config.num_hidden_layers else 0
-            rows = min(context, spec.window + spare)
+            trunk = index < config.num_hidden_layers
+            rows = spec.window + MAX_DRAFT if trunk else round_up(spec.window, 4)
+            rows = min(context, rows)
         for dim in (config.head_dim, config.v_head_dim):
             total += round_up(kind.row_bytes(spec.num_key_value_heads, dim) * rows, PAGE)
     return total
@@ -400,7 +401,7 @@ def graph_bytes(
     if chunk > _SMALL_TOKENS:
         kept += _pass_bytes(config, context, chunk, streamed)
     host = 4 * (config.vocab_size * (MAX_DRAFT + 1) + 3 * config.hidden_size * chunk)
-    return kept + host + _scratch_bytes(config, chunk, streamed, kv_type)
+    return kept + host + _scratch_bytes(config, context, chunk, streamed, kv_type)
 
 
 def _mtp_fill_bytes(config: MimoConfig) -> int:
@@ -436,7 +437,9 @@ def _pass_bytes(
     return total
 
 
-def _scratch_bytes(config: MimoConfig, tokens: int, streamed: bool, kv_type: str) -> int:
+def _scratch_bytes(
+    config: MimoConfig, context: int, tokens: int, streamed: bool, kv_type: str
+) -> int:
     """Intermediate results of the largest graph, and ggml's work buffer."""
     c, t = config, tokens
     groups = max(c.num_key_value_heads, c.swa_num_key_value_heads or 0)
@@ -466,7 +469,12 @@ def _scratch_bytes(config: MimoConfig, tokens: int, streamed: bool, kv_type: str
         pairs = min(_MAX_PAIRS, t * c.num_experts_per_tok)
         work = max(work, 2 * max(c.hidden_size, c.moe_intermediate_size) * pairs)
         work += 16 * c.n_routed_experts * (t + 1)
-    largest = max(4 * t * attention + 2 * row * ring, 4 * t * feed, rows)
+    weights = 0
+    if kv_type == "f32":
+        # of a few queries for all rows they read, before and after softmax
+        few = min(t, _SMALL_TOKENS)
+        weights = 8 * few * heads * max(round_up(context, 256), ring)
+    largest = max(4 * t * attention + 2 * row * ring + weights, 4 * t * feed, rows)
     return largest + logits + work + (1 << 20)
 
 

@@ -164,10 +164,18 @@ def _checked_call(call: Any, index: int) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UsageError(f"a tool call of message {index} has no function name")
-    arguments = function.get("arguments") or {}
+    if call.get("type", "function") != "function" or not isinstance(call.get("id", ""), str):
+        raise UsageError(
+            f"a tool call of message {index} has the type {call.get('type')!r} and the id "
+            f"{call.get('id')!r}",
+            'give "function" and a text, or neither',
+        )
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
             raise UsageError(
                 f"a tool call of message {index} has arguments that are no JSON"

@@ -221,7 +221,7 @@ class Engine:
         check_draft(setting, self.backend.config)
         check_stop_repeats(stop_repeats)
         # The newest token of an answer may have found no room in the context.
-        ids = self._checked(prompt, self.context + (answered > 0))
+        ids = self.checked(prompt, self.context + (answered > 0))
         if self.prefixes is None or not (0 < border < len(ids) and self.prefixes.wanted(border)):
             border = 0
         return Generation(
@@ -240,7 +240,7 @@ class Engine:
 
     def logits(self, token_ids: Ids[int]) -> F32:
         """Logits f32 [T, V] after every token of one sequence."""
-        ids = self._checked(token_ids)
+        ids = self.checked(token_ids)
         with self.turn():
             cache = self.backend.new_cache(len(ids))
             result = self.forward(ids, cache, Phase.PREFILL, logits_rows=len(ids))
@@ -312,7 +312,9 @@ class Engine:
                 "threads and their locks do not survive fork: open the model after forking",
             )
 
-    def _checked(self, prompt: Ids[int], limit: int | None = None) -> list[int]:
+    def checked(self, prompt: Ids[int], limit: int | None = None) -> list[int]:
+        """A prompt as plain ids. Raises UsageError when it is empty or has an id that the
+        vocabulary has not, ContextLengthError above `limit` tokens, or the context's."""
         ids = token_list(prompt)
         vocab = self.backend.config.vocab_size
         if not ids:

@@ -19,6 +19,7 @@ from mimo_edge.experts.trace import TraceWriter
 from mimo_edge.identity import files_identity, manifest_identity
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
 from mimo_edge.manifest import MANIFEST_NAME
+from mimo_edge.provider_request import ProviderRequest
 from mimo_edge.runtimes.base import Backend, RouteSink, Weights
 from mimo_edge.speculative import MAX_DRAFT
 from mimo_edge.text_file import path_exists
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from mimo_edge.runtimes.ggml.expert_source import CachedExperts
 
 BACKENDS = ("auto", "reference", "ggml", "onnx")
-EPS = ("auto", "cpu", "qnn")
 BUILT_IN = "mimo-nano"
+ANY_PROVIDER = ProviderRequest()
 # Python, NumPy and our own code, before any weight; a little above what is measured.
 _PROCESS_BYTES = 128 << 20
 # Below this width NumPy's threads cost more than they give; on a busy machine, far more.
@@ -79,7 +80,7 @@ def open_model(
     pin: int = 0,
     trace: Path | None = None,
     mtp: bool = True,
-    ep: str = "auto",
+    ep: ProviderRequest = ANY_PROVIDER,
     idle_bytes: int = 0,
 ) -> Model:
     """Open a bundle folder, a GGUF file or a checkpoint folder; "mimo-nano" is the built-in one.
@@ -95,8 +96,6 @@ def open_model(
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r} in this build", "use --backend auto")
-    if ep.partition(":")[0] not in EPS or (":" in ep and not ep.startswith("qnn:")):
-        raise UsageError(f"execution provider {ep!r}", f"use {', '.join(EPS)} or qnn:NPU")
     if threads is not None:
         _check_threads(threads)
     if isinstance(pin, bool) or not isinstance(pin, int) or pin < 0:
@@ -245,11 +244,11 @@ def _open_ggml(
     return backend, (made[0] if made else None), budget
 
 
-def _check_gguf(source: _Source, backend: str, ep: str) -> None:
+def _check_gguf(source: _Source, backend: str, ep: ProviderRequest) -> None:
     """Raise unless a backend that reads GGUF files or checkpoints can open this."""
-    if ep != "auto":
+    if ep.kind != "auto":
         raise UsageError(
-            f"the {backend} backend has no execution provider {ep}", "use --backend onnx"
+            f"the {backend} backend has no execution provider {ep.ep}", "use --backend onnx"
         )
     if source.bundle is not None and not source.bundle.resident_in_gguf:
         raise BackendError(
@@ -263,7 +262,7 @@ def _open_onnx(
     ram: int | None,
     context: int,
     threads: int | None,
-    ep: str,
+    ep: ProviderRequest,
     pin: int,
     routes: RouteSink | None,
     mtp: bool,
@@ -273,8 +272,9 @@ def _open_onnx(
     over the files behind `source`."""
     from mimo_edge import onnx_budget
     from mimo_edge.runtimes.onnx.backend import OnnxBackend
+    from mimo_edge.runtimes.onnx.npu_package import compiled_targets
     from mimo_edge.runtimes.onnx.package import onnx_form
-    from mimo_edge.runtimes.onnx.providers import CPU, choose
+    from mimo_edge.runtimes.onnx.providers import Choice, OnCpu, OnNpu, OnPlugin, open_chosen
 
     if source.bundle is None:
         raise BackendError(
@@ -283,7 +283,6 @@ def _open_onnx(
         )
     bundle, config = source.bundle, source.weights.config
     manifest = onnx_form(bundle)
-    provider = choose(ep)
     if not mtp:
         config = replace(config, num_mtp_layers=0)
     budget = onnx_budget.plan(
@@ -304,28 +303,33 @@ def _open_onnx(
         made.append(CachedExperts(device, ExpertTable.from_bundle(bundle), budget.slots, pin=pin))
         return made[0]
 
-    source_of = experts if budget.slots else None
-    backend: OnnxBackend
-    if provider == CPU:
-        backend = OnnxBackend(
-            bundle,
-            config=config,
-            threads=threads,
-            chunk=budget.chunk,
-            experts=source_of,
-            routes=routes,
-        )
-    else:
-        from mimo_edge.runtimes.onnx.npu_backend import NpuBackend
+    def opened(choice: Choice) -> OnnxBackend:
+        made.clear()  # those of a provider that refused were closed with it
+        source_of = experts if budget.slots else None
+        if isinstance(choice, OnNpu):
+            from mimo_edge.runtimes.onnx.npu_backend import NpuBackend
 
-        backend = NpuBackend(
+            return NpuBackend(
+                bundle,
+                npu=choice.target,
+                qnn=choice.qnn,
+                config=config,
+                threads=threads,
+                experts=source_of,
+                routes=routes,
+            )
+        return OnnxBackend(
             bundle,
-            npu=provider.variant or None,
+            chunk=budget.chunk,
+            plugin=choice.plugin if isinstance(choice, OnPlugin) else None,
+            reason=choice.reason if isinstance(choice, OnCpu) else "",
             config=config,
             threads=threads,
             experts=source_of,
             routes=routes,
         )
+
+    backend = open_chosen(ep, compiled_targets(bundle.path), opened)
     for one in made:
         one.warm_up()  # not earlier: loading weights needs the memory of empty slots
     return backend, (made[0] if made else None), budget

@@ -22,6 +22,7 @@ from mimo_edge.onnx_io import (
     EMBED,
     FOLDER,
     LAYERS_PER_SHARD,
+    RUN_ROWS,
     mtp_name,
     shards,
 )
@@ -33,7 +34,7 @@ _RUNTIME_BYTES = 72 << 20
 # A loaded session besides its weights: the graph, kernels, Python's side.
 _SESSION_BYTES = 1 << 20
 CHUNKS = (512, 256, 128, 64, 32, 16)
-DEFAULT_CHUNK = 128
+DEFAULT_CHUNK = 512
 # Scores of attention that are there at once: product, with sink, weights, without sink.
 _SCORE_COPIES = 3
 
@@ -147,6 +148,7 @@ def pass_bytes(config: MimoConfig, context: int, chunk: int) -> int:
     """An upper bound on what passes of up to `chunk` tokens take: arrays bound to graphs, what a
     graph holds while it runs, routed experts between them."""
     c, t = config, min(chunk, context)
+    run = min(t, RUN_ROWS)
     ring = c.sliding_window + MAX_DRAFT + t if any(c.hybrid_layer_pattern) else 0
     full = context if not all(c.hybrid_layer_pattern) else 0
     groups = max(c.num_key_value_heads, c.swa_num_key_value_heads or 0)
@@ -156,10 +158,10 @@ def pass_bytes(config: MimoConfig, context: int, chunk: int) -> int:
     # columns of a long pass, and of every sliding layer the rows its ring will get
     shared = most_sliding(config)
     gathered = row * ring * shared + row * min(ring, t) * sum(c.hybrid_layer_pattern)
-    scores = _SCORE_COPIES * 4 * heads * t * (max(ring, full) + 1)
+    scores = _SCORE_COPIES * 4 * heads * run * (max(ring, full) + 1)
     qkv = heads * c.head_dim + groups * (c.head_dim + c.v_head_dim)
-    attention = scores + 4 * t * (3 * qkv + 4 * width + 2 * heads * c.v_head_dim) + row * ring
-    feed = 4 * t * (4 * width + 4 * c.intermediate_size)
+    attention = scores + 4 * run * (3 * qkv + 4 * width + 2 * heads * c.v_head_dim) + row * ring
+    feed = 4 * run * (4 * width + 4 * c.intermediate_size)
     total = masks + gathered + 6 * 4 * width * t + max(attention, feed)
     total += 4 * (c.vocab_size + 2 * width) * (MAX_DRAFT + 1)
     if c.n_routed_experts:

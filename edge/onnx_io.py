@@ -47,6 +47,11 @@ CPU_VARIANT = "cpu"
 LAYERS_PER_SHARD = 8
 """Decoder layers of one component where no router ends it sooner."""
 
+RUN_ROWS = 128
+"""Most new tokens that one run of a graph on the CPU computes: a longer pass runs a graph several
+times, because attention keeps its scores of every row and column at once, and then gives the routed
+experts all of its rows together."""
+
 EMBED, HEAD = "embed", "lm_head"
 MASKED = -1e30
 """What a mask says of a column that is not seen: finite, because -inf times 0 would be NaN; far

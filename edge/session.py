@@ -187,6 +187,7 @@ class Session:
                 f"the prompt has {len(ids)} tokens, at most {max_prompt_tokens} are taken",
                 "use a shorter prompt",
             )
+        ids = self._runtime._engine.checked(ids)
         border = self._border(messages, ids, prefix_tokens)
         return self._begin(messages, ids, options, deadline, border=border)
 

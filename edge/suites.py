@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from mimo_edge.evaluate import (
 from mimo_edge.manifest import MANIFEST_NAME, Manifest
 from mimo_edge.model_source import BUILT_IN, Model, open_model
 from mimo_edge.nano import commands as nano
+from mimo_edge.provider_request import ProviderRequest
 from mimo_edge.speculative import DraftSetting, check_draft, max_draft
 from mimo_edge.text_file import path_exists, read_text
 from mimo_edge.tokenizer import Tokenizer
@@ -71,6 +72,8 @@ def evaluate_model(
     draft: DraftSetting | None = None,
     backend: str = "auto",
     ep: str = "auto",
+    ep_library: str | Path | None = None,
+    ep_options: Mapping[str, str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -85,6 +88,8 @@ def evaluate_model(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit = {limit}", "use 1 or more")
+    library = None if ep_library is None else Path(ep_library)
+    provider = ProviderRequest(ep, library, ep_options or {})
     if against is None:
         against = _built_in_source(model)
     # Text is read before any model is opened: a wrong path should not take minutes to say so.
@@ -99,7 +104,7 @@ def evaluate_model(
 
     opened: list[Model] = []
     try:
-        opened.append(candidate := open_model(model, backend, None, CONTEXT, threads, ep=ep))
+        opened.append(candidate := open_model(model, backend, None, CONTEXT, threads, ep=provider))
         if draft is not None:
             check_draft(draft, candidate.backend.config)
         source = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx_models import make_bundle
 from random_model import random_model
 from typer.testing import CliRunner
 
@@ -435,6 +436,18 @@ def test_against_llama_cpp_on_one_file(tiny: Path, tmp_path: Path) -> None:
     assert [line["engine"] for line in lines] == ["mimo-edge", "llama.cpp"] * 2
     assert tuple(lines[0]) == COLUMNS
     assert float(lines[0]["ratio"]) > 0
+
+
+def test_backends_and_llama_cpp_in_one_table(tmp_path: Path) -> None:
+    path, _ = make_bundle(tmp_path)
+    done = invoke(
+        str(path), "--backend", "onnx,ggml", "-p", "none", "-n", "4", "-d", "8", "--draft", "0",
+        "--against", "llama.cpp", *QUICK, "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    rows = [row for result in json.loads(done.stdout)["results"] for row in result["rows"]]
+    assert [row["backend"] for row in rows] == ["onnx", "llama.cpp", "ggml", "llama.cpp"]
+    assert all(row["error"] is None and row["tps"]["median"] > 0 for row in rows)
 
 
 def test_the_built_in_model_and_a_prompt() -> None:

@@ -94,7 +94,9 @@ def test_graphs_of_block_formats_check_too(tmp_path: Path, recipe: str) -> None:
         for node in model.graph.node:
             if node.op_type == "MatMulNBits":
                 values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-                assert (values["block_size"], values["accuracy_level"]) == (64, 4)
+                wide = values["bits"] == 8 and values["K"] % 128 == 0
+                assert values["block_size"] == (128 if wide else 64)
+                assert values["accuracy_level"] == 4
                 bits.add(values["bits"])
     assert bits == ({8} if recipe == "q8_0" else {4, 8})  # MTP and head keep 8 bits
 
@@ -303,6 +305,19 @@ def test_products_are_those_of_the_stored_weights(tmp_path: Path, linear: Any, w
     # activations are rounded to 8 bits where the weights are
     bound = 0.02 if isinstance(linear, BlockLinear) else 1e-6
     assert np.abs(found - want).max() <= bound * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("bits", "width", "size"), [(4, 256, 64), (8, 256, 128), (8, 192, 64), (8, 200, 64)]
+)
+def test_blocks_are_as_long_as_the_precision_allows(bits: int, width: int, size: int) -> None:
+    rows = np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)
+    codes, scales = quantize_blocks(rows, bits)
+    assert codes.shape == (3, -(-width // size), size)
+    back = (codes.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
+    off = np.abs(back.reshape(3, -1)[:, :width] - rows)
+    if bits == 8:  # 4 bits: see test_block_codes
+        assert off.max() <= np.abs(scales).max() / 2 * 1.0001
 
 
 def test_formats_without_a_form_are_refused() -> None:

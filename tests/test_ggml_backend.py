@@ -1088,3 +1088,33 @@ def test_opening_and_closing_leaks_nothing() -> None:
     after = state()
     assert after[0] - before[0] < 1024  # 4 MiB; a model and its cache take a tenth of that
     assert after[1:] == before[1:]
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+def test_a_pass_that_gave_nan_leaves_nothing_behind(kv_type: str) -> None:
+    """Not even in rows that the mask hides: attention may multiply them by 0."""
+    config = CONFIGS["v2"]
+    backend = GgmlBackend(packed(config, "F32"), threads=1, kv_type=kv_type)
+    ids = ids_of(config, 34)
+    found = []
+    for breaks in (False, True):
+        cache = backend.new_cache(64)
+        before = backend.forward(ids[:30], cache, hidden_rows=30)
+        if breaks:
+            norms = [backend._weights.model.layers[0].attn_norm]
+            norms += [w.attn_norm for w in backend._weights.model.mtp[:1]]
+            kept = [norm.array().copy() for norm in norms]
+            for norm in norms:
+                norm.array()[...] = np.nan
+            with pytest.raises(GenerationError):
+                backend.forward(ids[30:], cache, logits_rows=4)
+            with pytest.raises(GenerationError):
+                backend.mtp_forward(0, ids[1:30], before.hidden[:29], 0, cache)
+            for norm, values in zip(norms, kept, strict=True):
+                norm.array()[...] = values
+        after = backend.forward(ids[30:31], cache, hidden_rows=1)
+        draft = backend.mtp_forward(0, ids[1:20], before.hidden[:19], 0, cache)
+        found.append((after.logits, after.hidden, draft))
+    for a, b in zip(*found, strict=True):
+        assert np.array_equal(a.view(np.int32), b.view(np.int32))
+    backend.close()

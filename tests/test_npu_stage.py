@@ -13,6 +13,7 @@ import onnx
 import pytest
 from checkpoint_factory import write_checkpoint
 
+from mimo_edge.api import Runtime
 from mimo_edge.bundle import Bundle
 from mimo_edge.errors import ProviderError, UsageError
 from mimo_edge.export import npu_stage, pipeline
@@ -20,7 +21,7 @@ from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.manifest import Manifest
 from mimo_edge.npu_io import INDEX_NAME, NpuComponent, read_index
 from mimo_edge.onnx_io import FOLDER, PACKAGE_MANIFEST
-from mimo_edge.runtimes.onnx import qnn
+from mimo_edge.runtimes.onnx import npu_package, qnn
 from mimo_edge.runtimes.onnx.isolated import Worker
 from mimo_edge.runtimes.onnx.plain import PlainSession
 
@@ -148,7 +149,8 @@ def test_what_is_refused_is_halved_then_computed_by_the_cpu(
     found = export(source, tmp_path / "bundle")
     assert list(found)[:3] == ["layers_00a", "layers_00b", "layers_01"]
     assert found["layers_00a"].layers == (0,)
-    assert (found["layers_00a"].precision, found["layers_00a"].reason) == ("fp16", "")
+    halved = "2 layers in fp16: too many nodes for this chip"
+    assert (found["layers_00a"].precision, found["layers_00a"].reason) == ("fp16", halved)
     assert found["layers_00b"].precision == "cpu"
     assert "too many nodes" in found["layers_00b"].reason
     assert "layers_00b runs on the CPU" in caplog.text
@@ -170,6 +172,66 @@ def test_int4_gives_way_to_fp16(source: Path, stand_in: StandIn, tmp_path: Path)
     assert found[wanted].precision == "fp16"
     assert found[wanted].reason == "int4: no such weights"
     assert found["mtp_0"].precision == "int4"
+
+
+class StoodIn:
+    """A graph the stand-in compiled, in the place of one on the NPU."""
+
+    def __init__(self, path: Path, *_: object) -> None:
+        self._path = path
+        self._names = {found.name for found in onnx.load(str(path)).graph.input}
+
+    def run(self, feed: Any) -> dict[str, Any]:
+        return PlainSession(self._path).run({name: feed[name] for name in self._names})
+
+
+@pytest.mark.usefixtures("token_ids")
+def test_every_step_down_is_taken_in_order_and_stats_say_so(
+    source: Path,
+    stand_in: StandIn,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two layers at once are refused, then one of the halves as int4, the other in fp16 as well;
+    and the model answers, one component of it on the CPU."""
+    tried: list[str] = []
+
+    def refuse(label: str) -> None:
+        component = label.partition("/")[0]
+        tried.append(component)
+        if component == "layers_00":
+            raise ProviderError("too many nodes")
+        if component == "layers_00a" and tried.count(component) == 1:
+            raise ProviderError("no LPBQ here")
+        if component == "layers_00b":
+            raise ProviderError("not this layer")
+
+    stand_in.refuse = refuse
+    found = export(source, tmp_path / "bundle", npu_precision="int4")
+    assert list(dict.fromkeys(tried))[:3] == ["layers_00", "layers_00a", "layers_00b"]
+    assert tried.count("layers_00") == 1  # halved before another precision is tried
+    assert tried.count("layers_00b") == 2  # int4, fp16
+    a, b = found["layers_00a"], found["layers_00b"]
+    first = "2 layers in int4: too many nodes"
+    assert (a.precision, a.reason) == ("fp16", f"{first}; int4: no LPBQ here")
+    why = f"{first}; int4: not this layer; fp16: not this layer"
+    assert (b.precision, b.reason) == ("cpu", why)
+    assert found["layers_01"].precision == "int4"
+    assert "layers_00b runs on the CPU" in caplog.text
+
+    monkeypatch.setattr(npu_package, "NpuGraph", StoodIn)
+    monkeypatch.setattr(qnn.Qnn, "plugin", lambda *_: None)
+    with Runtime.open(
+        tmp_path / "bundle", backend="onnx", ep="qnn", context=64, threads=1
+    ) as runtime:
+        runtime.session().generate(list(range(3, 20)), max_tokens=4)
+        stats = runtime.stats()["provider"]
+    assert stats["components"] == len(found)
+    assert stats["on_npu"] == len(found) - 1
+    assert stats["on_cpu"] == [{"component": "layers_00b", "reason": why}]
+    assert stats["reduced"] == {"layers_00a": a.reason}
+    assert stats["precisions"]["layers_00a"] == "fp16"
 
 
 def test_wrong_numbers_are_refused(source: Path, stand_in: StandIn, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_factory import write_checkpoint
+from checkpoint_factory import Kind, write_checkpoint
 from numpy.typing import NDArray
 from onnx_models import make_bundle, onnx_backend
 
@@ -31,6 +31,8 @@ from mimo_edge.errors import (
 )
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.runtimes.base import F32, TokenIds
+from mimo_edge.runtimes.onnx import backend as backend_module
+from mimo_edge.runtimes.onnx import passes
 from mimo_edge.runtimes.onnx.backend import OnnxBackend
 from mimo_edge.runtimes.onnx.library import Session
 from mimo_edge.runtimes.reference import ReferenceBackend
@@ -134,6 +136,43 @@ def test_chunked_prefill_is_one_prefill(flash: tuple[Path, DictWeights], chunk: 
         assert error(found.hidden, whole.hidden) < TOLERANCE
         after = backend.forward(ids[:1], ours).logits
         assert error(after, want.forward(ids[:1], cache).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["flash", "mimo7b"])
+def test_a_long_pass_runs_graphs_for_few_rows_at_a_time(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven rows a run, of passes of 40 tokens, and of MTP blocks: past the window, past a cache
+    that grows, and its columns."""
+    for module in (backend_module, passes):
+        monkeypatch.setattr(module, "RUN_ROWS", 7)
+    path, truth = make_bundle(tmp_path, kind)
+    reference, ids = ReferenceBackend(truth), ids_of(140)
+    with onnx_backend(path, chunk=40) as backend:
+        caches = reference.new_cache(200), backend.new_cache(200)
+        want = reference.forward(ids, caches[0], logits_rows=140, hidden_rows=140)
+        have = backend.forward(ids, caches[1], logits_rows=140, hidden_rows=140)
+        assert error(have.logits, want.logits) < TOLERANCE
+        assert error(have.hidden, want.hidden) < TOLERANCE
+        for depth in range(truth.config.num_mtp_layers):
+            known = np.roll(ids, -1 - depth)
+            for at, count in ((0, 60), (60, 38), (98, 3)):
+                part = slice(at, at + count)
+                given = depth, known[part], want.hidden[part], at
+                drafts = backend.mtp_forward(*given, caches[1])
+                assert error(drafts, reference.mtp_forward(*given, caches[0])) < TOLERANCE
+
+
+def test_one_long_pass_is_kept_whatever_sequences_there_are(
+    flash: tuple[Path, DictWeights],
+) -> None:
+    """The plan has room for one."""
+    with onnx_backend(flash[0]) as backend:
+        caches = [backend.new_cache(64) for _ in range(3)]
+        for cache in caches:
+            backend.forward(ids_of(40), cache)
+            held = [kept.large for one in caches for kept in one._passes.values()]
+            assert held.count(True) == 1
 
 
 @pytest.mark.parametrize("seed", range(6))

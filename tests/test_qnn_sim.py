@@ -58,7 +58,10 @@ def compiler(precision: Any, npu: str, found: Activations, folder: Path) -> Comp
     return Compiler(plan, target(npu), Rows(WEIGHTS), found, folder / "made", folder / "work")
 
 
-@pytest.mark.parametrize(("npu", "precision"), [("v73", "fp16"), ("v73", "int4"), ("v69", "int4")])
+@pytest.mark.parametrize(
+    ("npu", "precision"),
+    [("v73", "fp16"), *((npu, "int4") for npu in ("v68", "v69", "v73", "v75", "v79", "v81"))],
+)
 def test_every_component_compiles_reloads_and_computes_what_it_says(
     npu: str, precision: str, activations: Activations, tmp_path: Path
 ) -> None:
@@ -123,10 +126,34 @@ def matmul(folder: Path, rows: int | str) -> Path:
 
 def test_a_graph_the_npu_does_not_take_is_an_error_not_a_cpu_run(tmp_path: Path) -> None:
     path = matmul(tmp_path, "any")  # no static shape
-    with Worker() as worker, pytest.raises(ProviderError, match=r"CPU|does not run"):
+    named = r"does not run the_product \(MatMul\): Cannot get shape"
+    with Worker() as worker, pytest.raises(ProviderError, match=named):
         worker.call(
             f"{JOBS}:compile_graph", source=str(path), made=str(tmp_path / "c.onnx"), npu="v73"
         )
+
+
+def test_a_plug_in_is_loaded_by_its_path(tmp_path: Path) -> None:
+    """The real library, as any plug-in's: a session of ours runs on it, arrays bound."""
+    path = matmul(tmp_path, 4)
+    code = f"""
+import numpy as np
+from pathlib import Path
+from mimo_edge.runtimes.onnx.library import Session
+from mimo_edge.runtimes.onnx.plugin import Plugin
+from mimo_edge.runtimes.onnx.qnn import Qnn
+from mimo_edge.runtimes.onnx.qnn_targets import target
+ours = Qnn(options={{"htp_performance_mode": "burst"}}).plugin(target("v73"))
+x, y = np.arange(32, dtype=np.float32).reshape(4, 8), np.zeros((4, 8), np.float32)
+session = Session(Path({str(path)!r}), 1, Plugin(ours.name, ours.library, ours.options))
+session.bind({{"x": x, "y": y}}).run()
+print(np.abs(y - x).max() < 0.02)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True"
 
 
 def test_a_damaged_context_is_an_error(tmp_path: Path) -> None:
@@ -153,9 +180,19 @@ def test_a_model_generates_on_the_emulator_and_drafts_change_nothing(tmp_path: P
     code = f"""
 import json
 from mimo_edge import Runtime
+from mimo_edge.runtimes.onnx.qnn import Qnn
+from mimo_edge.runtimes.onnx import qnn
+common = dict(backend="onnx", context=64)
+own = dict(ep_library=Qnn().plugin(None).library, ep_options={{"htp_performance_mode": "burst"}})
 found = {{}}
-for draft in (0, 3):
-    with Runtime.open({str(bundle)!r}, backend="onnx", ep="qnn", context=64, draft=draft) as rt:
+with Runtime.open({str(bundle)!r}, **common) as rt:
+    found["auto"] = rt.stats()["provider"]
+qnn.emulated = lambda: False  # as on a device
+with Runtime.open({str(bundle)!r}, **common) as rt:
+    found["device"] = rt.stats()["provider"]["provider"]
+qnn.emulated = lambda: True
+for draft, more in ((0, {{}}), (3, own)):
+    with Runtime.open({str(bundle)!r}, ep="qnn", draft=draft, **common, **more) as rt:
         reply = rt.session().generate(list(range(3, 30)), max_tokens=12, temperature=0)
         found[draft] = [reply.token_ids, rt.stats()["provider"]]
 print(json.dumps(found))
@@ -171,6 +208,22 @@ print(json.dumps(found))
     assert stats["emulated"]
     assert stats["on_npu"] == stats["components"]
     assert stats["on_cpu"] == []
+    assert found["auto"]["provider"] == "CPUExecutionProvider"
+    assert "emulator" in found["auto"]["reason"]
+    assert found["device"] == qnn.PROVIDER
+
+
+@pytest.mark.slow
+def test_a_layer_of_real_width_compiles_and_computes_what_it_says() -> None:
+    """MiMo-V2-Flash's width, one sliding layer with its router, single tokens: int4 stays int4."""
+    tool = Path(__file__).parents[1] / "tools" / "npu_layer.py"
+    done = subprocess.run(
+        [sys.executable, str(tool), "--npu", "v79"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["precision"], found["reason"]) == ("int4", "")
+    assert found["context_bytes"] < 0.6 * found["matrix_parameters"]
 
 
 def mimo(*arguments: object) -> None:

@@ -144,6 +144,14 @@ def test_forms(server: Served, schema: Any, regex: str) -> None:
     check(server, json.dumps({"messages": GOOD, "tools": [tool], "max_tokens": 2}).encode())
 
 
+@pytest.mark.parametrize("token", [2**80, -(2**80), -1, 2**31, 10**9])
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 2.0}, {"regex": "a*"}])
+def test_ids_that_are_no_tokens(server: Served, token: int, options: dict[str, Any]) -> None:
+    body = {"prompt": [1, token, 2], "max_tokens": 2, **options}
+    response = server.post(json.dumps(body).encode(), "/v1/completions")
+    assert response.status_code == 400, response.text
+
+
 def test_it_still_answers(server: Served) -> None:
     (choice,) = server.chat().json()["choices"]
     assert choice["message"]["content"] == "Hello."

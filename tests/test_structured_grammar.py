@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -540,11 +540,11 @@ WORK: dict[str, Value] = {
 
 
 # Keywords with values of the right kind and of any other.
-_ANY = st.sampled_from([
+_ANY: st.SearchStrategy[Any] = st.sampled_from([
     None, True, False, 0, -1, 7, 2**63, 10**300, 0.5, "", "a", "string", "\ud800", "\x00", "^a|b$",
     "(", "/", "date", "#/$defs/a", "#/properties/a", [], {}, ["a"], ["string", "null"], [{}], [[]],
 ])  # fmt: skip
-_TYPES = st.sampled_from([
+_TYPES: st.SearchStrategy[Any] = st.sampled_from([
     "string", "integer", "number", "boolean", "null", "array", "object", ["string", "null"],
     ["integer", "string"], ["array", "string"], [], {}, [{}], [["string"]], 3, "text",
 ])  # fmt: skip
@@ -574,11 +574,12 @@ def test_any_schema_at_all_is_compiled_or_refused(schema: Any) -> None:
     parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
     strict = {"function": {"name": "f", "parameters": parameters}}
     whole = {"function": {"name": "f", "parameters": schema}}
-    for make in (
+    makers: list[Callable[[], Constraint]] = [
         lambda: GRAMMARS.of_answer("over", Value(schema=schema)),
         lambda: GRAMMARS.of_calls("over", [strict]),
         lambda: GRAMMARS.of_calls("over", [whole]),
-    ):
+    ]
+    for make in makers:
         try:
             make().mask()
         except (ConstraintError, UsageError):

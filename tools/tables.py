@@ -27,19 +27,23 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 
-def write_section(name: str, text: str, heading: str | None = None) -> None:
-    """Put `text` between the markers `name` of docs/benchmarks.md. Where there are none, a section
-    `heading` with them is added at its end. Raises UsageError when there are none, or too many."""
+def write_section(
+    name: str, text: str, heading: str | None = None, document: Path | None = None
+) -> None:
+    """Put `text` between the markers `name` of a document, docs/benchmarks.md by default. Where
+    there are none, a section `heading` with them is added at its end. Raises UsageError when there
+    are none, or too many."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    document = DOCUMENT.read_text("utf-8")
-    counts = document.count(begin), document.count(end)
+    path = DOCUMENT if document is None else document
+    old = path.read_text("utf-8")
+    counts = old.count(begin), old.count(end)
     if counts == (0, 0) and heading is not None:
-        document = f"{document.rstrip()}\n\n## {heading}\n{begin}\n{end}\n"
+        old = f"{old.rstrip()}\n\n## {heading}\n{begin}\n{end}\n"
     elif counts != (1, 1):
-        raise UsageError(f"{DOCUMENT} does not hold {begin} and {end} once each")
-    before, _, rest = document.partition(begin)
+        raise UsageError(f"{path} does not hold {begin} and {end} once each")
+    before, _, rest = old.partition(begin)
     after = rest.partition(end)[2]
-    DOCUMENT.write_text(f"{before}{begin}\n{text}{end}{after}", "utf-8")
+    path.write_text(f"{before}{begin}\n{text}{end}{after}", "utf-8")
 
 
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from mimo_edge.errors import UsageError
@@ -52,13 +52,15 @@ class Settings:
     drawn with `seed` whatever the model says, "auto" greedy for models with a tokenizer. Models
     of random weights fall into a loop of few tokens, hence few experts, when left to themselves.
     `prompt` is a text to answer instead of drawn ids; its length then is the depth. `profile`,
-    `backend`, `ep`, `context` and `kv_type` are those of `Runtime.open`.
+    `backend`, `ep` and the like, `context` and `kv_type` are those of `Runtime.open`.
     """
 
     model: str
     profile: str | None = None
     backend: str = "auto"
     ep: str = "auto"
+    ep_library: str | None = None
+    ep_options: dict[str, str] = field(default_factory=dict)
     context: int | None = None
     kv_type: str | None = None
     repetitions: int = 3

@@ -56,6 +56,8 @@ def measure(case: Case, settings: Settings, repetitions: int, first: int) -> dic
         context=context_for(case, settings, repetitions),
         backend=settings.backend,
         ep=settings.ep,
+        ep_library=settings.ep_library,
+        ep_options=settings.ep_options,
         threads=case.threads,
         draft=case.draft,
         kv_type=settings.kv_type,

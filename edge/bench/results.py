@@ -124,6 +124,11 @@ class Row:
             return self.kernel_peak_bytes
         return self.peak_rss_bytes
 
+    @property
+    def backend(self) -> str:
+        """What computed; empty when nothing did."""
+        return str((self.runs[0] if self.runs else {}).get("backend") or "")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, samples included."""
         return {

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import csv as csv_writer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mimo_edge.cli.options import BackendName, Ep, Profile
+from mimo_edge.cli.options import Ep, EpLibrary, EpOption, Profile, provider
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import parse_draft
 from mimo_edge.errors import UsageError
 from mimo_edge.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from mimo_edge.bench.cases import Settings
+    from mimo_edge.bench.cases import Case, Settings
     from mimo_edge.bench.forecasts import Forecasts
     from mimo_edge.bench.results import Result, Row
+    from mimo_edge.bench.session import Bench
 
 HEADER = (
     "test", "engine", "draft", "RAM", "thr", "tok/s", "min..max", "forecast", "first",
@@ -71,8 +73,16 @@ def bench(
         int | None, typer.Option(help="Most tokens of the conversation; what a case needs.")
     ] = None,
     profile: Profile = None,
-    backend: BackendName = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="ggml, onnx, reference, or auto: ggml for bundles and GGUF files; several by "
+            'turns, as "onnx,ggml".'
+        ),
+    ] = "auto",
     ep: Ep = "auto",
+    ep_library: EpLibrary = None,
+    ep_option: EpOption = None,
     kv_type: Annotated[
         str | None,
         typer.Option(
@@ -105,7 +115,7 @@ def bench(
         model=bundle,
         profile=profile,
         backend=backend,
-        ep=ep,
+        **provider(ep, ep_library, ep_option),
         context=context,
         kv_type=kv_type,
         repetitions=repetitions,
@@ -122,7 +132,15 @@ def bench(
         rams=[None if text == "none" else parse_bytes(text) for text in _parts(ram)],
         threads=_counts("--threads", threads) if threads else [machine.usable_cores()],
     )
-    run = Bench(settings, against=against is not None, repack=repack)  # type: ignore[arg-type]
+    runs = [
+        Bench(
+            replace(settings, backend=name),
+            against=against is not None,
+            repack=repack,  # type: ignore[arg-type]
+        )
+        for name in _parts(backend)
+    ]
+    run = runs[0]
     about = machine.describe()
     if run.no_cgroup and any(case.ram is not None for case in cases):
         out.note(f"caps are not enforced: {run.no_cgroup}")
@@ -148,7 +166,7 @@ def bench(
     if forecasts is None:
         out.detail("no forecasts: mimo-edge probe measures this machine for them")
     try:
-        for result in run.run(cases, lambda label, i, n: out.progress(label, i, n, unit="count")):
+        for result in _by_turns(runs, cases, out):
             if forecasts is not None:
                 ours = replace(result.ours, forecast_tps=forecasts.tps(result.ours))
                 result = replace(result, ours=ours)
@@ -163,6 +181,14 @@ def bench(
             report()  # also what was measured before an interrupt
     if all(result.ours.error is not None for result in results):
         raise typer.Exit(1)
+
+
+def _by_turns(runs: list[Bench], cases: list[Case], out: Output) -> Iterator[Result]:
+    """Results of every case on one backend after the other."""
+    for index, case in enumerate(cases):
+        out.progress(case.label, index, len(cases), unit="count")
+        for run in runs:
+            yield from run.run([case])
 
 
 def _parts(text: str) -> list[str]:
@@ -199,7 +225,7 @@ def _cells(result: Result, row: Row) -> list[str]:
     measured, planned = row.measured_bytes, row.planned_bytes
     return [
         case.label,
-        row.engine,
+        _engine(row),
         str(case.draft),
         "-" if case.ram is None else format_bytes(case.ram),
         str(case.threads),
@@ -216,6 +242,11 @@ def _cells(result: Result, row: Row) -> list[str]:
         "-" if not measured or not planned else f"{_size(planned)} {planned / measured:.0%}",
         "-" if ratio is None else f"{ratio.median:.2f} ({ratio.min:.2f}..{ratio.max:.2f})",
     ]
+
+
+def _engine(row: Row) -> str:
+    """The engine, and which backend of it ran."""
+    return row.engine if row.backend in ("", row.engine) else f"{row.engine} {row.backend}"
 
 
 def _forecast(row: Row) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mimo_edge.cli.options import BackendName, Ep, Threads
+from mimo_edge.cli.options import BackendName, Ep, EpLibrary, EpOption, Threads, provider
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import parse_draft
 
@@ -44,6 +44,8 @@ def evaluate(
     ] = None,
     backend: BackendName = "auto",
     ep: Ep = "auto",
+    ep_library: EpLibrary = None,
+    ep_option: EpOption = None,
     threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verbose: Annotated[
@@ -69,7 +71,7 @@ def evaluate(
         limit=limit,
         draft=setting,
         backend=backend,
-        ep=ep,
+        **provider(ep, ep_library, ep_option),
         threads=threads,
         progress=lambda stage, done, total: out.progress(stage, done, total, unit="count"),
     )

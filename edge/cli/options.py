@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mimo_edge.cli.output import Output
+from mimo_edge.errors import UsageError
 
 Draft = Annotated[str, typer.Option(help="Tokens drafted per step: 0, 1, 2, 3 or auto.")]
 Ram = Annotated[str | None, typer.Option(help='Bound on memory, as "900MiB".')]
@@ -17,7 +18,21 @@ BackendName = Annotated[
     str, typer.Option(help="ggml, onnx, reference, or auto: ggml for bundles and GGUF files.")
 ]
 Ep = Annotated[
-    str, typer.Option(help="Execution provider of the onnx backend: cpu, auto, qnn or qnn:NPU.")
+    str,
+    typer.Option(
+        help="Execution provider of the onnx backend: cpu, auto, qnn, qnn:NPU, or the name of the "
+        "one in --ep-library."
+    ),
+]
+EpLibrary = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Plug-in library that holds the provider.")
+]
+EpOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="Option of the provider, over the profile's; may be given several times.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of the computation.")]
 KvType = Annotated[
@@ -72,6 +87,17 @@ def snapshot_folder(snapshots: str, out: Output) -> Path | None:
         out.note(f"processed prompts are not kept: {folder} cannot be written")
         return None
     return folder
+
+
+def provider(ep: str, library: Path | None, options: list[str] | None) -> dict[str, Any]:
+    """What `Runtime.open` is told about execution providers. Raises UsageError."""
+    pairs = {}
+    for text in options or ():
+        key, found, value = text.partition("=")
+        if not found or not key:
+            raise UsageError(f"--ep-option {text!r}", "write KEY=VALUE")
+        pairs[key] = value
+    return {"ep": ep, "ep_library": None if library is None else str(library), "ep_options": pairs}
 
 
 def kept(

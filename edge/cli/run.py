@@ -17,6 +17,8 @@ from mimo_edge.cli.options import (
     BackendName,
     Draft,
     Ep,
+    EpLibrary,
+    EpOption,
     Governor,
     IdleBytes,
     KvType,
@@ -27,6 +29,7 @@ from mimo_edge.cli.options import (
     Snapshots,
     Threads,
     kept,
+    provider,
 )
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.status_line import StatusLine, is_possible
@@ -105,6 +108,8 @@ def run(
     profile: Profile = None,
     backend: BackendName = "auto",
     ep: Ep = "auto",
+    ep_library: EpLibrary = None,
+    ep_option: EpOption = None,
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
@@ -147,7 +152,7 @@ def run(
         ram=ram,
         context=context,
         backend=backend,
-        ep=ep,
+        **provider(ep, ep_library, ep_option),
         threads=threads,
         draft=parse_draft(draft),
         kv_type=kv_type,

@@ -13,6 +13,8 @@ from mimo_edge.cli.options import (
     BackendName,
     Draft,
     Ep,
+    EpLibrary,
+    EpOption,
     Governor,
     IdleBytes,
     KvType,
@@ -23,6 +25,7 @@ from mimo_edge.cli.options import (
     Snapshots,
     Threads,
     kept,
+    provider,
 )
 from mimo_edge.cli.output import Output
 from mimo_edge.cli.run import BUILT_IN, parse_draft, read_tools
@@ -82,6 +85,8 @@ def serve(
     profile: Profile = None,
     backend: BackendName = "auto",
     ep: Ep = "auto",
+    ep_library: EpLibrary = None,
+    ep_option: EpOption = None,
     threads: Threads = None,
     kv_type: KvType = None,
     pin: Pin = 0,
@@ -119,7 +124,7 @@ def serve(
             ram=ram,
             context=context,
             backend=backend,
-            ep=ep,
+            **provider(ep, ep_library, ep_option),
             threads=threads,
             draft=parse_draft(draft),
             kv_type=kv_type,

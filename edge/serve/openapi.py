@@ -22,8 +22,8 @@ _FLAG: Schema = {"type": "boolean"}
 def _object(
     required: tuple[str, ...] = (), /, *, closed: bool = False, **properties: Any
 ) -> Schema:
-    """An object; a `closed` one is a request's, where null is as good as absent and nothing else
-    may be in it."""
+    """An object; a `closed` one is a request's, where null is as good as absent, whatever the
+    name, and nothing else may be in it."""
     if closed:
         properties = {
             name: schema if name in required else _or_null(schema)
@@ -33,7 +33,7 @@ def _object(
     if required:
         made["required"] = list(required)
     if closed:
-        made["additionalProperties"] = False
+        made["additionalProperties"] = {"type": "null"}
     return made
 
 
@@ -114,6 +114,17 @@ _STREAMING: Schema = {
         closed=True, include_usage=_FLAG, continuous_usage_stats=_FLAG, include_obfuscation=_FLAG
     ),
 }
+_TEXT_OR_PARTS: Schema = {
+    "anyOf": [
+        _TEXT,
+        {
+            "type": "array",
+            "items": _object(
+                ("type", "text"), type={"enum": ["input_text", "output_text", "text"]}, text=_TEXT
+            ),
+        },
+    ]
+}
 _FUNCTION: Schema = _object(
     ("name",),
     name={"type": "string", "minLength": 1},
@@ -125,6 +136,17 @@ _CALL: Schema = _object(
     id=_TEXT,
     type={"const": "function"},
     function=_object(("name", "arguments"), name=_TEXT, arguments=_TEXT),
+)
+# A call as clients send it back: what an answer held, or less.
+_SAID_CALL: Schema = _object(
+    ("function",),
+    id=_TEXT,
+    type={"const": "function"},
+    function=_object(
+        ("name",),
+        name=_TEXT,
+        arguments={"anyOf": [_TEXT, {"type": "object"}, {"type": "null"}]},
+    ),
 )
 _USAGE: Schema = _object(
     ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"),
@@ -164,13 +186,13 @@ _SCHEMAS: Schema = {
                 {"type": "null"},
                 {
                     "type": "array",
-                    "items": _object(("type", "text"), type={"const": "text"}, text=_TEXT),
+                    "items": _object(("text",), type={"const": "text"}, text=_TEXT),
                 },
             ]
         },
         name=_TEXT,
         reasoning_content=_or_null(_TEXT),
-        tool_calls={"type": "array", "items": _CALL},
+        tool_calls={"type": "array", "items": _SAID_CALL},
         tool_call_id=_TEXT,
     ),
     "Tool": _object(("type", "function"), type={"const": "function"}, function=_FUNCTION),
@@ -311,7 +333,7 @@ _SCHEMAS: Schema = {
                 closed=True,
                 type={"const": "message"},
                 role={"enum": ["system", "developer", "user", "assistant"]},
-                content=_TEXT,
+                content=_TEXT_OR_PARTS,
             ),
             _object(
                 ("type", "name", "arguments", "call_id"),
@@ -325,7 +347,7 @@ _SCHEMAS: Schema = {
                 ("type", "output", "call_id"),
                 closed=True,
                 type={"const": "function_call_output"},
-                output=_TEXT,
+                output=_TEXT_OR_PARTS,
                 call_id=_TEXT,
             ),
         ]

@@ -165,19 +165,19 @@ def _message(fields: Fields, where: str) -> dict[str, Any]:
     role = fields.text("role")
     if role not in _ROLES:
         raise Refusal(400, f"{where} has the role {str(role)[:40]!r}", param="input")
-    content = _text(fields.take("content", ""), where)
+    content = _text(fields.take("content"), where)
     fields.finish(frozenset({"id", "status", "phase"}))
     return {"role": _ROLES[role], "content": content}
 
 
 def _function_call(fields: Fields, where: str) -> dict[str, Any]:
-    name, identity = fields.text("name"), fields.text("call_id")
-    arguments = fields.text("arguments") or "{}"
+    name, arguments = fields.text("name"), fields.text("arguments")
+    identity = _call_id(fields, where)
     fields.finish(frozenset({"id", "status"}))
-    if not name:
-        raise Refusal(400, f"{where} has no name", param="input")
+    if not name or arguments is None:
+        raise Refusal(400, f"{where} has no name or no arguments", param="input")
     call = {
-        "id": identity or "",
+        "id": identity,
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
@@ -185,10 +185,17 @@ def _function_call(fields: Fields, where: str) -> dict[str, Any]:
 
 
 def _output(fields: Fields, where: str) -> dict[str, Any]:
-    output = fields.take("output", "")
-    identity = fields.text("call_id")
+    output, identity = fields.take("output"), _call_id(fields, where)
     fields.finish(frozenset({"id", "status"}))
-    return {"role": "tool", "content": _text(output, where), "tool_call_id": identity or ""}
+    return {"role": "tool", "content": _text(output, where), "tool_call_id": identity}
+
+
+def _call_id(fields: Fields, where: str) -> str:
+    """Which call an item is, or answers."""
+    identity = fields.text("call_id")
+    if identity is None:
+        raise Refusal(400, f"{where} has no call_id", param="input")
+    return identity
 
 
 def _reasoning(fields: Fields, where: str) -> str:
@@ -209,8 +216,10 @@ def _text(content: Any, where: str) -> str:
         raise Refusal(400, f"{where} has content that is neither text nor parts", param="input")
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str) or part.get("type") not in _TEXT_PARTS:
+        kind, text = (
+            (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        )
+        if not isinstance(text, str) or not isinstance(kind, str) or kind not in _TEXT_PARTS:
             raise Refusal(
                 400, f"{where} has a part that is not text: only text is run here", param="input"
             )

@@ -104,19 +104,26 @@ class Compiler:
         """End the process. Twice is harmless."""
         self._worker.close()
 
-    def component(self, component: Component) -> list[NpuComponent]:
-        """Compile one, with less where it is refused; the parts it became, in order."""
-        reasons: list[str] = []
+    def component(self, component: Component, refused: tuple[str, ...] = ()) -> list[NpuComponent]:
+        """Compile one, with less where it is refused; the parts it became, in order. `refused`:
+        why more layers at once were not compiled."""
+        reasons = list(refused)
         for precision in _precisions(self._plan.precision):
             try:
                 return [replace(self._compiled(component, precision), reason="; ".join(reasons))]
             except (ProviderError, BackendError) as error:
-                reasons.append(f"{precision}: {error.message}")
+                count = len(component.layers)
+                what = f"{count} layers in {precision}" if count > 1 else precision
+                reasons.append(f"{what}: {error.message}")
                 _log.warning(
                     "%s refuses %s in %s: %s", self._target.name, component.name, precision, error
                 )
             if len(component.layers) > 1:
-                return [part for half in self._halves(component) for part in self.component(half)]
+                return [
+                    part
+                    for half in self._halves(component)
+                    for part in self.component(half, tuple(reasons))
+                ]
         _log.warning("%s runs on the CPU: %s", component.name, reasons[-1])
         return [self.on_cpu(component, "; ".join(reasons))]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
-from mimo_edge.errors import BackendError, CacheError, UsageError
+from mimo_edge.errors import BackendError, CacheError, GenerationError, UsageError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE, check_kv_type
 from mimo_edge.machine import usable_cores
 from mimo_edge.runtimes.base import (
@@ -148,7 +148,7 @@ class GgmlBackend:
         the final norm f32 [hidden_rows, M] of the last rows come back.
 
         When it fails, `cache.length` says how many tokens are complete: those before the chunk
-        that failed. They can be built on, except after NaN or Inf, which stay in the cache.
+        that failed. They can be built on, unless they themselves hold NaN or Inf.
         Raises UsageError, ContextLengthError (before anything is touched), CacheError,
         GenerationError (NaN or Inf), Cancelled, BundleError (a read), BackendError.
         """
@@ -199,8 +199,9 @@ class GgmlBackend:
             logits = _copy(trunk.logits_tensor, self.config.vocab_size)
             check_finite(hidden, "the residual stream", position + total - len(hidden))
             check_finite(logits, "the output head", position + total - len(logits))
-        except BaseException:
+        except BaseException as error:
             cache.undo_write(saved)
+            _clean(cache, error)
             raise
         cache.commit(total)
         return logits, hidden
@@ -273,8 +274,9 @@ class GgmlBackend:
             found.compute()
             logits = found.logits()
             check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
-        except BaseException:
+        except BaseException as error:
             index.truncate(position)
+            _clean(cache, error)
             raise
         return logits
 
@@ -337,9 +339,10 @@ class GgmlBackend:
             logits = found.logits()
             for depth, row in enumerate(logits):
                 check_finite(row[None], f"MTP block {depth}", position + len(ids) - 1)
-        except BaseException:
+        except BaseException as error:
             for ring in rings:
                 ring.truncate(position)
+            _clean(cache, error)
             raise
         return found.chosen(), logits
 
@@ -373,6 +376,12 @@ class GgmlBackend:
         if cache.closed:
             raise CacheError("this cache is closed")
         return cache
+
+
+def _clean(cache: GgmlCache, error: BaseException) -> None:
+    """After a pass that failed and was undone."""
+    if isinstance(error, GenerationError):
+        cache.clear_nonfinite()
 
 
 def _copy(tensor: Tensor | None, width: int) -> F32:

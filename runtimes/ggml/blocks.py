@@ -160,7 +160,7 @@ def _attend(
 
     def attend(q: Tensor, mask: Tensor, rows: int) -> Tensor:
         return g.attention(
-            g.swap_rows(q),
+            q,
             _heads(g, keys, c.head_dim, kv_heads, rows),
             _heads(g, values, c.v_head_dim, kv_heads, rows),
             mask,

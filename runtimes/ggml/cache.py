@@ -263,6 +263,12 @@ class GgmlCache:
         self.ring.truncate(self._length)
         self.full.truncate(self._length)
 
+    def clear_nonfinite(self) -> None:
+        """After a pass that gave NaN or Inf: attention over f32 rows multiplies those behind the
+        length by 0, too, so they must be numbers."""
+        for kv, rows in _written(self.memory, self.config, self.full, self.mtp_index):
+            kv.clear_nonfinite(rows)
+
     def rollback(self, n: int) -> None:
         """Undo the last n rows of every layer, exactly, or raise CacheError and change nothing.
 

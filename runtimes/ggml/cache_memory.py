@@ -57,6 +57,13 @@ class KvTensors:
         )
         return keys, values
 
+    def clear_nonfinite(self, rows: int) -> None:
+        """Make zero what is NaN or Inf in the first `rows` rows, where these are f32."""
+        for tensor in (self.key, self.value):
+            if tensor.type == TYPE_F32:
+                values = tensor.array().reshape(self.rows, -1)[:rows]
+                values[~np.isfinite(values)] = 0
+
     def zero(self, rows: int) -> None:
         """Clear the first `rows` rows."""
         for tensor in (self.key, self.value):
@@ -94,8 +101,9 @@ class CacheMemory:
         # A ring as large as the context never wraps, so it needs no more than that.
         window = config.sliding_window
         self.ring_rows = min(window - 1 + shape.verify_rows, shape.context)
-        # Only the newest row of an MTP block queries, so its ring needs no rows beyond W.
-        self.mtp_rows = min(window, shape.context)
+        # Only the newest row of an MTP block queries, so its ring needs no rows beyond W, but
+        # products of a multiple of four rows are the faster ones.
+        self.mtp_rows = min(round_up(window, 4), shape.context)
         trunk, blocks = config.num_hidden_layers, config.num_mtp_layers
         specs = [config.layer(i) for i in range(trunk + blocks)]
         self._context = Context(device, 2 * len(specs) + 1)

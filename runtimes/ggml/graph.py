@@ -48,6 +48,8 @@ class ExactRows(NamedTuple):
 
 
 _ANY_ROWS = ExactRows()
+# Queries up to which attention over f32 rows is computed as products.
+FEW_QUERIES = 16
 
 
 class Tensor:
@@ -511,34 +513,66 @@ class Graph(Context):
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None
     ) -> Tensor:
-        """q {D, T, H} over k {D, S, G} and v {Dv, S, G} with f16 mask {S, T} -> {Dv, H, T}."""
+        """q {D, H, T} over k {D, S, G} and v {Dv, S, G} with f16 mask {S, T} -> {Dv, H, T}.
+
+        No row of k and v may hold NaN or Inf, masked ones neither, where they are f32.
+        """
         _require(
             q.ne[0] == k.ne[0]
             and k.ne[1:] == v.ne[1:]
-            and q.ne[2] % k.ne[2] == 0
+            and q.ne[1] % k.ne[2] == 0
             and q.ne[3] == k.ne[3] == 1
             and q.type == ggml.TYPE_F32
-            and q.nb[0] == 4
+            and q.contiguous
             and mask.type == ggml.TYPE_F16
-            and mask.ne == (k.ne[1], q.ne[1], 1, 1)
-            and mask.contiguous,
-            "attention of {} over {}, {} with mask {}",
+            and mask.ne == (k.ne[1], q.ne[2], 1, 1)
+            and mask.contiguous
+            and (sinks is None or (sinks.type == ggml.TYPE_F32 and sinks.ne == (q.ne[1], 1, 1, 1))),
+            "attention of {} over {}, {} with mask {} and sinks {}",
             q,
             k,
             v,
             mask,
+            sinks,
         )
+        if k.type == v.type == ggml.TYPE_F32 and q.ne[2] <= FEW_QUERIES:
+            return self._attention_in_products(q, k, v, mask, scale, sinks)
+        q = self.swap_rows(q)
         out = Tensor(
             self._g.ggml_flash_attn_ext(
                 self.take(), q.pointer, k.pointer, v.pointer, mask.pointer, scale, 0.0, 0.0
             )
         )
         if sinks is not None:
-            _require(
-                sinks.type == ggml.TYPE_F32 and sinks.ne == (q.ne[2], 1, 1, 1), "sinks {}", sinks
-            )
             self._g.ggml_flash_attn_ext_add_sinks(out.pointer, sinks.pointer)
         return out
+
+    def _attention_in_products(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None
+    ) -> Tensor:
+        """Of few queries over f32 rows: ggml's own operation takes a head and a row at a time, a
+        product takes all rows and all heads that share a KV head."""
+        g = self._g
+        dim, heads, total = q.ne[:3]
+        rows, groups = k.ne[1:3]
+        shared = heads // groups
+        # Every token has products of its own: its bits do not depend on how many there are.
+        queries = self._reshape_4d(q, dim, shared, groups, total)
+        found = Tensor(g.ggml_mul_mat(self.take(), k.pointer, queries.pointer))
+        found = self._reshape_4d(found, rows, 1, heads, total)
+        sees = self._reshape_4d(mask, rows, 1, 1, total)
+        found = Tensor(g.ggml_soft_max_ext(self.take(), found.pointer, sees.pointer, scale, 0.0))
+        if sinks is not None:
+            g.ggml_soft_max_add_sinks(found.pointer, sinks.pointer)
+        found = self._reshape_4d(found, rows, shared, groups, total)
+        weights = Tensor(g.ggml_permute(self.take(), found.pointer, 1, 0, 2, 3))
+        # The sum over rows of value times weight.
+        out = Tensor(g.ggml_out_prod(self.take(), v.pointer, weights.pointer))
+        return self.reshape(out, v.ne[0], heads, total)
+
+    def _reshape_4d(self, a: Tensor, *ne: int) -> Tensor:
+        _require(math.prod(ne) == math.prod(a.ne) and a.contiguous, "reshape of {}", a)
+        return Tensor(self._g.ggml_reshape_4d(self.take(), a.pointer, *ne))
 
     def _check_broadcast(self, name: str, a: Tensor, b: Tensor) -> None:
         _require(

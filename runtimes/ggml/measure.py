@@ -166,9 +166,9 @@ def _attention(
     clock: Callable[[], float],
 ) -> float:
     count = max(1, _PRODUCTS // queries)
-    inputs, graph = Inputs(device), Graph(device, 8 * count + 8)
+    inputs, graph = Inputs(device), Graph(device, 16 * count + 8)
     try:
-        q = inputs.new(ggml.TYPE_F32, heads.dim, queries, heads.queries)
+        q = inputs.new(ggml.TYPE_F32, heads.dim, heads.queries, queries)
         key = inputs.new(kv_type, heads.dim, _CACHED_TOKENS, heads.groups)
         value = inputs.new(kv_type, heads.v_dim, _CACHED_TOKENS, heads.groups)
         mask = inputs.new(ggml.TYPE_F16, _CACHED_TOKENS, queries)

@@ -32,7 +32,7 @@ from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS, Carry, SlotExperts
 from mimo_edge.runtimes.ggml.token_input import TokenInput
 
 # Tensors for every row that is computed apart, in attention or in one product.
-_ATTENTION_ROW_TENSORS, _PRODUCT_ROW_TENSORS = 7, 3
+_ATTENTION_ROW_TENSORS, _PRODUCT_ROW_TENSORS = 14, 3
 
 
 @dataclass(frozen=True)

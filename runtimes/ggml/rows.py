@@ -32,7 +32,7 @@ class RowCheck:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._weights: dict[tuple[object, ...], ExactRows] = {}
-        self._attention: dict[tuple[AttentionKind, int], bool] = {}
+        self._attention: dict[tuple[AttentionKind, int, int], bool] = {}
 
     def weight(self, weight: Tensor) -> ExactRows:
         """How a loaded matrix {in, out} multiplies up to VERIFY_ROWS rows exactly."""
@@ -47,13 +47,15 @@ class RowCheck:
         layer of that kind."""
         if rows > _MOST_ATTENTION_ROWS:
             return False
-        return all(self._together(kind, rows) for kind in memory.attention_kinds[sliding])
+        # A ring is read whole, of a global layer a token alone may read a block less.
+        spare = 0 if sliding else SMALL_KV_BLOCK
+        return all(self._together(kind, rows, spare) for kind in memory.attention_kinds[sliding])
 
-    def _together(self, kind: AttentionKind, rows: int) -> bool:
-        found = self._attention.get((kind, rows))
-        if found is None:
-            found = self._attention[kind, rows] = self._try_attention(kind, rows)
-        return found
+    def _together(self, kind: AttentionKind, rows: int, spare: int) -> bool:
+        key = kind, rows, spare
+        if key not in self._attention:
+            self._attention[key] = self._try_attention(kind, rows, spare)
+        return self._attention[key]
 
     # --- trying ---
 
@@ -87,18 +89,17 @@ class RowCheck:
         planes = together == 1 and _same(self._run([values], planes_of), alone)
         return ExactRows(together, planes)
 
-    def _try_attention(self, kind: AttentionKind, rows: int) -> bool:
+    def _try_attention(self, kind: AttentionKind, rows: int, spare: int) -> bool:
         """The queries of a verify over rows of which the last ones are hidden from the first, and
-        each alone over the rows it would read then: a block less, for those that need no more."""
+        each alone over the rows it would read then: `spare` less, for those that need no more."""
         heads, groups, dim, v_dim, sinks, ggml_type = kind
         rng = np.random.default_rng(0)
         total = min(VERIFY_ROWS, rows)
         shapes = [(total, heads, dim), (rows, groups * dim), (rows, groups * v_dim), (heads,)]
         values = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
-        hidden = max(1, total // 2)  # queries that do not see the last block
+        hidden = max(1, total // 2)  # queries that do not see the last rows
         seen = [
-            max(1, rows - SMALL_KV_BLOCK) if row < hidden else rows - total + 1 + row
-            for row in range(total)
+            max(1, rows - spare) if row < hidden else rows - total + 1 + row for row in range(total)
         ]
         mask = np.where(np.arange(rows) < np.array(seen)[:, None], 0, -np.inf).astype(np.float16)
 
@@ -113,8 +114,7 @@ class RowCheck:
                     for a, n in ((key, dim), (value, v_dim))
                 )
                 hides = g.view(sees, (reads, count), (sees.nb[1],), start * sees.nb[1])
-                swapped = g.swap_rows(queries)
-                return g.attention(swapped, k, v, hides, dim**-0.5, sink if sinks else None)
+                return g.attention(queries, k, v, hides, dim**-0.5, sink if sinks else None)
 
             if together:
                 return part(0, total, rows)

@@ -18,7 +18,7 @@ from mimo_edge.cancel import Cancel, check_cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import BackendError, CacheError, UsageError
 from mimo_edge.machine import usable_cores
-from mimo_edge.onnx_io import CPU_VARIANT
+from mimo_edge.onnx_io import CPU_VARIANT, RUN_ROWS
 from mimo_edge.runtimes.base import (
     F32,
     VERIFY_ROWS,
@@ -32,15 +32,16 @@ from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex
 from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.slots import ExpertSource
-from mimo_edge.runtimes.onnx.cache import OnnxCache
+from mimo_edge.runtimes.onnx.cache import FEW_TOKENS, OnnxCache
 from mimo_edge.runtimes.onnx.experts import HostExperts
 from mimo_edge.runtimes.onnx.library import Array
 from mimo_edge.runtimes.onnx.package import Package
 from mimo_edge.runtimes.onnx.passes import MtpPass, TrunkPass, TrunkShape
+from mimo_edge.runtimes.onnx.plugin import Plugin
 from mimo_edge.runtimes.onnx.rows import rows_together
 from mimo_edge.units import even_part
 
-DEFAULT_CHUNK = 128
+DEFAULT_CHUNK = 512
 
 
 class OnnxBackend:
@@ -61,9 +62,13 @@ class OnnxBackend:
         chunk: int = DEFAULT_CHUNK,
         experts: Callable[[Device], ExpertSource] | None = None,
         routes: RouteSink | None = None,
+        plugin: Plugin | None = None,
+        reason: str = "",
     ) -> None:
-        """`config`: the bundle's, or that without MTP blocks. Raises BackendError (onnxruntime, no
-        such form), BundleError (graphs), UsageError (options)."""
+        """`config`: the bundle's, or that without MTP blocks. `plugin`: the provider of all graphs
+        but the embedding's, None: the CPU, and then `reason` why not another. Raises BackendError
+        (onnxruntime, no such form), ProviderError (the plug-in, nodes it does not run), BundleError
+        (graphs), UsageError (options)."""
         self.config: MimoConfig = bundle.config if config is None else config
         if chunk < 1:
             raise UsageError(f"chunk = {chunk}", "give 1 or more")
@@ -72,9 +77,12 @@ class OnnxBackend:
             raise UsageError("this model has routed experts", "give a source of them")
         self._chunk = chunk
         self._routes = routes
+        self._plugin = plugin
+        self._reason = reason
         self.prepared = 0
         """Passes made so far: see `PreparingBackend`."""
         self._pid = os.getpid()
+        self._caches: weakref.WeakSet[OnnxCache] = weakref.WeakSet()
         count = threads if threads is not None else usable_cores()
         self.device = Device(count)
         self._source: ExpertSource | None = None
@@ -95,11 +103,12 @@ class OnnxBackend:
 
     def _load(self, bundle: Bundle, threads: int) -> None:
         """Open the graphs."""
-        self.package = Package(bundle, self.config, CPU_VARIANT, threads)
+        self.package = Package(bundle, self.config, CPU_VARIANT, threads, self._plugin)
 
     def provider_stats(self) -> dict[str, object]:
-        """JSON-ready: which provider runs what."""
-        return {"provider": "CPUExecutionProvider"}
+        """JSON-ready: which provider runs the graphs, and why no other."""
+        name = "CPUExecutionProvider" if self._plugin is None else self._plugin.name
+        return {"provider": name, "reason": self._reason}
 
     def _try_rows(self) -> list[int]:
         """For each shard, then the head, how many rows of a verify one run may compute."""
@@ -127,7 +136,9 @@ class OnnxBackend:
     def new_cache(self, context: int, verify_rows: int = VERIFY_ROWS) -> OnnxCache:
         """An empty cache. Raises ContextLengthError past the model's positions, UsageError."""
         self._check_open()
-        return OnnxCache(self, self.config, context, verify_rows)
+        made = OnnxCache(self, self.config, context, verify_rows)
+        self._caches.add(made)
+        return made
 
     def forward(
         self,
@@ -219,19 +230,24 @@ class OnnxBackend:
         found = cache.found(key)
         if not isinstance(found, TrunkPass):
             if shape.large:
-                cache.drop_large()
+                self._drop_large()
             experts = None
             if self._source is not None:
                 experts = HostExperts(
                     self.device, self.config, self._source, shape.tokens, self._routes
                 )
-            together = self._together[:-1] if exact else [shape.tokens] * len(self.package.layers)
+            together = self._together[:-1] if exact else [RUN_ROWS] * len(self.package.layers)
             found = TrunkPass(
                 cache, self.package.shards, self.package.layers, together, shape, experts
             )
             self.prepared += 1
             cache.keep(key, found)
         return found
+
+    def _drop_large(self) -> None:
+        """Free the passes of many tokens, of every cache: the plan has room for one."""
+        for cache in list(self._caches):
+            cache.drop_large()
 
     def _embedding(self, ids: TokenIds) -> F32:
         out = np.empty((len(ids), self.config.hidden_size), np.float32)
@@ -299,8 +315,8 @@ class OnnxBackend:
         key = (depth, total)
         found = cache.found(key)
         if not isinstance(found, MtpPass):
-            if total > self._chunk:
-                cache.drop_large()
+            if total > FEW_TOKENS:
+                self._drop_large()
             found = MtpPass(cache, depth, self.package.mtp[depth], total)
             self.prepared += 1
             cache.keep(key, found)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,11 +52,20 @@ class Io:
     shape: tuple[int | str, ...]
 
 
+class Opener(Protocol):
+    """A provider that opens sessions itself: runtimes/onnx/plugin.Plugin."""
+
+    def session(self, model: Path | bytes, options: Any) -> Any:
+        """An ONNX Runtime session. Raises ProviderError."""
+        ...
+
+
 class Session:
     """A loaded graph on one execution provider."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        """Raises BundleError for a file that is no graph ONNX Runtime can run."""
+    def __init__(self, path: Path, threads: int, provider: Opener | None = None) -> None:
+        """`provider` None: the CPU. Raises BundleError for a file that is no graph ONNX Runtime can
+        run, ProviderError for one the provider does not run."""
         ort = onnxruntime()
         self.path = path
         self._ort = ort
@@ -72,17 +81,23 @@ class Session:
         options.inter_op_num_threads = 1
         # Threads that wait while others compute (another graph's, ggml's) must not take a core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if provider is not None:
+            self._session = provider.session(path, options)
+        else:
+            self._session = self._on_cpu(path, options)
+        self.inputs = tuple(self._io(found) for found in self._session.get_inputs())
+        self.outputs = tuple(self._io(found) for found in self._session.get_outputs())
+
+    def _on_cpu(self, path: Path, options: Any) -> Any:
         try:
-            self._session = ort.InferenceSession(
+            return self._ort.InferenceSession(
                 str(path),
                 options,
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,
             )
         except Exception as error:  # ONNX Runtime raises classes of its own, without a base
-            raise BundleError(f"{path}: {_first_line(error)}", "export the model again") from error
-        self.inputs = tuple(self._io(found) for found in self._session.get_inputs())
-        self.outputs = tuple(self._io(found) for found in self._session.get_outputs())
+            raise BundleError(f"{path}: {first_line(error)}", "export the model again") from error
 
     @staticmethod
     def _io(found: Any) -> Io:
@@ -132,10 +147,10 @@ class Bound:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed: {_first_line(error)}") from error
+            raise BackendError(f"ONNX Runtime failed: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What ONNX Runtime says, without the places in its source that it says it from."""
     lines = str(error).strip().splitlines() or [repr(error)]
     words = [

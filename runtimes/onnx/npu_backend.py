@@ -39,6 +39,7 @@ from mimo_edge.runtimes.onnx.cache import Kv, OnnxCache
 from mimo_edge.runtimes.onnx.experts import HostExperts
 from mimo_edge.runtimes.onnx.npu_feed import NpuInputs, padded, rows_by_kind
 from mimo_edge.runtimes.onnx.npu_package import NpuPackage
+from mimo_edge.runtimes.onnx.qnn import Qnn
 from mimo_edge.runtimes.reference import rms_norm
 
 Positions = NDArray[np.int64]
@@ -100,14 +101,17 @@ class NpuBackend(OnnxBackend):
         bundle: Bundle,
         *,
         npu: str | None = None,
+        qnn: Qnn | None = None,
         config: MimoConfig | None = None,
         threads: int | None = None,
         experts: Callable[[Device], ExpertSource] | None = None,
         routes: RouteSink | None = None,
     ) -> None:
-        """`npu`: the target, when the bundle was made for several. Raises ProviderError when the
+        """`npu`: the target, when the bundle was made for several; `qnn`: the provider, by default
+        the installed package's. Raises ProviderError when the
         provider, or a graph for it, is missing or refused; else as OnnxBackend."""
         self._npu = npu
+        self._qnn = qnn or Qnn()
         self._inputs: dict[tuple[str, Shape], NpuInputs] = {}
         self._host_experts: OrderedDict[int, HostExperts] = OrderedDict()
         super().__init__(
@@ -120,7 +124,7 @@ class NpuBackend(OnnxBackend):
         )
 
     def _load(self, bundle: Bundle, threads: int) -> None:
-        self.package = NpuPackage(bundle, self.config, self._npu, threads)
+        self.package = NpuPackage(bundle, self.config, self._npu, threads, self._qnn)
         self.package.try_all()
 
     def _try_rows(self) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.errors import ProviderError
-from mimo_edge.runtimes.onnx import qnn
+from mimo_edge.runtimes.onnx.qnn import Qnn
 from mimo_edge.runtimes.onnx.qnn_targets import target
 
 Arrays = dict[str, NDArray[Any]]
@@ -22,7 +22,7 @@ def compile_graph(source: str, made: str, npu: str) -> list[str]:
     """Compile the graph `source` for `npu` into the EPContext model `made` and a binary beside it;
     the names of both files. Raises ProviderError when a node is refused or the compiler fails."""
     path = Path(made)
-    qnn.open_session(
+    Qnn().open_session(
         Path(source),
         target(npu),
         config={
@@ -37,13 +37,16 @@ def compile_graph(source: str, made: str, npu: str) -> list[str]:
     return [file.name for file in files]
 
 
-def run_compiled(model: str, npu: str | None, feeds: list[Arrays]) -> list[Arrays]:
+def run_compiled(
+    model: str, npu: str | None, feeds: list[Arrays], qnn: Qnn | None = None
+) -> list[Arrays]:
     """Load a compiled graph, all of it on the NPU, and run it on each of `feeds`. Raises
     ProviderError when it does not load or run."""
-    session = qnn.open_session(Path(model), None if npu is None else target(npu))
+    chosen, chip = qnn or Qnn(), None if npu is None else target(npu)
+    session = chosen.open_session(Path(model), chip)
     names = [output.name for output in session.get_outputs()]
     wanted = {found.name for found in session.get_inputs()}
-    with qnn.provider_errors("run"):
+    with chosen.plugin(chip).errors("run"):
         return [
             dict(
                 zip(

@@ -23,9 +23,9 @@ from mimo_edge.npu_io import (
 )
 from mimo_edge.onnx_io import CPU_VARIANT, EMBED, FOLDER, HEAD, MODEL_NAME, mtp_name
 from mimo_edge.runtimes.base import F32
-from mimo_edge.runtimes.onnx import qnn
 from mimo_edge.runtimes.onnx.isolated import Worker
 from mimo_edge.runtimes.onnx.library import Session
+from mimo_edge.runtimes.onnx.qnn import PROVIDER, Qnn, emulated
 from mimo_edge.runtimes.onnx.qnn_targets import target
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -43,15 +43,17 @@ class Graph(Protocol):
 class NpuGraph:
     """A compiled graph: all of it on the NPU."""
 
-    def __init__(self, path: Path, variant: NpuVariant) -> None:
+    def __init__(self, path: Path, variant: NpuVariant, qnn: Qnn) -> None:
         """Raises ProviderError when it is refused, or any node would run elsewhere."""
-        self._session = qnn.open_session(path, target(variant.target))
+        chip = target(variant.target)
+        self._plugin = qnn.plugin(chip)
+        self._session = qnn.open_session(path, chip)
         self._inputs = [found.name for found in self._session.get_inputs()]
         self._outputs = [found.name for found in self._session.get_outputs()]
 
     def run(self, feed: Arrays) -> dict[str, NDArray[Any]]:
         """See `Graph`. Raises ProviderError."""
-        with qnn.provider_errors("run"):
+        with self._plugin.errors("run"):
             found = self._session.run(self._outputs, {name: feed[name] for name in self._inputs})
         return dict(zip(self._outputs, found, strict=True))
 
@@ -84,10 +86,13 @@ class NpuPackage:
     """What a bundle holds for one NPU. Graphs are opened when first run; `try_all` loads every one
     in another process before, since a bad one can end ours."""
 
-    def __init__(self, bundle: Bundle, config: MimoConfig, npu: str | None, threads: int) -> None:
+    def __init__(
+        self, bundle: Bundle, config: MimoConfig, npu: str | None, threads: int, qnn: Qnn
+    ) -> None:
         """`npu` names the target; None: the only one there is. Raises ProviderError when the bundle
         has no graphs for it, BundleError when they do not fit the model."""
         self.folder = bundle.path / FOLDER
+        self._qnn = qnn
         self.variant = _choose(self.folder / INDEX_NAME, npu)
         self._config = config
         self._threads = threads
@@ -124,6 +129,7 @@ class NpuPackage:
                             model=str(self._path(component, shape)),
                             npu=self.variant.target,
                             feeds=[],
+                            qnn=self._qnn,
                         )
                     except ProviderError as error:
                         raise ProviderError(
@@ -139,7 +145,7 @@ class NpuPackage:
         if key not in self._graphs:
             path = self._path(component, key[1])
             self._graphs[key] = (
-                CpuGraph(path, self._threads) if cpu else NpuGraph(path, self.variant)
+                CpuGraph(path, self._threads) if cpu else NpuGraph(path, self.variant, self._qnn)
             )
         return self._graphs[key]
 
@@ -148,9 +154,9 @@ class NpuPackage:
         used = self._used()
         cpu = [c for c in used if c.precision == "cpu"]
         return {
-            "provider": qnn.PROVIDER,
+            "provider": PROVIDER,
             "target": self.variant.target,
-            "emulated": qnn.emulated(),
+            "emulated": emulated(),
             "components": len(used),
             "on_npu": len(used) - len(cpu),
             "on_cpu": [{"component": c.name, "reason": c.reason} for c in cpu],
@@ -168,6 +174,16 @@ class NpuPackage:
         return self.folder / component.name / self.variant.name / component.files[shape][0]
 
 
+def compiled_targets(bundle: Path) -> tuple[str, ...]:
+    """The NPUs a bundle has graphs for. Raises BundleError when its index is damaged."""
+    path = bundle / FOLDER / INDEX_NAME
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return ()
+    return tuple(variant.target for variant in read_index(data, str(path)).values())
+
+
 def _choose(path: Path, npu: str | None) -> NpuVariant:
     """The variant asked for, from the index."""
     try:
@@ -180,7 +196,11 @@ def _choose(path: Path, npu: str | None) -> NpuVariant:
     have = ", ".join(v.target for v in variants.values())
     if npu is None:
         if len(variants) != 1:
-            raise UsageError(f"the bundle has graphs for several NPUs: {have}", "say which: --npu")
+            first = next(iter(variants.values())).target
+            raise UsageError(
+                f"the bundle has graphs for several NPUs: {have}",
+                f"say which, as in --ep qnn:{first}, or give the device's --profile",
+            )
         return next(iter(variants.values()))
     wanted = f"qnn-{target(npu).name}"
     if wanted not in variants:

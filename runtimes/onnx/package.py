@@ -20,7 +20,7 @@ from mimo_edge.onnx_io import (
     kind_of,
     mtp_name,
 )
-from mimo_edge.runtimes.onnx.library import Session
+from mimo_edge.runtimes.onnx.library import Opener, Session
 
 Shape = tuple[int | None, ...]
 
@@ -38,9 +38,17 @@ def onnx_form(bundle: Bundle) -> Manifest:
 class Package:
     """Every session of a model in variant `variant`; `shards` are its decoder layers in order."""
 
-    def __init__(self, bundle: Bundle, config: MimoConfig, variant: str, threads: int) -> None:
-        """`config` may leave out MTP blocks, which are then not loaded. Raises BackendError when
-        there is no ONNX form or not this variant, BundleError when it does not fit the model."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: MimoConfig,
+        variant: str,
+        threads: int,
+        provider: Opener | None = None,
+    ) -> None:
+        """`config` may leave out MTP blocks, which are then not loaded. `provider` None: the CPU;
+        the embedding is always the CPU's. Raises BackendError when there is no ONNX form or not
+        this variant, BundleError when it does not fit the model, ProviderError."""
         entry = onnx_form(bundle).onnx
         assert entry is not None
         if entry.opset > OPSET or entry.ir_version > IR_VERSION:
@@ -69,6 +77,7 @@ class Package:
         if missing := [name for name in wanted if name not in names]:
             raise BundleError(f"{bundle.path} lacks the graph {missing[0]} for {variant}")
         self._variant = variant
+        self._provider = provider
         self.embed = self._open(EMBED, _embed_io(config))
         self.layers = tuple(self._open(s.name, _layer_io(config, s)) for s in self.shards)
         self.head = self._open(HEAD, _head_io(config))
@@ -88,7 +97,7 @@ class Package:
 
     def _open(self, name: str, expected: dict[str, Shape]) -> Session:
         path = self._folder / name / self._variant / MODEL_NAME
-        session = Session(path, self._threads)
+        session = Session(path, self._threads, None if name == EMBED else self._provider)
         found = {io.name: io for io in (*session.inputs, *session.outputs)}
         if set(found) != set(expected):
             other = sorted(set(found) ^ set(expected))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mimo_edge.cancel import Cancel, check_cancel
 from mimo_edge.config import MimoConfig
-from mimo_edge.onnx_io import MASKED, Kind, Shard, kind_of
+from mimo_edge.onnx_io import MASKED, RUN_ROWS, Kind, Shard, kind_of
 from mimo_edge.runtimes.base import F32
 from mimo_edge.runtimes.onnx.cache import FEW_TOKENS, Kv, OnnxCache
 from mimo_edge.runtimes.onnx.experts import HostExperts
@@ -132,8 +132,8 @@ class TrunkPass:
         shape: TrunkShape,
         experts: HostExperts | None,
     ) -> None:
-        """`together`: rows of each session that one run may compute when every row must have the
-        bits it has alone."""
+        """`together`: rows of each session that one run may compute: few where every row must have
+        the bits it has alone, RUN_ROWS where memory is the bound."""
         self.shape = shape
         self._config = c = cache.config
         self._cache = cache
@@ -289,9 +289,22 @@ class MtpPass:
         self.angles = Angles(c, total, {self._kind: kv.rows})
         shape = (total, c.hidden_size)
         self.embedding, self.hidden, self.h = (np.empty(shape, np.float32) for _ in range(3))
-        arrays = kv_arrays(spec.index, kv) | self.angles.rows(0, total)
-        arrays |= {"e": self.embedding, "hidden": self.hidden, "h_out": self.h}
-        self._run = session.bind(arrays)
+        shared = kv_arrays(spec.index, kv)
+
+        def given(start: int, stop: int) -> dict[str, Array]:
+            return (
+                shared
+                | self.angles.rows(start, stop)
+                | {
+                    "e": self.embedding[start:stop],
+                    "hidden": self.hidden[start:stop],
+                    "h_out": self.h[start:stop],
+                }
+            )
+
+        # Only the last row's output counts: that those before see less of a ring than one run of
+        # all would show them (rows they overwrite are masked) changes nothing.
+        self._runs = bind_rows(session, given, total, min(total, RUN_ROWS))
 
     @property
     def current(self) -> bool:
@@ -310,7 +323,8 @@ class MtpPass:
 
     def compute(self) -> None:
         """Run with the inputs filled before."""
-        self._run.run()
+        for run in self._runs:
+            run.run()
 
     def close(self) -> None:
         """Nothing is held that is not memory."""

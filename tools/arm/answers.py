@@ -2,8 +2,8 @@
 
     python tools/arm/answers.py BUNDLE --commands 4 [--kv-type f32] [--draft 0]
 
-One line per command: its id, the tokens of the greedy answer, and whether it calls exactly the
-right tools.
+First a line that says which libggml computes, then one per command: its id, the tokens of the
+greedy answer, and whether it calls exactly the right tools.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import json
 from mimo_edge import Runtime
 from mimo_edge.evaluate import ENDED, same_calls
 from mimo_edge.nano.commands import TOOLS, held_out
+from mimo_edge.runtimes.ggml.bindings import bindings
+from mimo_edge.runtimes.ggml.cpu_library import variant_name
 from mimo_edge.suites import spread
 
 
@@ -28,6 +30,9 @@ def main() -> None:
     with Runtime.open(
         wanted.bundle, kv_type=wanted.kv_type, draft=wanted.draft, threads=1
     ) as runtime:
+        library = bindings()
+        about = {"variant": variant_name(library.cpu_path), "features": list(library.features)}
+        print(json.dumps(about), flush=True)
         for command in spread(held_out(), wanted.commands):
             tools = [TOOLS[name] for name in command["tools"]]
             session = runtime.session(tools=tools, enable_thinking=False)

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arm.checks import Check, Outcome, digest
 from arm.paths import REPOSITORY, WORK, run
 from mimo_edge import export_bundle
 
-_SCRIPT = REPOSITORY / "tools" / "arm" / "answers.py"
+# Processors of the emulator, and the variant of libggml that must compute there. ARMv8.0; dotprod
+# and fp16; i8mm and SVE2 with vectors of 128 bits, as phones have.
+MAX = "max,sve-default-vector-length=16"
+VARIANTS = {
+    "cortex-a53": "armv8.0_1",
+    "cortex-a76": "armv8.2_2",
+    MAX: "armv8.6_2",
+    # ggml has kernels of their own for some lengths of vectors.
+    "max,sve-default-vector-length=32": "armv8.6_2",
+    "max,sve-default-vector-length=64": "armv8.6_2",
+}
+CPUS = ("cortex-a53", "cortex-a76", MAX)  # with which the whole suite runs
+_SCRIPTS = REPOSITORY / "tools" / "arm"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is asked of a bundle, and in what the answers must be equal ("tokens", "exact")."""
+
+    recipe: str
+    commands: int
+    kv_type: str
+    draft: int
+    equal_in: str
+
+
+def comparisons(at_f32: int, at_int4: int) -> tuple[Comparison, Comparison]:
+    """At f32, weights and cache, token for token. At int4, whose sums are rounded in another order,
+    the same commands are answered exactly right."""
+    return (
+        Comparison("f32", at_f32, "f32", 0, "tokens"),
+        Comparison("q4_k", at_int4, "f16", 3, "exact"),
+    )
 
 
 def bundle(recipe: str) -> Path:
@@ -22,74 +56,66 @@ def bundle(recipe: str) -> Path:
     return path
 
 
-def answers(
-    python: Path | str, model: Path, commands: int, kv_type: str, draft: int, cpu: str = ""
+def answer_check(python: Path, model: Path, cpu: str, wanted: Comparison, state: bytes) -> Check:
+    """The answers of `model` under `cpu` against those of this machine."""
+    name = f"{wanted.commands} commands at {wanted.recipe}"
+    run_it = functools.partial(_compare, python, model, cpu, wanted)
+    return Check(cpu, name, digest(state, (_SCRIPTS / "answers.py").read_bytes()), run_it)
+
+
+def _compare(python: Path, model: Path, cpu: str, wanted: Comparison) -> Outcome:
+    want = _answers_here(model, wanted)
+    about, *found = _answers(python, model, wanted, {"QEMU_CPU": cpu})
+    same = [a[wanted.equal_in] == b[wanted.equal_in] for a, b in zip(want, found, strict=True)]
+    equal = sum(a["tokens"] == b["tokens"] for a, b in zip(want, found, strict=True))
+    right = sum(bool(answer["exact"]) for answer in found)
+    variant = about["variant"]
+    told = (
+        f"{wanted.equal_in} equal in {sum(same)}, whole answers equal in {equal}, {right} exactly "
+        f"right, computed by {variant} ({', '.join(about['features'])})"
+    )
+    passed = all(same) and len(same) == wanted.commands
+    return Outcome(passed and variant == VARIANTS.get(cpu, variant), told)
+
+
+@functools.cache
+def _answers_here(model: Path, wanted: Comparison) -> list[dict[str, Any]]:
+    return _answers(Path(sys.executable), model, wanted, {})[1:]
+
+
+def _answers(
+    python: Path, model: Path, wanted: Comparison, env: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """What a bundle answers to held-out commands."""
-    env: Mapping[str, str] = {"QEMU_CPU": cpu} if cpu else {}
     text = run(
-        [python, _SCRIPT, model, f"--commands={commands}", f"--kv-type={kv_type}",
-         f"--draft={draft}"],
+        [python, _SCRIPTS / "answers.py", model, f"--commands={wanted.commands}",
+         f"--kv-type={wanted.kv_type}", f"--draft={wanted.draft}"],
         env=env,
         capture=True,
     )  # fmt: skip
     return [json.loads(line) for line in text.splitlines()]
 
 
-def same_tokens(python: Path, model: Path, cpus: tuple[str, ...], commands: int, jobs: int) -> bool:
-    """Greedy answers at f32, weights and cache: token for token those of this machine."""
-    return _compare(python, model, cpus, commands, jobs, "f32", 0, "tokens")
+def session_checks(python: Path, model: Path, cpu: str, state: bytes) -> Iterator[Check]:
+    """A session saved on either machine goes on on the other with the tokens it would have had."""
+    script = _SCRIPTS / "carry_session.py"
+    state_now = digest(state, script.read_bytes())
+    here: tuple[Path, dict[str, str]] = (Path(sys.executable), {})
+    there = (python, {"QEMU_CPU": cpu})
 
+    def turn(machine: tuple[Path, dict[str, str]], what: str, file: Path) -> str:
+        program, env = machine
+        return run([program, script, what, model, file], env=env, capture=True)
 
-def same_matches(
-    python: Path, model: Path, cpus: tuple[str, ...], commands: int, jobs: int
-) -> bool:
-    """At int4, whose sums are rounded in another order: the same commands are answered right."""
-    return _compare(python, model, cpus, commands, jobs, "f16", 3, "exact")
+    def carried(name: str, first: tuple[Path, dict[str, str]], second: Any) -> Outcome:
+        file = WORK / f"session-{cpu}-{name}"
+        file.unlink(missing_ok=True)
+        turn(first, "save", file)
+        want, found = turn(first, "restore", file), turn(second, "restore", file)
+        file.unlink()
+        good = bool(json.loads(want)) and want == found
+        return Outcome(good, f"goes on with {'the same' if good else 'other'} tokens")
 
-
-def _compare(
-    python: Path,
-    model: Path,
-    cpus: tuple[str, ...],
-    commands: int,
-    jobs: int,
-    kv_type: str,
-    draft: int,
-    what: str,
-) -> bool:
-    want = answers(sys.executable, model, commands, kv_type, draft)
-    passed = len(want) == commands
-    with ThreadPoolExecutor(jobs) as pool:  # of processes: each is one thread wide
-        told = list(
-            pool.map(lambda cpu: answers(python, model, commands, kv_type, draft, cpu), cpus)
-        )
-    for cpu, found in zip(cpus, told, strict=True):
-        same = [a[what] == b[what] for a, b in zip(want, found, strict=True)]
-        equal = sum(a["tokens"] == b["tokens"] for a, b in zip(want, found, strict=True))
-        right = sum(bool(answer["exact"]) for answer in found)
-        print(f"{cpu}: {model.name}, {commands} commands: {what} equal in {sum(same)}, "
-              f"whole answers equal in {equal}, {right} exactly right", flush=True)  # fmt: skip
-        passed = passed and all(same)
-    return passed
-
-
-def same_sessions(python: Path, model: Path, cpu: str) -> bool:
-    """A session saved on either machine goes on on either with the tokens it would have had."""
-    script = REPOSITORY / "tools" / "arm" / "carry_session.py"
-    machines: dict[str, tuple[object, dict[str, str]]] = {
-        "x86-64": (sys.executable, {}),
-        cpu: (python, {"QEMU_CPU": cpu}),
-    }
-    second: dict[str, str] = {}
-    for saver, (program, env) in machines.items():
-        path = WORK / f"session-{saver}"
-        path.unlink(missing_ok=True)
-        run([program, script, "save", model, path], env=env, capture=True)
-        for reader, (other, settings) in machines.items():
-            second[f"{saver} -> {reader}"] = run(
-                [other, script, "restore", model, path], env=settings, capture=True
-            )
-    same = len(set(second.values())) == 1
-    print(f"sessions {', '.join(second)}: {'the same tokens' if same else second}", flush=True)
-    return same
+    yield Check(cpu, "session from here", state_now,
+                functools.partial(carried, "here", here, there))  # fmt: skip
+    yield Check(cpu, "session from there", state_now,
+                functools.partial(carried, "there", there, here))  # fmt: skip

@@ -20,15 +20,15 @@ ENVIRONMENT = WORK / "env"
 # What the tests import that has wheels for aarch64; torch, onnxruntime and llama-cpp-python
 # are left out: docs/arm.md says what that leaves untested.
 PACKAGES = (
-    "numpy", "jinja2", "tokenizers", "sentencepiece", "gguf", "typer", "pillow",
+    "numpy", "jinja2", "llguidance", "tokenizers", "sentencepiece", "gguf", "typer", "pillow",
     "pytest", "hypothesis", "starlette", "uvicorn", "httpx", "openai",
 )  # fmt: skip
-_PLATFORMS = ("manylinux_2_34_aarch64", "manylinux_2_28_aarch64", "manylinux_2_27_aarch64",
-              "manylinux_2_17_aarch64", "manylinux2014_aarch64")  # fmt: skip
+_PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in (34, 31, 28, 27, 17)]
 
 
-def make_environment() -> Path:
-    """Path of the environment's `python`; our own package is installed anew every time."""
+def make_environment(full: Path) -> Path:
+    """Path of the environment's `python`; our own package, the wheel `full`, is installed anew
+    every time."""
     make_root()
     version = interpreter().name.removeprefix("python")
     site = ENVIRONMENT / "lib" / f"python{version}" / "site-packages"
@@ -46,7 +46,7 @@ def make_environment() -> Path:
         (ENVIRONMENT / ".made").write_text(key, "utf-8")
     for old in site.glob("mimo_edge*"):
         shutil.rmtree(old)
-    unpack(full_wheel(), site)
+    unpack(full, site)
     unpack(libggml_wheel(libggml.build(), fresh(WORK / "dist-libggml")), site)
     return ENVIRONMENT / "bin" / "python"
 
@@ -71,4 +71,4 @@ def _link_interpreter() -> None:
 
 
 if __name__ == "__main__":
-    print(make_environment())
+    print(make_environment(full_wheel()))

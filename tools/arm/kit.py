@@ -33,11 +33,12 @@ _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_1
 SCHEMA = 1
 
 
-def make_kit(python: str, out: Path) -> Path:
-    """Write the archive for CPython `python` ("3.11") into the folder `out`; returns its path."""
+def make_kit(python: str, out: Path, full: Path) -> Path:
+    """Write the archive for CPython `python` ("3.11") into the folder `out`; returns its path.
+    `full` is the wheel of this repository."""
     libraries = libggml.build()
     wheels = fresh(WORK / "kit" / "wheels")
-    device = device_wheel(full_wheel(), wheels)
+    device = device_wheel(full, wheels)
     libggml_wheel(libraries, wheels)
     _download(python, wheels)
     files = {f"wheels/{path.name}": path.read_bytes() for path in sorted(wheels.glob("*.whl"))}
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument("--python", default="3.11", help="Python of the device, such as 3.11")
     parser.add_argument("--out", type=Path, default=Path("dist"))
     wanted = parser.parse_args()
-    path = make_kit(wanted.python, wanted.out)
+    path = make_kit(wanted.python, wanted.out, full_wheel())
     print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 

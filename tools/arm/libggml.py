@@ -76,7 +76,9 @@ def build(variants: Sequence[str] = VARIANTS) -> Path:
         fresh(out)
         run(
             ["cmake", "-S", place / "ggml", "-B", work, "-Wno-dev", "--log-level=ERROR"]
-            + [f"-D{name}={value}" for name, value in options.items()]
+            + [f"-D{name}={value}" for name, value in options.items()],
+            env={"CFLAGS": "", "CXXFLAGS": ""},  # what suits the compiler of this machine
+            capture=True,
         )
         (work / ".configured").write_text(key, "utf-8")
     names = ["ggml-base", *(f"ggml-cpu-{variant}" for variant in variants)]
@@ -84,7 +86,8 @@ def build(variants: Sequence[str] = VARIANTS) -> Path:
     wanted[out / "libggml-base.so.0"] = wanted.pop(out / "libggml-base.so")
     if not all(path.is_file() for path in wanted):
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
-        run(["cmake", "--build", work, "--parallel", jobs, "--target", *names])
+        print(f"compiling libggml: {', '.join(variants)}", flush=True)
+        run(["cmake", "--build", work, "--parallel", jobs, "--target", *names], capture=True)
         for path, name in wanted.items():
             shutil.copy(next(work.rglob(name)).resolve(), path)
         # Systems without a compiler often have no OpenMP either.

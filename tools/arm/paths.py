@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Everything lies here, ignored by git; deleting it makes the next call begin afresh.
 WORK = REPOSITORY / ".arm"
 QEMU = "qemu-aarch64-static"
+TIMEOUT_S = 3600.0  # of one program; none takes that long, an emulator that hangs takes for ever
+_running: set[subprocess.Popen[str]] = set()
 NEEDED = {
     QEMU: "qemu-user-static",
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
@@ -21,27 +24,74 @@ NEEDED = {
 }
 
 
+class ProgramError(SystemExit):
+    """A program that was called failed or did not end: what it was and what it said."""
+
+
 def run(
     command: Sequence[object],
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     capture: bool = False,
 ) -> str:
-    """Run a program (words and paths) to its end; its output when `capture`. Ends this one when it
-    fails."""
-    done = subprocess.run(
-        [str(word) for word in command],
+    """Run a program (words and paths) to its end; its output when `capture`.
+
+    Raises ProgramError, which ends this one, when it fails.
+    """
+    code, told = outcome(command, cwd, env, None if capture else False)
+    if code:
+        raise ProgramError(f"{told}{command[0]} failed ({code}): {' '.join(map(str, command))}")
+    return told
+
+
+def outcome(
+    command: Sequence[object],
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    errors: bool | None = True,
+    timeout_s: float = TIMEOUT_S,
+) -> tuple[int, str]:
+    """Run a program to its end; its exit status and its output, with what it says of `errors`.
+
+    `errors` None leaves those on the terminal, False leaves there all the output. A program that
+    does not end is killed with all it started: an emulator may hang. Raises ProgramError then.
+    """
+    words = [str(word) for word in command]
+    process = subprocess.Popen(
+        words,
         cwd=cwd,
         env=None if env is None else {**os.environ, **env},
-        stdout=subprocess.PIPE if capture else None,
+        stdin=subprocess.DEVNULL,
+        stdout=None if errors is False else subprocess.PIPE,
+        stderr=subprocess.STDOUT if errors else None,
         text=True,
-        check=False,
+        start_new_session=True,
     )
-    if done.returncode:
-        if done.stdout:
-            sys.stderr.write(done.stdout)
-        raise SystemExit(f"{command[0]} failed ({done.returncode}): {' '.join(map(str, command))}")
-    return done.stdout or ""
+    _running.add(process)
+    try:
+        told, _ = process.communicate(timeout=timeout_s)
+    except BaseException as error:
+        _kill(process)
+        told, _ = process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        raise ProgramError(
+            f"{told or ''}{words[0]} did not end within {timeout_s:.0f} s: {' '.join(words)}"
+        ) from None
+    finally:
+        _running.discard(process)
+    return process.returncode, told or ""
+
+
+def kill_running() -> None:
+    """End the programs that other threads wait for, with all they started."""
+    for process in list(_running):
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def check_programs() -> None:

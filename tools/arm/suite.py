@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import time
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from arm.paths import REPOSITORY, WORK
+from arm.checks import Check, Outcome, digest
+from arm.paths import REPOSITORY, WORK, outcome
 
-# ARMv8.0; dotprod and fp16; i8mm and SVE2 with vectors of 128 bits, as phones have.
-MAX = "max,sve-default-vector-length=16"
-CPUS = ("cortex-a53", "cortex-a76", MAX)
 # The quick part: what most depends on the processor, the C library or the kernel.
 QUICK = (
     "test_cpu_library", "test_ggml_library", "test_ggml_graph", "test_native_library",
@@ -23,6 +19,7 @@ QUICK = (
 # QEMU 9 on know only the host's pages.
 SMALL_SYSTEM = {"QEMU_PAGESIZE": "65536", "QEMU_RESERVED_VA": hex(1 << 39)}
 ON_SMALL_SYSTEM = ("test_limits", "test_kv_cache", "test_runtime_alone")
+_NOTHING_LEFT = 5  # how pytest ends when every test of a file is left out
 # Files that cannot run, or say nothing of the processor there, and why.
 EXCLUDED = {
     "test_bench": "memory caps need the host's cgroups",
@@ -50,38 +47,49 @@ def command_line(python: Path, files: Sequence[str]) -> list[str]:
             *(f"--deselect=tests/{name}" for name in DESELECTED)]  # fmt: skip
 
 
-def run_suite(
+def suite_checks(
     python: Path,
     cpu: str,
     files: Sequence[str],
-    jobs: int,
     settings: Mapping[str, str] = MappingProxyType({}),
-) -> bool:
-    """Run `files` under the processor `cpu`, in `jobs` processes; whether everything passed.
-    `settings` are more of the emulator's."""
-    began = time.monotonic()
+) -> Iterator[Check]:
+    """A check for every test file in `files` on the processor `cpu`. `settings` are more of the
+    emulator's."""
+    shared = shared_state(python)
+    for name in files:
+        state = digest(shared, (REPOSITORY / "tests" / f"{name}.py").read_bytes())
+        run = functools.partial(_run_file, python, name, {"QEMU_CPU": cpu, **settings})
+        yield Check(" ".join([cpu, *settings.values()]), name, state, run)
+
+
+def _run_file(python: Path, name: str, settings: Mapping[str, str]) -> Outcome:
+    """pytest's verdict on a file; what it said is printed when anything failed."""
     env = {
-        **os.environ,
-        "QEMU_CPU": cpu,
         "PYTHONPYCACHEPREFIX": str(WORK / "pycache"),
         "GGML_NO_BACKTRACE": "1",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         **settings,
     }
-    groups = [files[start::jobs] for start in range(jobs)]
-    running = [
-        subprocess.Popen(command_line(python, group), cwd=REPOSITORY, env=env)
-        for group in groups
-        if group
+    code, told = outcome(command_line(python, [name]), REPOSITORY, env)
+    if code == _NOTHING_LEFT:
+        return Outcome(True, "nothing in it runs there")
+    if code:
+        print(told, flush=True)
+    last = told.strip().rpartition("\n")[2].strip("= ")
+    return Outcome(not code, last or f"pytest ended with {code}")
+
+
+def shared_state(python: Path) -> bytes:
+    """What every test depends on: our installed package, libggml, and the tests' own helpers."""
+    site = python.parents[1] / "lib"
+    records = sorted(site.glob("python*/site-packages/mimo_edge*.dist-info/RECORD"))
+    helpers = [
+        path
+        for path in sorted((REPOSITORY / "tests").rglob("*"))
+        if path.is_file() and path.suffix != ".pyc" and not path.name.startswith("test_")
     ]
-    # pytest ends with 5 where every test of a group is left out.
-    failed = sum(process.wait() not in (0, 5) for process in running)
-    where = " ".join([cpu, *settings.values()])
-    verdict = "FAILED" if failed else "passed"
-    seconds = time.monotonic() - began
-    print(f"{where}: {len(files)} files, {verdict}, {seconds:.0f} s", flush=True)
-    return not failed
+    return digest(*(path.read_bytes() for path in [*records, *helpers])).encode()
 
 
 def all_files() -> list[str]:

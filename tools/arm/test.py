@@ -1,58 +1,95 @@
 """Everything that is checked for aarch64, on an x86-64 machine: `make test-arm`.
 
-PYTHONPATH=tools python -m arm.test            # the whole suite under three processors: hours
-PYTHONPATH=tools python -m arm.test --quick    # a part of it: minutes
+PYTHONPATH=tools python -m arm.test                # the whole suite under three processors: hours
+PYTHONPATH=tools python -m arm.test --quick        # a part of it: minutes
+PYTHONPATH=tools python -m arm.test --minutes 30   # begin no check after 30 minutes
+
+What passed is kept in .arm/progress.jsonl; the next call goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from arm import suite
-from arm.compare import bundle, same_matches, same_sessions, same_tokens
+from arm.checks import Check, Progress, digest, run_checks
+from arm.compare import CPUS, VARIANTS, answer_check, bundle, comparisons, session_checks
 from arm.environment import make_environment
-from arm.paths import check_programs
+from arm.paths import REPOSITORY, WORK, check_programs
 from arm.try_kit import try_kit
+from arm.wheels import full_wheel
 
 _QUICK_COMMANDS, _ALL_COMMANDS = (2, 4), (12, 60)  # compared at f32, at int4
+# SVE is emulated many times slower than NEON: too slowly for the quick part.
+_QUICK_CPUS = CPUS[:2]
+_UNFINISHED = 3
 
 
 def main() -> None:
-    """Build, compare, run; ends with 1 when anything failed."""
+    """Build, compare, run; ends with 1 when anything failed, with 3 when time was short."""
     parser = argparse.ArgumentParser(description="Check the aarch64 build under emulation.")
     parser.add_argument("--quick", action="store_true", help="only the part that takes minutes")
     parser.add_argument("--cpu", action="append", help="only this processor; may be repeated")
+    parser.add_argument("--only", action="append", help="only checks with this in their name")
+    parser.add_argument("--minutes", type=float, help="begin no check after so many")
+    parser.add_argument("--afresh", action="store_true", help="also what passed before")
     parser.add_argument("--qemu", help="another emulator than qemu-aarch64-static (docs/arm.md)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     wanted = parser.parse_args()
     check_programs()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if wanted.qemu:
         os.environ["MIMO_ARM_QEMU"] = str(Path(wanted.qemu).absolute())
     began = time.monotonic()
-    # SVE is emulated many times slower than NEON: too slowly for the quick part.
-    quick = tuple(cpu for cpu in suite.CPUS if cpu != suite.MAX)
-    cpus = tuple(wanted.cpu or (quick if wanted.quick else suite.CPUS))
-    python = make_environment()
+    full = full_wheel()
+    python = make_environment(full)
     print(f"built after {time.monotonic() - began:.0f} s", flush=True)
-    exact, int4 = bundle("f32"), bundle("q4_k")
-    at_f32, at_int4 = _QUICK_COMMANDS if wanted.quick else _ALL_COMMANDS
-    results = [
-        try_kit(int4, cpus[0]),
-        same_sessions(python, exact, cpus[0]),
-        same_tokens(python, exact, cpus, at_f32, wanted.jobs),
-        same_matches(python, int4, cpus, at_int4, wanted.jobs),
+    progress_file = WORK / "progress.jsonl"
+    if wanted.afresh:
+        progress_file.unlink(missing_ok=True)
+    chosen = [
+        check
+        for check in all_checks(python, full, wanted.quick, wanted.cpu)
+        if not wanted.only or any(word in check.name for word in wanted.only)
     ]
-    files = list(suite.QUICK) if wanted.quick else suite.all_files()
-    suites = cpus[:1] if wanted.quick else cpus
-    results += [suite.run_suite(python, cpu, files, wanted.jobs) for cpu in suites]
+    left_s = None if wanted.minutes is None else began + wanted.minutes * 60 - time.monotonic()
+    result = run_checks(chosen, wanted.jobs, Progress(progress_file), left_s)
+    print(f"{result.passed} checks passed, {result.failed} failed, {result.left} not begun "
+          f"after {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
+    sys.exit(1 if result.failed else _UNFINISHED if result.left else 0)
+
+
+def all_checks(python: Path, full: Path, quick: bool, only: list[str] | None) -> Iterator[Check]:
+    """What is to be checked, what takes long first."""
+    exact, int4 = bundle("f32"), bundle("q4_k")
+    state = suite.shared_state(python)
+    compared = only or (_QUICK_CPUS if quick else list(VARIANTS))
+    whole = compared[:1] if quick else [cpu for cpu in compared if only or cpu in CPUS]
+    kit_state = digest(state, *(path.read_bytes() for path in _kit_sources()))
+    run_kit = functools.partial(try_kit, full, int4, compared[0])
+    yield Check(compared[0], "device kit", kit_state, run_kit)
+    for cpu in compared:
+        at_f32, at_int4 = comparisons(*(_QUICK_COMMANDS if quick else _ALL_COMMANDS))
+        yield answer_check(python, exact, cpu, at_f32, state)
+        yield answer_check(python, int4, cpu, at_int4, state)
+    for cpu in whole:
+        yield from session_checks(python, exact, cpu, state)
     small = suite.SMALL_SYSTEM
-    results.append(suite.run_suite(python, cpus[0], suite.ON_SMALL_SYSTEM, wanted.jobs, small))
-    print(f"{'passed' if all(results) else 'FAILED'} after {time.monotonic() - began:.0f} s")
-    sys.exit(not all(results))
+    yield from suite.suite_checks(python, compared[0], suite.ON_SMALL_SYSTEM, small)
+    for cpu in whole:
+        yield from suite.suite_checks(python, cpu, suite.QUICK if quick else suite.all_files())
+
+
+def _kit_sources() -> list[Path]:
+    return [path for path in sorted((REPOSITORY / "tools" / "arm").rglob("*")) if path.is_file()
+            and path.suffix != ".pyc"]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ _DEVICE = "device"  # the local version that tells this wheel from the full one
 _OPENMP_LICENSE = Path("/usr/share/doc/libgomp1-arm64-cross/copyright")
 
 
-def full_wheel() -> Path:
-    """The wheel of this working tree, by way of a source distribution."""
-    out = fresh(WORK / "dist")
+def full_wheel(folder: Path = WORK / "dist") -> Path:
+    """The wheel of this working tree, by way of a source distribution; what else was in `folder`
+    is gone."""
+    out = fresh(folder)
     run([sys.executable, "-m", "build", "--outdir", out, REPOSITORY], capture=True)
     return next(out.glob("*.whl"))
 
