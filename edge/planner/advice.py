@@ -20,7 +20,7 @@ from mimo_edge.planner.model import built_in, of_config
 from mimo_edge.planner.planning import VERDICTS, Change, Plan, Settings, evaluate, pinned_slots
 from mimo_edge.quant.base import get_format
 from mimo_edge.quant.recipe import Recipe, recipe_names
-from mimo_edge.units import format_bytes
+from mimo_edge.units import format_bytes, format_rate
 
 SMALL_MODEL = "MiMo-7B"
 SERVER = "workstation"
@@ -214,4 +214,4 @@ def _tps(plan: Plan) -> float:
 
 def _effect(found: Forecast) -> str:
     decode = found.decode
-    return f"{decode.tps:.2g} tok/s, bound by {decode.cost.binding}"
+    return f"{format_rate(decode.tps, 2)} tok/s, bound by {decode.cost.binding}"
