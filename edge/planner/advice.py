@@ -120,7 +120,8 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
             continue  # proposed above
         bits = get_format(Recipe.named(recipe).bulk).bits_per_weight
         calibrate = ", needs --calibrate" if smaller.needs_calibration else ""
-        action = f"--recipe {recipe} ({bits:.3g} bits per expert weight{calibrate}){action}"
+        weight = "expert weight" if model.config.n_routed_experts else "weight"
+        action = f"--recipe {recipe} ({bits:.3g} bits per {weight}{calibrate}){action}"
         yield _Proposal(action, 3 + step, made)
     if model.config.family != "mimo" and model.name != SMALL_MODEL:
         other = of_config(SMALL_MODEL, known_model(SMALL_MODEL), device, None)

@@ -218,7 +218,7 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
 def _ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten inside the bounds, thinned where there are many."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if len(exponents) <= 3 else (1,)
+    steps = (1, 2, 5) if math.log10(high / low) <= 2 else (1,)
     return [round(m * 10.0**e, 12) for e in exponents for m in steps if low < m * 10.0**e < high]
 
 
