@@ -418,7 +418,8 @@ def _si(value: float, unit: str) -> str:
 
 def _plain_size(value: int) -> str:
     """In the largest unit that gives the very number back."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    binary = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+    for unit, factor in (*binary, ("GB", 10**9), ("MB", 10**6)):
         text = f"{value / factor:g}"
         if "e" not in text and value >= factor and int(float(text) * factor) == value:
             return f"{text} {unit}"
