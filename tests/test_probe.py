@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -24,14 +25,16 @@ from mimo_edge.bench import engine_cost as engine_costs
 from mimo_edge.bench.flash_rate import measure_reads
 from mimo_edge.cli.main import app
 from mimo_edge.devices import probe as probing
+from mimo_edge.devices import processor
 from mimo_edge.devices.probe import LANES, Probe, probe
-from mimo_edge.devices.profile import EngineCost, load_profile
+from mimo_edge.devices.profile import EngineCost, KernelRate, load_profile
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.flash_file import FlashFile
 from mimo_edge.quant.base import get_format
+from mimo_edge.runtimes.ggml import measure as measuring
 from mimo_edge.runtimes.ggml.device import Device
-from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rates
+from mimo_edge.runtimes.ggml.measure import Heads, attention_rates, kernel_rates, memory_rates
 
 RECORD, FILE = 128 << 10, 2 << 20
 
@@ -272,6 +275,87 @@ def test_rates_are_work_over_time() -> None:
         assert kernel_rates(device, fmt, (4,), 0.0, clock, reorder=False) == [four]
     finally:
         device.close()
+
+
+def test_attention_is_work_over_time() -> None:
+    device, ticks = Device(1), iter(range(10**6))
+
+    def clock() -> float:
+        return float(next(ticks))
+
+    try:
+        heads = Heads(4, 1, 96, 64)
+        for kind in ("f32", "f16"):
+            one, many = attention_rates(device, kind, heads, (1, 128), 0.0, clock)
+            assert one == 16 * 4 * 160 * 256  # 16 such operations over 256 tokens
+            assert many == 128 * 4 * 160 * 256
+    finally:
+        device.close()
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_caches_end_where_products_become_slow(
+    monkeypatch: pytest.MonkeyPatch, disturbed: bool
+) -> None:
+    """Matrices of 1 MiB and a sixteenth; up to 16 of them take 1 each, more of them 3."""
+    each = get_format("Q8_0").row_bytes(1024) * 1024
+
+    def passes(device: Device, weights: list[Any], *_: Any) -> list[float]:
+        slow = len(weights) > 16 or (disturbed and len(weights) == 4)
+        return [len(weights) * (3.0 if slow else 1.0)]
+
+    monkeypatch.setattr(measuring, "_passes", passes)
+    device = Device(1)
+    try:
+        found = measuring.cache_bytes(device, get_format("Q8_0"), 64 * each, 1.0)
+        assert found == pytest.approx(16 * each * 2**0.5, rel=1e-6)
+        monkeypatch.setattr(measuring, "_passes", lambda device, weights, *_: [1.0 * len(weights)])
+        assert measuring.cache_bytes(device, get_format("Q8_0"), 8 * each, 1.0) is None
+    finally:
+        device.close()
+
+
+def test_of_two_rounds_the_better_rate_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = iter(
+        [KernelRate(1, 5, 3, 4, (1, 2, 3, 4), 9), KernelRate(2, 4, 6, 1, (2, 1, 4, 3), 8)]
+    )
+    monkeypatch.setattr(processor, "_kernel", lambda *_: next(rounds))
+    monkeypatch.setattr(processor, "_attention", lambda *_: {})
+    monkeypatch.setattr(processor, "cache_bytes", lambda *_: 100 << 20)
+    steps: list[None] = []
+    fmt = get_format("Q8_0")
+    found = processor.measure_processor(1, [fmt], 512 << 20, 1.0, lambda: steps.append(None))
+    assert found.kernels == {"Q8_0": KernelRate(2, 5, 6, 4, (2, 2, 4, 4), 9)}
+    assert found.memory == {"Q8_0": 9 * 34 / 32}
+    assert found.cold_bytes == 200 << 20
+    assert len(steps) == 3
+
+
+def test_others_that_compute_meanwhile_are_said(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = time.perf_counter()
+
+    def busy() -> float:  # two cores, besides ours
+        return 2 * (time.perf_counter() - began) + time.process_time()
+
+    monkeypatch.setattr("mimo_edge.machine.busy_seconds", busy)
+    assert measured(disk).others_cores == pytest.approx(2.0, abs=0.05)
+    arguments = ["probe", "--dir", str(disk), "--file-size", "16MiB", "--threads", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--seconds", "0.1"])
+    assert "other processes used 2.0 cores meanwhile" in done.stderr
+    monkeypatch.setattr("mimo_edge.machine.busy_seconds", lambda: None)
+    assert measured(disk).others_cores is None
+
+
+@pytest.mark.parametrize("name", ["mine", "mine.txt", ".", "absent/mine.toml"])
+def test_where_the_profile_cannot_go_nothing_is_measured(
+    name: str, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "measure_reads", lambda *_: pytest.fail("measured"))
+    done = CliRunner().invoke(app, ["probe", "--dir", str(disk), "-o", str(tmp_path / name)])
+    assert done.exit_code in (1, 2)
+    assert "cannot write" in done.stderr or "ends in .toml" in done.stderr
 
 
 def test_a_layer_costs_what_few_and_many_of_them_differ_in(

@@ -30,7 +30,7 @@ from mimo_edge.bench.forecasts import Forecasts
 from mimo_edge.bench.random_model import scaled_config, tiny_config, write_model
 from mimo_edge.bench.results import Row
 from mimo_edge.bench.session import Bench
-from mimo_edge.budget import plan
+from mimo_edge.budget import Budget, fit, plan
 from mimo_edge.bundle import Bundle
 from mimo_edge.devices.probe import probe
 from mimo_edge.devices.profile import DeviceProfile, ReadRate, load_profile
@@ -113,13 +113,20 @@ class Bed:
         return path
 
     def _ram(self, what: What) -> int | None:
-        """A cap that leaves room for that share of the experts."""
+        """The least cap, to a MiB, under which that share of the experts has slots."""
         if what.share is None:
             return None
-        with Bundle.open(self._model(what.model)) as bundle:
-            lines = plan(bundle.config, bundle.tensors, CONTEXT).lines
         part, of = what.share
-        return sum(n.nbytes if n.name != "experts" else n.nbytes * part // of for n in lines)
+        with Bundle.open(self._model(what.model)) as bundle:
+            low, high = 0, plan(bundle.config, bundle.tensors, CONTEXT).nbytes
+            while high - low > 1 << 20:
+                middle = (low + high) // 2
+                found = fit(bundle.config, bundle.tensors, CONTEXT, middle)
+                enough = isinstance(found, Budget) and (
+                    not found.streamed or found.slots * of >= found.experts * part
+                )
+                low, high = (low, middle) if enough else (middle, high)
+        return high
 
     def _settings(self, what: What) -> Settings:
         return Settings(

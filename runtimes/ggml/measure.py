@@ -10,6 +10,7 @@ most products of a pass are theirs.
 from __future__ import annotations
 
 import ctypes
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -32,7 +33,6 @@ _CACHED_COLS, _CACHED_ROWS = 1024, 1024
 # One as models have them, larger than caches only together with others.
 _MEMORY_COLS, _MEMORY_ROWS = 4096, 1024
 _PRODUCTS = 16  # per graph: starting one must not count
-_LEAST_RUNS = 1
 # Where memory costs less than so much more than the caches nothing says how large those are.
 _CLEAR_STEP = 1.3
 
@@ -110,14 +110,17 @@ def memory_rates(
     reorder: bool = True,
 ) -> list[float]:
     """Multiply-adds per second of products with each number of `rows` and about `pool_bytes` of
-    weights, the best of several passes of `seconds` in all for each; without `reorder` in the
-    order of the file. Raises BackendError when memory is short."""
+    weights, the usual pass of those of `seconds` in all for each (memory is shared, the fastest is
+    luck); without `reorder` in the order of the file. Raises BackendError when memory is short."""
     each = fmt.row_bytes(_MEMORY_COLS) * _MEMORY_ROWS
     count = max(2, pool_bytes // each)
     macs = count * _MEMORY_COLS * _MEMORY_ROWS
     weights = _Matrices(device, fmt, _MEMORY_COLS, _MEMORY_ROWS, count, reorder)
     try:
-        return [n * macs / _best(device, weights.tensors, n, seconds, clock) for n in rows]
+        return [
+            n * macs / statistics.median(_passes(device, weights.tensors, n, seconds, clock))
+            for n in rows
+        ]
     finally:
         weights.close()
 
@@ -137,7 +140,7 @@ def kernel_rates(
     try:
         products = weights.tensors * _PRODUCTS
         macs = _CACHED_COLS * _CACHED_ROWS * _PRODUCTS
-        return [n * macs / _best(device, products, n, seconds, clock) for n in rows]
+        return [n * macs / min(_passes(device, products, n, seconds, clock)) for n in rows]
     finally:
         weights.close()
 
@@ -179,7 +182,7 @@ def _attention(
             graph.output(graph.attention(q, key, value, mask, heads.dim**-0.5, None))
         graph.finish()
         macs = count * queries * heads.queries * (heads.dim + heads.v_dim) * _CACHED_TOKENS
-        return macs / _fastest(graph, seconds, clock)
+        return macs / min(_runs(graph, seconds, clock))
     finally:
         graph.close()
         inputs.close()
@@ -201,7 +204,7 @@ def cache_bytes(
     weights = _Matrices(device, fmt, _CACHED_COLS, _CACHED_ROWS, counts[-1])
     try:
         times = [
-            _best(device, weights.tensors[:count], 1, seconds / len(counts), clock) / count
+            min(_passes(device, weights.tensors[:count], 1, seconds / len(counts), clock)) / count
             for count in counts
         ]
     finally:
@@ -216,14 +219,14 @@ def cache_bytes(
     return round(counts[at] * 2**part * each)
 
 
-def _best(
+def _passes(
     device: Device,
     weights: Sequence[Tensor],
     rows: int,
     seconds: float,
     clock: Callable[[], float],
-) -> float:
-    """Seconds of the fastest of the passes that fit into `seconds`, one at least."""
+) -> list[float]:
+    """Seconds of each of the passes that fit into `seconds`, one at least."""
     inputs, graph = Inputs(device), Graph(device, 2 * len(weights) + 8)
     try:
         x = inputs.new(ggml.TYPE_F32, weights[0].ne[0], rows)
@@ -234,19 +237,18 @@ def _best(
         rng = np.random.default_rng(1)
         values = x.array()
         values[:] = rng.standard_normal(values.shape)
-        return _fastest(graph, seconds, clock)
+        return _runs(graph, seconds, clock)
     finally:
         graph.close()
         inputs.close()
 
 
-def _fastest(graph: Graph, seconds: float, clock: Callable[[], float]) -> float:
-    """Seconds of the fastest run, after one that starts threads and fills pages and caches."""
+def _runs(graph: Graph, seconds: float, clock: Callable[[], float]) -> list[float]:
+    """Seconds of each run, after one that starts threads and fills pages and caches."""
     graph.compute()
-    began, runs, best = clock(), 0, float("inf")
-    while runs < _LEAST_RUNS or clock() - began < seconds:
+    began, taken = clock(), []
+    while not taken or clock() - began < seconds:
         start = clock()
         graph.compute()
-        best = min(best, clock() - start)
-        runs += 1
-    return max(best, 1e-9)
+        taken.append(max(clock() - start, 1e-9))
+    return taken
