@@ -97,13 +97,14 @@ def engine_cost(
     one = few1 - base - FEW * layer2 - 3 * row_s
     three = few3 - base - FEW * layer4 - (VERIFY_ROWS + _DRAFTS) * row_s
     draft = max(0.0, three - one) / (_DRAFTS - 1)
-    # On a disturbed machine a difference may come out below nothing.
+    # On a disturbed machine a difference may come out below nothing, and four rows below one.
+    layer, streamed = max(_LEAST_S, layer), max(_LEAST_S, (many_s0 - few_s0) / layers)
     return EngineCost(
         step=max(_LEAST_S, base),
-        layer=max(_LEAST_S, layer),
-        layer4=max(_LEAST_S, layer4),
-        streamed=max(_LEAST_S, (many_s0 - few_s0) / layers),
-        streamed4=max(_LEAST_S, (many_s3 - few_s3) / layers),
+        layer=layer,
+        layer4=max(layer, layer4),
+        streamed=streamed,
+        streamed4=max(streamed, (many_s3 - few_s3) / layers),
         drafting=max(_LEAST_S, one - draft),
         draft=max(_LEAST_S, draft),
         logits=max(_LEAST_S, logits),
