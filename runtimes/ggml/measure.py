@@ -30,8 +30,9 @@ U8 = NDArray[np.uint8]
 # A matrix of 4-bit weights of this size, half a megabyte, stays in the caches of every core that
 # works on it; its rows are whole blocks of every format.
 _CACHED_COLS, _CACHED_ROWS = 1024, 1024
-# One as models have them, larger than caches only together with others.
-_MEMORY_COLS, _MEMORY_ROWS = 4096, 1024
+# One as models have them. Its size matters: of reordered weights two or three rows read a thread's
+# part once each, which comes from memory again where it is larger than a core's own cache.
+_MEMORY_COLS, _MEMORY_ROWS, _LEAST_ROWS = 4096, 8192, 1024
 _PRODUCTS = 16  # per graph: starting one must not count
 # Where memory costs less than so much more than the caches nothing says how large those are.
 _CLEAR_STEP = 1.3
@@ -112,10 +113,12 @@ def memory_rates(
     """Multiply-adds per second of products with each number of `rows` and about `pool_bytes` of
     weights, the usual pass of those of `seconds` in all for each (memory is shared, the fastest is
     luck); without `reorder` in the order of the file. Raises BackendError when memory is short."""
-    each = fmt.row_bytes(_MEMORY_COLS) * _MEMORY_ROWS
-    count = max(2, pool_bytes // each)
-    macs = count * _MEMORY_COLS * _MEMORY_ROWS
-    weights = _Matrices(device, fmt, _MEMORY_COLS, _MEMORY_ROWS, count, reorder)
+    row_bytes = fmt.row_bytes(_MEMORY_COLS)
+    half = pool_bytes // 2 // row_bytes // _LEAST_ROWS * _LEAST_ROWS
+    tall = max(_LEAST_ROWS, min(_MEMORY_ROWS, half))
+    count = max(2, pool_bytes // (row_bytes * tall))
+    macs = count * _MEMORY_COLS * tall
+    weights = _Matrices(device, fmt, _MEMORY_COLS, tall, count, reorder)
     try:
         return [
             n * macs / statistics.median(_passes(device, weights.tensors, n, seconds, clock))
