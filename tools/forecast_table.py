@@ -118,10 +118,13 @@ class Bed:
             return None
         part, of = what.share
         with Bundle.open(self._model(what.model)) as bundle:
-            low, high = 0, plan(bundle.config, bundle.tensors, CONTEXT).nbytes
+            config = bundle.config
+            if not what.draft:  # MTP blocks stay on flash
+                config = replace(config, num_mtp_layers=0)
+            low, high = 0, plan(config, bundle.tensors, CONTEXT).nbytes
             while high - low > 1 << 20:
                 middle = (low + high) // 2
-                found = fit(bundle.config, bundle.tensors, CONTEXT, middle)
+                found = fit(config, bundle.tensors, CONTEXT, middle)
                 enough = isinstance(found, Budget) and (
                     not found.streamed or found.slots * of >= found.experts * part
                 )
