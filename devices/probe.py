@@ -40,7 +40,7 @@ BLOCKS = (128 << 10, 512 << 10, 1 << 20, 4 << 20)
 RECORD_BYTES = 4_718_592
 DEFAULT_FILE_BYTES = 256 << 20
 READ_BYTES = 512 << 20  # at most, for one figure
-DEFAULT_SECONDS = 24.0
+DEFAULT_SECONDS = 20.0
 BUSY_CORES = 0.15  # used by others: figures are no longer those of the machine
 _POOL_BYTES = 512 << 20  # of matrices, larger than the caches of servers
 _POOL_SHARE = 8  # an eighth of the free memory at most
@@ -141,7 +141,7 @@ def probe(
     with scratch_file(folder, file_bytes) as scratch:
         works = scratch.direct_works
         direct, buffered = _reads(scratch, record_bytes, seconds * _READ_SHARE, steps)
-    memory, kernels, cache, cold = measure_processor(
+    memory, kernels, cache = measure_processor(
         count, kinds, pool, seconds * _PROCESSOR_SHARE, steps.next
     )
     figures = known_figures(folder)
@@ -155,13 +155,13 @@ def probe(
     figures |= {
         "memory.bandwidth": measured(
             f"{max(memory.values()) / 1e9:.4g} GB/s",
-            f"weights of {format_bytes(cold)} by one row, {count} threads, the best format",
+            f"weights of {format_bytes(pool)} by one row, {count} threads, the best format",
         ),
         "cpu.threads": measured(count, "threads it measured with"),
         "cpu.kernels": measured(
             {name: _plain(found) for name, found in {ANY: kernels["Q4_0"], **kernels}.items()},
             f"1, 4 and 32 rows, weights in the caches, {count} threads; stored: 32 rows, weights "
-            f"in the order of the file; cold: 1 to 4 rows, weights of {format_bytes(cold)}; any is "
+            f"in the order of the file; cold: 1 to 4 rows, weights of {format_bytes(pool)}; any is "
             "Q4_0; attention: 1, 4 and 128 queries over 256 cached rows of a format, heads of "
             "MiMo-V2-Flash, with f32 those of mimo-nano",
         ),

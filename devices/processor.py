@@ -31,20 +31,17 @@ KERNEL_ROWS = (1, 4, 32)
 ATTENTION_QUERIES = (1, 4, 128)
 # Few multiply-adds for its bytes: where its rate falls the caches end.
 _CACHE_FORMAT = "Q8_0"
-# Weights that lie in memory are so many times the caches; where those are unknown all of the pool.
-_POOL_CACHES, _LEAST_COLD_BYTES = 2, 128 << 20
 # Shares of the time.
 _MEMORY_SHARE, _KERNEL_SHARE, _CACHE_SHARE = 0.5, 0.44, 0.06
 
 
 class Processor(NamedTuple):
     """Bytes per second that one row draws from memory and kernel rates, by format; bytes of the
-    caches, where they can be told from memory; bytes of the weights that lay in memory."""
+    caches, where they can be told from memory."""
 
     memory: dict[str, float]
     kernels: dict[str, KernelRate]
     cache_bytes: int | None
-    cold_bytes: int
 
 
 def measure_processor(
@@ -59,28 +56,27 @@ def measure_processor(
     try:
         step()
         cache = cache_bytes(device, FORMATS[_CACHE_FORMAT], pool, seconds * _CACHE_SHARE)
-        cold = pool if cache is None else min(pool, max(_LEAST_COLD_BYTES, _POOL_CACHES * cache))
         for _ in range(ROUNDS):
             for fmt in kinds:
                 step()
-                rate = _kernel(device, fmt, cold, part / len(kinds))
+                rate = _kernel(device, fmt, pool, part / len(kinds))
                 kernels[fmt.name] = rate = _better(rate, kernels.get(fmt.name, rate))
                 memory[fmt.name] = max(rate.cold[0], rate.cold_stored) * fmt.bits_per_weight / 8
             for name, rate in _attention(device, part * _KERNEL_SHARE / len(kinds)).items():
                 kernels[name] = _better(rate, kernels.get(name, rate))
-        return Processor(memory, kernels, cache, cold)
+        return Processor(memory, kernels, cache)
     finally:
         device.close()
 
 
-def _kernel(device: Device, fmt: Format, cold_bytes: int, seconds: float) -> KernelRate:
+def _kernel(device: Device, fmt: Format, pool: int, seconds: float) -> KernelRate:
     """One round of one format."""
     each = seconds * _KERNEL_SHARE / (len(KERNEL_ROWS) + 1)
     cold_each = seconds * _MEMORY_SHARE / (VERIFY_ROWS + 1)
     row, rows4, batch = kernel_rates(device, fmt, KERNEL_ROWS, each)
     [stored] = kernel_rates(device, fmt, KERNEL_ROWS[-1:], each, reorder=False)
-    cold = memory_rates(device, fmt, range(1, VERIFY_ROWS + 1), cold_bytes, cold_each)
-    [cold_stored] = memory_rates(device, fmt, (1,), cold_bytes, cold_each, reorder=False)
+    cold = memory_rates(device, fmt, range(1, VERIFY_ROWS + 1), pool, cold_each)
+    [cold_stored] = memory_rates(device, fmt, (1,), pool, cold_each, reorder=False)
     return KernelRate(row, rows4, batch, stored, tuple(cold), cold_stored)
 
 

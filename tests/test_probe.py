@@ -178,7 +178,7 @@ elif {stage!r} == "reading":
 else:
     probe._reads = lambda *_: ({{}}, {{}})
     rate = profile.KernelRate(1e9, 1e9, 1e9, 1e9, 4 * (1e9,), 1e9)
-    processor.measure_processor = lambda *_: ({{"Q4_0": 1e9}}, {{"Q4_0": rate}}, None, 1)
+    processor.measure_processor = lambda *_: ({{"Q4_0": 1e9}}, {{"Q4_0": rate}}, None)
     probe._rising = lambda *_: [{{"block": "1 MiB", "rate": "1 GB/s"}}]
     engine_cost._step = stop
 sys.argv = ["mimo-edge", "probe", "--dir", {str(disk)!r}, "--file-size", "16MiB", "--threads", "1"]
@@ -327,7 +327,6 @@ def test_of_two_rounds_the_better_rate_counts(monkeypatch: pytest.MonkeyPatch) -
     found = processor.measure_processor(1, [fmt], 512 << 20, 1.0, lambda: steps.append(None))
     assert found.kernels == {"Q8_0": KernelRate(2, 5, 6, 4, (2, 2, 4, 4), 9)}
     assert found.memory == {"Q8_0": 9 * 34 / 32}
-    assert found.cold_bytes == 200 << 20
     assert len(steps) == 3
 
 

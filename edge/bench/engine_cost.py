@@ -17,6 +17,8 @@ from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from mimo_edge.bench.random_model import tiny_config, write_model
 from mimo_edge.budget import plan, usual_kv_type
 from mimo_edge.bundle import Bundle
@@ -179,11 +181,13 @@ def _step(
 ) -> tuple[float, int]:
     """Seconds of a step that drafts so many tokens, the median of means of few, as a benchmark has
     it, and the tokens that were in the conversation half-way."""
+    banned = np.zeros(engine.backend.config.vocab_size, np.bool_)
+    banned[-1] = True
     steps = iter(
         engine.generate(
             engine.sequence(),
             [(7 * i + 3) % _SMALL_VOCAB for i in range(_PROMPT)],
-            Sampler(SamplingParams()),
+            Sampler(SamplingParams(), banned),  # as of models with a tokenizer
             draft=drafts,
         )
     )

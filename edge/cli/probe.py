@@ -41,7 +41,12 @@ def probe(
     threads: Annotated[
         int | None, typer.Option(help="Threads to compute with; all cores by default.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="About how long to measure.")] = 24.0,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="About how long to measure, besides what writing and making the matrices takes."
+        ),
+    ] = 20.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure this machine in under a minute and write its device profile.

@@ -348,6 +348,8 @@ class _Machine:
         reading = missed / self.flash_bytes_per_s
         # the products of the last expert cannot begin before it is there
         tail = Cost(memory=computed.memory / distinct, compute=computed.compute / distinct)
+        # and what is read is written to memory, beside the weights that come from there
+        computed = computed + Cost(memory=missed / self.profile.memory_bytes_per_s)
         ahead = self.ahead(rows, reading, around.seconds, computed.seconds, tail.seconds)
         behind = Cost(flash=reading - ahead) + tail
         return around + (behind if behind.seconds > computed.seconds else computed), missed

@@ -10,7 +10,6 @@ most products of a pass are theirs.
 from __future__ import annotations
 
 import ctypes
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -111,8 +110,8 @@ def memory_rates(
     reorder: bool = True,
 ) -> list[float]:
     """Multiply-adds per second of products with each number of `rows` and about `pool_bytes` of
-    weights, the usual pass of those of `seconds` in all for each (memory is shared, the fastest is
-    luck); without `reorder` in the order of the file. Raises BackendError when memory is short."""
+    weights, the best of several passes of `seconds` in all for each; without `reorder` in the order
+    of the file. Raises BackendError when memory is short."""
     row_bytes = fmt.row_bytes(_MEMORY_COLS)
     half = pool_bytes // 2 // row_bytes // _LEAST_ROWS * _LEAST_ROWS
     tall = max(_LEAST_ROWS, min(_MEMORY_ROWS, half))
@@ -120,10 +119,7 @@ def memory_rates(
     macs = count * _MEMORY_COLS * tall
     weights = _Matrices(device, fmt, _MEMORY_COLS, tall, count, reorder)
     try:
-        return [
-            n * macs / statistics.median(_passes(device, weights.tensors, n, seconds, clock))
-            for n in rows
-        ]
+        return [n * macs / min(_passes(device, weights.tensors, n, seconds, clock)) for n in rows]
     finally:
         weights.close()
 
