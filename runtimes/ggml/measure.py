@@ -245,7 +245,8 @@ def _passes(
 def _runs(graph: Graph, seconds: float, clock: Callable[[], float]) -> list[float]:
     """Seconds of each run, after one that starts threads and fills pages and caches."""
     graph.compute()
-    began, taken = clock(), []
+    taken: list[float] = []
+    began = clock()
     while not taken or clock() - began < seconds:
         start = clock()
         graph.compute()
