@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import mmap
 import os
 import subprocess
 import sys
@@ -272,6 +273,25 @@ def test_every_format_multiplies(device: Device, name: str) -> None:
     assert error < exact.get(name, 0.02)
     for owner in (graph, inputs, context, region):
         owner.close()
+
+
+def test_huge_pages_are_asked_for_inside_a_buffer_only(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Libc:
+        @staticmethod
+        def madvise(start: ctypes.c_void_p, length: ctypes.c_size_t, advice: int) -> int:
+            asked.append((start.value or 0, length.value))
+            return -1  # as a kernel without huge pages
+
+    monkeypatch.setattr(device, "_libc", Libc)
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
+    page = 2 << 20
+    for address, nbytes in ((5 * page, 3 * page), (5 * page + 64, 3 * page), (64, page + 64)):
+        device.use_huge_pages(address, nbytes)
+    assert asked == [(5 * page, 3 * page), (6 * page, 2 * page)]
 
 
 # --- bad calls raise ---

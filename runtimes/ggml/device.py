@@ -19,9 +19,10 @@ from mimo_edge.cancel import Cancel
 from mimo_edge.errors import BackendError, Cancelled, UsageError
 from mimo_edge.runtimes.ggml import bindings as ggml
 from mimo_edge.runtimes.ggml.bindings import Bindings, bindings
+from mimo_edge.units import round_up
 
 PAGE = mmap.PAGESIZE
-
+_HUGE_PAGE = 2 << 20
 
 # GCC's _tile_loadconfig names 8 of the 64 bytes it reads, so the optimiser drops the stores of
 # ggml's tile shapes and the first product on AMX ends the process (seen with GCC 12).
@@ -111,6 +112,19 @@ class Device:
             return self.plain
         finally:
             g.ggml_free(context)
+
+    def use_huge_pages(self, address: int, nbytes: int) -> None:
+        """Ask the system for huge pages inside memory that was not written yet.
+
+        Reading weights in small pages, a core waits for page tables and its prefetcher stops at the
+        end of each. Only whole huge pages are asked for, so nothing outside takes memory. Where the
+        system has none it refuses, and nothing changes.
+        """
+        advice, madvise = getattr(mmap, "MADV_HUGEPAGE", None), getattr(self._libc, "madvise", None)
+        start = round_up(address, _HUGE_PAGE)
+        length = (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
+        if advice is not None and madvise is not None and length > 0:
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
     # --- running ---
 

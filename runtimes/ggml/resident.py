@@ -302,6 +302,7 @@ class ResidentWeights:
             self._buffers.append(buffer)
             g.ggml_backend_buffer_set_usage(buffer, ggml.BUFFER_USAGE_WEIGHTS)
             base = int(g.ggml_backend_buffer_get_base(buffer))
+            self._device.use_huge_pages(base, size)
             for pending, offset in zip(mine, offsets, strict=True):
                 pointer = pending.tensor.pointer
                 if g.ggml_backend_tensor_alloc(buffer, pointer, base + offset) != 0:
