@@ -29,6 +29,7 @@ from mimo_edge.units import format_bytes
 if TYPE_CHECKING:
     from mimo_edge.runtimes.ggml.device import Device
     from mimo_edge.runtimes.ggml.expert_source import CachedExperts
+    from mimo_edge.runtimes.ggml.slots import ExpertSource
 
 BACKENDS = ("auto", "reference", "ggml", "onnx")
 BUILT_IN = "mimo-nano"
@@ -296,10 +297,16 @@ def _open_onnx(
     )
     from mimo_edge.experts.table import ExpertTable
     from mimo_edge.runtimes.ggml.expert_source import CachedExperts
+    from mimo_edge.runtimes.ggml.raw import GgufTensors
+    from mimo_edge.runtimes.ggml.resident_experts import ResidentExperts
 
     made: list[CachedExperts] = []
 
-    def experts(device: Device) -> CachedExperts:
+    def experts(device: Device) -> ExpertSource:
+        if not budget.streamed:
+            # All are in memory, in the order ggml multiplies fastest.
+            tensors = GgufTensors(config, [bundle.gguf], bounded=ram is not None)
+            return ResidentExperts.loaded(device, tensors)
         made.append(CachedExperts(device, ExpertTable.from_bundle(bundle), budget.slots, pin=pin))
         return made[0]
 

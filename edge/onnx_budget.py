@@ -1,8 +1,7 @@
 """The memory budget of the ONNX backend, in the lines of edge/budget.
 
 What differs from ggml: graphs own a packed copy of their weights, and the files they come from are
-mapped besides until it is made; the cache is f32; attention keeps its scores; routed experts are in
-slots always, all of them where there is room.
+mapped besides until it is made; the cache is f32; attention keeps its scores.
 """
 
 from __future__ import annotations
@@ -85,11 +84,21 @@ def plan(
         held = max(slots, config.num_experts_per_tok)
         note = f"{held} of {total} experts, {format_bytes(slot_bytes)} each"
         lines.append(Line("expert slots", held * slot_bytes, note))
-    # The largest graph is there as a file and packed while it is loaded; cache, passes and slots
-    # come into being after that.
-    later = graphs + kv_bytes(config, context) + slots * slot_bytes
-    lines.append(Line("loading", max(0, largest - later), "the largest graph, mapped besides"))
-    made = Budget(tuple(lines), ram, context, chunk, slots < total, slots, slot_bytes, total, "f32")
+    # The largest graph is there as a file and packed while it is loaded; cache, passes and experts
+    # come into being after that. Experts that all stay are read a layer's matrices at a time and
+    # reordered, before cache and passes.
+    before = graphs + kv_bytes(config, context)
+    loading = max(0, largest - before - slots * slot_bytes)
+    stack = max((t.nbytes for name, t in tensors.items() if "_exps." in name), default=0)
+    whole = max(loading, stack - before)
+    used = sum(line.nbytes for line in lines)
+    streamed = slots < total or (ram is not None and total > 0 and used + whole > ram)
+    lines.append(
+        Line("loading", loading, "the largest graph, mapped besides")
+        if streamed
+        else Line("loading", whole, "the largest graph or layer's experts, besides")
+    )
+    made = Budget(tuple(lines), ram, context, chunk, streamed, slots, slot_bytes, total, "f32")
     if ram is not None and (slots < min(total, config.num_experts_per_tok) or made.nbytes > ram):
         table = ", ".join(f"{name} {size}" for name, size, _ in made.rows()[:-1])
         raise DeviceError(

@@ -87,7 +87,7 @@ class GgmlBackend:
             self._weights = ResidentWeights(
                 self.device, source, self._rows, repack=repack, streamed=streamed
             )
-            self._resident = ResidentExperts(self.config, self._weights.model)
+            self._resident = ResidentExperts.of_model(self.config, self._weights.model)
         except BaseException:
             if self._experts is not None:
                 self._experts.close()
