@@ -53,10 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     for path, factor, source in stated():
         values = ", ".join(f'{name} = "{text}"' for name, text in rounded(cost, factor).items())
         line = f'engine = {{ value = {{ {values} }}, evidence = "derived", source = "{source}" }}'
-        text, count = _LINE.subn(lambda _, line=line: line, path.read_text("utf-8"))
-        if count != 1:
-            raise UsageError(f"{path} has {count} lines engine = ...")
-        path.write_text(text, "utf-8")
+        text = path.read_text("utf-8")
+        found = _LINE.findall(text)
+        if len(found) != 1:
+            raise UsageError(f"{path} has {len(found)} lines engine = ...")
+        path.write_text(text.replace(found[0], line), "utf-8")
     rows = "".join(
         f'    "{name}": {float(f"{value * 1e6:.3g}"):g},\n' for name, value in asdict(cost).items()
     )
