@@ -72,6 +72,7 @@ class _Matrices:
         try:
             g.ggml_backend_buffer_set_usage(self._buffer, ggml.BUFFER_USAGE_WEIGHTS)
             base = int(g.ggml_backend_buffer_get_base(self._buffer))
+            device.use_huge_pages(base, step * count)  # as resident weights and slots lie
             data = _bytes(fmt, cols, rows)
             for number, tensor in enumerate(self.tensors):
                 place = base + number * step
