@@ -331,7 +331,8 @@ def _weight_lines(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> list
     trunk += 4 * config.n_routed_experts * config.num_hidden_layers
     lines = [Line("weights", trunk, "resident, without routed experts")]
     if mtp:
-        lines.append(Line("MTP", mtp, f"{config.num_mtp_layers} blocks"))
+        blocks = config.num_mtp_layers
+        lines.append(Line("MTP", mtp, "1 block" if blocks == 1 else f"{blocks} blocks"))
     return lines
 
 
