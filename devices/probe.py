@@ -16,14 +16,19 @@ from typing import Any
 from mimo_edge import machine
 from mimo_edge.bench.engine_cost import engine_cost
 from mimo_edge.bench.flash_rate import measure_reads
-from mimo_edge.devices.profile import ANY, DeviceProfile, KernelRate, build, plain_seconds
+from mimo_edge.devices.profile import (
+    ANY,
+    DeviceProfile,
+    KernelRate,
+    build,
+    plain_seconds,
+)
 from mimo_edge.devices.scratch import ScratchFile, scratch_file, scratch_folder
 from mimo_edge.devices.this_machine import known_figures, title
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.hwcap import hwcap_words
-from mimo_edge.quant.base import FORMATS, Format
-from mimo_edge.runtimes.base import VERIFY_ROWS
+from mimo_edge.quant.base import FORMATS
 from mimo_edge.units import format_bytes, round_up
 
 Progress = Callable[[str, int, int], None]
@@ -35,8 +40,8 @@ BLOCKS = (128 << 10, 512 << 10, 1 << 20, 4 << 20)
 RECORD_BYTES = 4_718_592
 DEFAULT_FILE_BYTES = 256 << 20
 READ_BYTES = 512 << 20  # at most, for one figure
-DEFAULT_SECONDS = 30.0
-KERNEL_ROWS = (1, 4, 32)
+DEFAULT_SECONDS = 20.0
+BUSY_CORES = 0.15  # used by others: figures are no longer those of the machine
 _POOL_BYTES = 512 << 20  # of matrices, larger than the caches of servers
 _POOL_SHARE = 8  # an eighth of the free memory at most
 _LEAST_POOL_BYTES = 16 << 20
@@ -47,7 +52,7 @@ _STEP = 1.001
 # Formats whose kernels are measured.
 KERNEL_FORMATS = tuple(name for name in FORMATS if name != "F32")
 # Shares of the time.
-_READ_SHARE, _MEMORY_SHARE, _KERNEL_SHARE, _ENGINE_SHARE = 0.3, 0.25, 0.25, 0.2
+_READ_SHARE, _PROCESSOR_SHARE, _ENGINE_SHARE = 0.3, 0.5, 0.2
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Probe:
     """What was found. `direct` and `buffered` are bytes per second by (block, lanes); `memory` by
     format; without `direct_works` every read went through the page cache; `libggml` is the library
     that computed (`describe_library`), `hwcap` the kernel's words on an ARM processor; `seconds` is
-    what it took."""
+    what it took; `others_cores` how many cores others used meanwhile, None where the system does
+    not say."""
 
     profile: DeviceProfile
     threads: int
@@ -69,6 +75,7 @@ class Probe:
     available_bytes: int | None
     cgroup_bytes: int | None
     seconds: float
+    others_cores: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -92,6 +99,7 @@ class Probe:
             "available_bytes": self.available_bytes,
             "cgroup_bytes": self.cgroup_bytes,
             "seconds": self.seconds,
+            "others_cores": self.others_cores,
         }
 
 
@@ -110,9 +118,10 @@ def probe(
     takes besides writing the file. Raises UsageError on values out of range, DeviceError where
     there is no room on disk or in memory, BackendError when ggml refuses.
     """
+    from mimo_edge.devices.processor import ROUNDS, measure_processor
     from mimo_edge.runtimes.ggml.bindings import describe_library
 
-    began = time.perf_counter()
+    began, watch = time.perf_counter(), _Others()
     cores = machine.usable_cores()
     count = cores if threads is None else threads
     if not 1 <= count <= cores:
@@ -128,14 +137,13 @@ def probe(
         )
     pool = _pool_bytes()
     kinds = [FORMATS[name] for name in KERNEL_FORMATS]
-    steps = _Steps(progress, len(_read_plan(record_bytes)) + len(kinds) + 1)
+    steps = _Steps(progress, len(_read_plan(record_bytes)) + ROUNDS * len(kinds) + 2)
     with scratch_file(folder, file_bytes) as scratch:
         works = scratch.direct_works
         direct, buffered = _reads(scratch, record_bytes, seconds * _READ_SHARE, steps)
-    memory, kernels = _kernels(count, kinds, pool, seconds, steps)
-    steps.next()
-    with scratch_folder(folder) as place:
-        engine = engine_cost(place, count, seconds * _ENGINE_SHARE, kernels["Q4_0"])
+    memory, kernels, cache = measure_processor(
+        count, kinds, pool, seconds * _PROCESSOR_SHARE, steps.next
+    )
     figures = known_figures(folder)
     note = f"mimo-edge probe, {time.strftime('%Y-%m-%d')}"
 
@@ -154,11 +162,8 @@ def probe(
             {name: _plain(found) for name, found in {ANY: kernels["Q4_0"], **kernels}.items()},
             f"1, 4 and 32 rows, weights in the caches, {count} threads; stored: 32 rows, weights "
             f"in the order of the file; cold: 1 to 4 rows, weights of {format_bytes(pool)}; any is "
-            "Q4_0",
-        ),
-        "cpu.engine": measured(
-            {name: plain_seconds(cost) for name, cost in asdict(engine).items()},
-            f"decoding with models of next to no weights, {count} threads",
+            "Q4_0; attention: 1, 4 and 128 queries over 256 cached rows of a format, heads of "
+            "MiMo-V2-Flash, with f32 those of mimo-nano",
         ),
         "storage.lanes": measured(DEFAULT_LANES, "what the runtime reads with"),
         "storage.reads": measured(
@@ -167,6 +172,19 @@ def probe(
             f"{format_bytes(file_bytes)}, {DEFAULT_LANES} lanes",
         ),
     }
+    if cache is not None:
+        figures["cpu.cache"] = measured(
+            f"{cache} B", "where one row's products with more and more weights become slow"
+        )
+    # The engine's own cost is what its steps take beyond what a forecast by these figures says.
+    device = build("this-machine", title(), figures, ())
+    steps.next()
+    with scratch_folder(folder) as place:
+        engine = engine_cost(place, count, seconds * _ENGINE_SHARE, device)
+    figures["cpu.engine"] = measured(
+        {name: plain_seconds(cost) for name, cost in asdict(engine).items()},
+        f"decoding with models of next to no weights, {count} threads",
+    )
     return Probe(
         build("this-machine", title(), figures, ()),
         count,
@@ -180,7 +198,26 @@ def probe(
         machine.available_bytes(),
         machine.cgroup_limit_bytes(),
         time.perf_counter() - began,
+        watch.cores(),
     )
+
+
+class _Others:
+    """What other processes compute while we measure: it makes our figures too low."""
+
+    def __init__(self) -> None:
+        self._began, self._busy, self._own = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float | None, float]:
+        return time.perf_counter(), machine.busy_seconds(), time.process_time()
+
+    def cores(self) -> float | None:
+        """How many cores they used since the beginning, on average."""
+        now, busy, own = self._now()
+        if busy is None or self._busy is None:
+            return None
+        return max(0.0, (busy - self._busy - (own - self._own)) / (now - self._began))
 
 
 class _Steps:
@@ -252,35 +289,6 @@ def _rising(blocks: Sequence[int], rates: dict[tuple[int, int], float]) -> list[
     return listed
 
 
-# --- memory and processor ----------------------------------------------------------------------
-
-
-def _kernels(
-    threads: int, kinds: Sequence[Format], pool: int, seconds: float, steps: _Steps
-) -> tuple[dict[str, float], dict[str, KernelRate]]:
-    """Bytes per second that one row draws from memory, and kernel rates, by format."""
-    from mimo_edge.runtimes.ggml.device import Device
-    from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rates
-
-    device = Device(threads)
-    memory, kernels = {}, {}
-    each = seconds * _KERNEL_SHARE / len(kinds) / (len(KERNEL_ROWS) + 1)
-    cold_each = seconds * _MEMORY_SHARE / len(kinds) / (VERIFY_ROWS + 1)
-    verify = range(1, VERIFY_ROWS + 1)
-    try:
-        for fmt in kinds:
-            steps.next()
-            row, rows4, batch = kernel_rates(device, fmt, KERNEL_ROWS, each)
-            [stored] = kernel_rates(device, fmt, KERNEL_ROWS[-1:], each, reorder=False)
-            cold = memory_rates(device, fmt, verify, pool, cold_each)
-            [cold_stored] = memory_rates(device, fmt, (1,), pool, cold_each, reorder=False)
-            kernels[fmt.name] = KernelRate(row, rows4, batch, stored, tuple(cold), cold_stored)
-            memory[fmt.name] = max(cold[0], cold_stored) * fmt.bits_per_weight / 8
-        return memory, kernels
-    finally:
-        device.close()
-
-
 def _plain(rate: KernelRate) -> dict[str, Any]:
     """As it stands in a file."""
 
@@ -289,4 +297,6 @@ def _plain(rate: KernelRate) -> dict[str, Any]:
 
     names = ("row", "rows4", "batch", "stored")
     found: dict[str, Any] = {name: text(getattr(rate, name)) for name in names}
+    if not rate.cold:
+        return found
     return found | {"cold": [text(n) for n in rate.cold], "cold_stored": text(rate.cold_stored)}

@@ -31,6 +31,7 @@ from mimo_edge.text_file import path_exists, read_whole
 SCHEMA = 1
 AUTO = "auto"
 ANY = "any"  # the kernel rates of every format that has none of its own
+ATTENTION = "ATTENTION_"  # and a format of a KV cache: rates of scores and values
 EVIDENCE = {
     "measured": "measured on such a device",
     "published": "a specification or a report names it",
@@ -108,8 +109,8 @@ def _between(points: tuple[tuple[float, float], ...], rows: float) -> float:
 
 
 PROBED_WIDTH = 256
-# Attention works on f16 rows of the cache, at about this share of the rate of 4-bit matrices.
-ATTENTION_SHARE = 0.25
+# Where the rate of attention is not known: this share of that of matrices.
+_ATTENTION_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,16 @@ class EngineCost:
     """Seconds that a step of the engine takes besides the products of its weights: one that
     processes one token `step`, and every layer `layer`, or `streamed` when its experts come
     through slots, although all are in memory; `layer4` and `streamed4` when the step verifies four
-    rows. A draft costs `draft`, a row of 1,000 logits `logits`, a row of a prompt `row` in a layer
-    that is PROBED_WIDTH wide, and as much more as one is wider."""
+    rows. A step that drafts costs `drafting` more and every draft `draft`, a row of 1,000 logits
+    `logits`, a row of a prompt `row` in a layer that is PROBED_WIDTH wide, and as much more as one
+    is wider."""
 
     step: float
     layer: float
     layer4: float
     streamed: float
     streamed4: float
+    drafting: float
     draft: float
     logits: float
     row: float
@@ -155,13 +158,13 @@ class DeviceProfile:
     """A device class. Bytes, bytes per second, multiply-adds per second, hertz, seconds.
 
     `process_bytes` is what our process may hold of `ram_bytes`; `reads` are for `lanes` threads,
-    cool; `compute_hot` and `storage_hot` are the share that is left when the device is hot. The
-    governor acts when a sensor whose kind matches one of
-    `thermal_zones` shows more than `thermal_limit_c`, a battery holds less than the share
-    `battery_low`, or something waits for memory more than the share `memory_stall` of the time.
-    `npu_targets` are the NPUs that graphs are compiled for to run here, the best first, and
-    `npu_options` what ONNX Runtime's provider of them is told.
-    `sources[field]` says where a field comes from.
+    cool; `compute_hot` and `storage_hot` are the share that is left when the device is hot. Of a
+    model of `cache_bytes` a pass finds half of the weights in the processor's caches. The governor
+    acts when a sensor whose kind matches one of `thermal_zones` shows more than
+    `thermal_limit_c`, a battery holds less than the share `battery_low`, or something waits for
+    memory more than the share `memory_stall` of the time. `npu_targets` are the NPUs that graphs
+    are compiled for to run here, the best first, and `npu_options` what ONNX Runtime's provider of
+    them is told. `sources[field]` says where a field comes from.
     """
 
     name: str
@@ -173,6 +176,7 @@ class DeviceProfile:
     threads: int
     isa: tuple[str, ...]
     kernels: Mapping[str, KernelRate]
+    cache_bytes: int
     engine: EngineCost
     storage_bytes: int
     lanes: int
@@ -205,6 +209,11 @@ class DeviceProfile:
     def kernel(self, format_name: str) -> KernelRate:
         """Rates of a weight format, or those of any."""
         return self.kernels.get(format_name.upper(), self.kernels[ANY])
+
+    def attention(self, kv_type: str) -> KernelRate:
+        """Rates of scores and values over cached rows of a format, for 1, 4 and many queries."""
+        found = self.kernels.get(ATTENTION + kv_type.upper())
+        return self.kernels[ANY].scaled(_ATTENTION_SHARE) if found is None else found
 
     def read_rate(self, block_bytes: float) -> float:
         """Bytes per second of reads of this size: between the sizes listed by their logarithm, at
@@ -409,7 +418,8 @@ def _si(value: float, unit: str) -> str:
 
 def _plain_size(value: int) -> str:
     """In the largest unit that gives the very number back."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    binary = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+    for unit, factor in (*binary, ("GB", 10**9), ("MB", 10**6)):
         text = f"{value / factor:g}"
         if "e" not in text and value >= factor and int(float(text) * factor) == value:
             return f"{text} {unit}"
@@ -484,6 +494,7 @@ FIGURES: Mapping[str, _Figure] = MappingProxyType(
         "cpu.threads": _Figure("threads", _integer, _same),
         "cpu.isa": _Figure("isa", _texts, _same),
         "cpu.kernels": _Figure("kernels", _kernels, _plain_kernels),
+        "cpu.cache": _Figure("cache_bytes", _size, _plain_size),
         "cpu.engine": _Figure("engine", _engine, _plain_engine),
         "storage.size": _Figure("storage_bytes", _size, lambda v: _si(v, "B")),
         "storage.lanes": _Figure("lanes", _integer, _same),
@@ -513,6 +524,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "process_bytes": (16 << 20, 64 << 40),
         "memory_bytes_per_s": (1e8, 1e13),
         "threads": (1, 512),
+        "cache_bytes": (4 << 10, 1 << 40),
         "storage_bytes": (1 << 20, 1 << 50),
         "lanes": (1, 64),
         "storage_hot": (0.05, 1.0),
@@ -525,6 +537,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
 )
 _MAC_BOUNDS, _READ_BOUNDS, _CLOCK_BOUNDS = (1e6, 1e16), (1e5, 1e12), (1e7, 2e10)
 _ENGINE_BOUNDS = (1e-10, 1.0)
+_ATTENTION_NAMES = frozenset(ATTENTION + kind.upper() for kind in KV_FORMATS)
 
 
 def _validate(p: DeviceProfile) -> None:
@@ -545,7 +558,8 @@ def _validate(p: DeviceProfile) -> None:
     need(set(p.isa) <= set(ISA), f"isa {sorted(set(p.isa) - set(ISA))}; known: {', '.join(ISA)}")
     need(ANY in p.kernels, f"kernels lack the rates of {ANY!r}")
     for name, rate in p.kernels.items():
-        need(name == ANY or name in FORMATS, f"kernels name the unknown format {name!r}")
+        known = name == ANY or name in FORMATS or name in _ATTENTION_NAMES
+        need(known, f"kernels name the unknown format {name!r}")
         for value in rate.rates():
             need(_MAC_BOUNDS[0] <= value <= _MAC_BOUNDS[1], f"kernel rate {value:g} of {name}")
     for f in fields(p.engine):

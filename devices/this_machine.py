@@ -15,7 +15,7 @@ from typing import Any
 
 from mimo_edge import machine
 from mimo_edge.devices.profile import AUTO, DeviceProfile, build, raw_profile
-from mimo_edge.errors import DeviceError
+from mimo_edge.errors import ConfigError, DeviceError
 from mimo_edge.kv_format import DEFAULT_KV_TYPE
 
 _log = logging.getLogger(__name__)
@@ -39,15 +39,17 @@ _PER_CYCLE = {
 }
 _ROW_SHARE, _ROWS4_SHARE, _STORED_SHARE = 0.5, 0.65, 0.6
 _ENGINE_US = {
-    "step": 124,
-    "layer": 88,
-    "layer4": 143,
-    "streamed": 281,
-    "streamed4": 452,
-    "draft": 247,
-    "logits": 2.3,
-    "row": 6.2,
+    "step": 23,
+    "layer": 59.5,
+    "layer4": 94.3,
+    "streamed": 225,
+    "streamed4": 225,
+    "drafting": 62.9,
+    "draft": 62.2,
+    "logits": 0.864,
+    "row": 6.15,
 }
+_CACHE_BYTES = 2 << 20
 # Bytes per second a thread draws, and all of them together at most.
 _THREAD_BYTES_PER_S, _MOST_BYTES_PER_S = 8e9, 50e9
 _READS = (("128 KiB", "300 MB/s"), ("1 MiB", "900 MB/s"), ("4 MiB", "1000 MB/s"))
@@ -77,6 +79,12 @@ def this_machine(folder: Path | None = None) -> DeviceProfile:
         if probed == title():
             # What an older probe did not know yet is assumed.
             figures |= {key: figure for key, figure in raw.items() if key not in _FRESH}
+            try:
+                return build(AUTO, title(), figures, ())
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{path}: {error.message}", "run mimo-edge probe again, or delete the file"
+                ) from error
         else:
             _log.warning(
                 "%s is of another machine (%s) and is not used: run mimo-edge probe",
@@ -106,6 +114,7 @@ def known_figures(folder: Path | None = None) -> dict[str, Any]:
         "stored": batch * _STORED_SHARE,
     }
     disk = shutil.disk_usage(folder or Path.cwd()).free
+    cache = machine.cache_bytes()
     sensors, trip = machine.thermal_zones(), machine.thermal_limit_celsius()
 
     def figure(value: Any, evidence: str, source: str) -> dict[str, Any]:
@@ -145,6 +154,10 @@ def known_figures(folder: Path | None = None) -> dict[str, Any]:
         "cpu.kernels": assumed(
             {"any": {name: f"{value / 1e9:.4g} GMAC/s" for name, value in share.items()}},
             f"{per_cycle:g} multiply-adds per cycle and core with {key or 'no vector extension'}",
+        ),
+        "cpu.cache": assumed(
+            f"{cache or _CACHE_BYTES} B",
+            "the last caches as the system tells them" if cache else "the system tells no caches",
         ),
         "cpu.engine": assumed(
             {name: f"{value:g} us" for name, value in _ENGINE_US.items()},

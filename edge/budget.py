@@ -27,7 +27,7 @@ from mimo_edge.kv_format import (
     fitting_kv_type,
     ring_type,
 )
-from mimo_edge.speculative import MAX_DRAFT
+from mimo_edge.speculative import FILL_ROWS, MAX_DRAFT
 from mimo_edge.units import format_bytes, round_up
 
 PAGE = mmap.PAGESIZE
@@ -40,9 +40,9 @@ FILE_PAGES_BYTES = 12 << 20
 CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
 # Graphs of few tokens that a cache keeps, one more while a new one replaces an old, and the bytes
-# they may take together; it keeps one of many tokens, and those that fill an MTP block's window
-# where their inputs are small (runtimes/ggml/kept_graphs.py).
-_SMALL_GRAPHS, _SMALL_TOKENS, SMALL_GRAPH_BYTES = 17, 16, 24 << 20
+# they may take together; it keeps one of many tokens, and those that start MTP blocks where their
+# inputs are small (runtimes/ggml/kept_graphs.py).
+_SMALL_GRAPHS, _SMALL_TOKENS, SMALL_GRAPH_BYTES = 49, 16, 24 << 20
 _LARGE_INPUT_BYTES = 512 << 10
 # Pairs of token and expert that one graph computes (runtimes/ggml/streamed.py), and rows of one
 # expert (runtimes/ggml/expert_matrix.py).
@@ -331,7 +331,8 @@ def _weight_lines(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> list
     trunk += 4 * config.n_routed_experts * config.num_hidden_layers
     lines = [Line("weights", trunk, "resident, without routed experts")]
     if mtp:
-        lines.append(Line("MTP", mtp, f"{config.num_mtp_layers} blocks"))
+        blocks = config.num_mtp_layers
+        lines.append(Line("MTP", mtp, "1 block" if blocks == 1 else f"{blocks} blocks"))
     return lines
 
 
@@ -405,12 +406,13 @@ def graph_bytes(
 
 
 def _mtp_fill_bytes(config: MimoConfig) -> int:
-    """A pass that fills the windows of all MTP blocks, where it counts as small."""
-    inputs = 8 * config.hidden_size * config.sliding_window
+    """A pass that starts all MTP blocks, where it counts as small."""
+    rows = min(FILL_ROWS, config.sliding_window)
+    inputs = 8 * config.hidden_size * rows
     if not config.num_mtp_layers or inputs > _LARGE_INPUT_BYTES:
         return 0
     nodes = 2 * config.num_mtp_layers * _BLOCK_NODES
-    return inputs + 32 * config.sliding_window + _NODE_BYTES * nodes
+    return inputs + 32 * rows + 2 * config.sliding_window + _NODE_BYTES * nodes
 
 
 def _pass_bytes(

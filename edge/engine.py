@@ -22,6 +22,7 @@ import numpy as np
 
 from mimo_edge.cache_rows import CacheLayout
 from mimo_edge.cancel import Cancel, check_cancel
+from mimo_edge.draft_policy import AdaptivePolicy, CostTable, DraftPolicy, FixedPolicy
 from mimo_edge.errors import (
     BackendError,
     Cancelled,
@@ -38,11 +39,7 @@ from mimo_edge.sampling import Sampler
 from mimo_edge.sequence import Sequence
 from mimo_edge.speculative import (
     MAX_DRAFT,
-    AdaptivePolicy,
-    CostTable,
-    DraftPolicy,
     DraftSetting,
-    FixedPolicy,
     accept,
     check_draft,
     max_draft,
@@ -512,8 +509,8 @@ class Generation:
             seconds = engine.clock() - start
             hits = [a == b for a, b in zip(gained, drafts, strict=False)]
             # Here, because other sequences share the policy.
-            typical = seconds if engine.prepared == prepared else None
-            self._policy.record(len(drafts), hits, typical, steady)
+            made = engine.prepared != prepared
+            self._policy.record(len(drafts), hits, seconds, steady, made)
         stats.verifies += 1
         stats.tokens += len(gained)
         stats.decode_ms += seconds * 1e3

@@ -169,6 +169,7 @@ class SlidingCache:
         self._length = 0
         self._start = 0  # lowest position written since the last hole
         self._high = 0  # one past the highest position ever written: it decides what is lost
+        self._floor = 0  # nothing before it is missed
         self._keys = np.zeros((kv_heads, rows, head_dim), np.float32)
         self._values = np.zeros((kv_heads, rows, v_head_dim), np.float32)
         self._positions = np.full(rows, EMPTY, np.int64)
@@ -196,8 +197,7 @@ class SlidingCache:
                 "write from an earlier position, or start again from position 0",
             )
         if hole or position <= self._oldest():  # nothing before `position` is left to keep
-            self._positions[:] = EMPTY
-            self._start, self._high = position, position
+            self._empty(position)
         if first >= max(self._high, end) - self._rows:  # nothing a query sees gets overwritten
             self._store(position, keys, values)
             used = min(self._rows, self._high)
@@ -211,6 +211,20 @@ class SlidingCache:
         )
         self._store(position, keys, values)
         return seen
+
+    def begin(self, position: int) -> None:
+        """Rows begin at `position`, the next one to be written: none before it is missed."""
+        self._empty(position)
+        self._length = self._floor = position
+
+    def miss_none(self) -> None:
+        """What is not here now is not missed."""
+        self._floor = self._oldest()
+
+    def _empty(self, position: int) -> None:
+        self._positions[:] = EMPTY
+        self._start = self._high = position
+        self._floor = min(self._floor, position)
 
     def check_rollback(self, length: int) -> None:
         if not 0 <= length <= self._length:
@@ -246,7 +260,7 @@ class SlidingCache:
 
     def _first_seen(self, position: int) -> int:
         """Oldest position a query sees: the window counts the query itself."""
-        return max(0, position - self._window + 1)
+        return max(self._floor, position - self._window + 1)
 
     def _oldest(self) -> int:
         """Lowest position still intact: writing p destroyed p - rows, rolled back or not."""
@@ -336,6 +350,13 @@ class ModelCache:
             cache.truncate(length)
         self._length = length
 
+    def begin_mtp(self, depth: int, position: int) -> None:
+        """See `runtimes.base.Cache`. Raises CacheError when the block has no window."""
+        block = self.mtp[depth]
+        if not isinstance(block, SlidingCache):
+            raise CacheError(f"MTP block {depth} attends to everything: it needs every row")
+        block.begin(position)
+
     def rows(self) -> Iterable[LayerRows]:
         """See `runtimes.base.Cache`."""
         return (cache.rows() for cache in (*self.layers, *self.mtp))
@@ -353,6 +374,9 @@ class ModelCache:
             cache.place(one)
             placed.append((one.first, len(one.keys)))
         check_rows(self.layout, length, placed)
+        for block in self.mtp:
+            if isinstance(block, SlidingCache):
+                block.miss_none()
         self._length = length
 
     def nbytes(self) -> int:

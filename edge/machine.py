@@ -52,6 +52,17 @@ def storage_read_bytes() -> int | None:
     return field("/proc/self/io", "read_bytes")
 
 
+def busy_seconds(path: Path = Path("/proc/stat")) -> float | None:
+    """Seconds all cores together have worked since the start, for whomever, and those a host took
+    from them; None where the system does not say."""
+    words = first_line(path).split()
+    if len(words) < 9 or words[0] != "cpu" or not all(word.isdigit() for word in words[1:9]):
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, stolen = map(int, words[1:9])
+    ticks = user + nice + system + irq + softirq + stolen
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def memory_bytes() -> int | None:
     """RAM of the machine."""
     total = field("/proc/meminfo", "MemTotal")
@@ -94,6 +105,19 @@ def isa_flags() -> tuple[str, ...]:
         if key.strip() == "flags":
             flags |= set(value.split())
     return tuple(name for name, flag in _ISA_FLAGS.items() if flag in flags)
+
+
+def cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int | None:
+    """Bytes of the processor's last caches, those of all cores together; None where the system does
+    not tell."""
+    found: dict[tuple[int, str], int] = {}
+    for cache in root.glob("cpu[0-9]*/cache/index[0-9]*"):
+        level, size = number(cache / "level"), first_line(cache / "size")
+        shared = first_line(cache / "shared_cpu_list")
+        if level and shared and size and size.endswith("K") and size[:-1].isdigit():
+            found[int(level), shared] = int(size[:-1]) << 10
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last) or None
 
 
 def clock_hz() -> float | None:

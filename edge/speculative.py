@@ -1,4 +1,4 @@
-"""Self-speculation with MiMo's MTP blocks: draft, verify, accept, and how much to draft.
+"""Self-speculation with MiMo's MTP blocks: draft, verify, accept. How much: draft_policy.py.
 
 State between steps (spec section 3.3): the target has processed x_0..x_p, x_{p+1} is chosen
 but not processed. Block k at row i takes the target's H_i and x_{i+1+k}; every block takes
@@ -8,12 +8,10 @@ only if the sampler, fed the target's own logits, draws that very token.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -25,9 +23,15 @@ from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache, ChainingBa
 DraftSetting = int | Literal["auto"]
 
 MAX_DRAFT = VERIFY_ROWS - 1
-# Rows of H kept behind the window: a commit leaves up to MAX_DRAFT stale rows to write again,
-# and a later turn may roll back as many.
+# Rows that a block with a window starts with, after a prompt or many steps without drafts: newer
+# ones join them. Filling a whole window can take longer than drafts save in a short answer.
+FILL_ROWS = 32
+# Rows of H kept behind those: a commit leaves up to MAX_DRAFT stale rows to write again, and a
+# later turn may roll back as many.
 _SPARE_ROWS = MAX_DRAFT + 1
+# A block is run on so many rows, twice as many (after a few steps without drafts) or FILL_ROWS:
+# backends keep what a number of rows needs, and writing a row again changes nothing.
+_LEAST_ROWS = MAX_DRAFT + 1
 # A block that attends to everything needs every row; they are written in groups this large.
 _FLUSH_ROWS = 64
 
@@ -77,7 +81,8 @@ class Drafter:
         self._cache = cache
         self.limit = max_draft(config)
         self._window = config.layer(config.num_hidden_layers).window if self.limit else 1
-        self._keep = None if self._window is None else self._window + _SPARE_ROWS
+        self._fill = min(FILL_ROWS, self._window or FILL_ROWS)
+        self._keep = None if self._window is None else self._fill + _SPARE_ROWS
         self._hidden: deque[F32] = deque(maxlen=self._keep)  # H rows, the newest last
         self._length = 0  # positions observed
         # Rows of block k below this are in its cache, computed from tokens that stand.
@@ -103,7 +108,7 @@ class Drafter:
 
     def skip(self, length: int) -> None:
         """Begin behind `length` positions that were not observed: windowed blocks propose again
-        once their window lies behind there."""
+        after a few rows."""
         self._hidden.clear()
         self._length, self._final = length, [0] * self.limit
         self._proposed = (0, [])
@@ -131,7 +136,7 @@ class Drafter:
 
     def wanted_rows(self, rows: int, following: int = 0) -> int:
         """How many H rows, the last ones, to ask of a pass of `rows` tokens when `following` more
-        are sure to come: rows that a window will have passed by then are never looked at."""
+        are sure to come: rows that will be too old by then are never looked at."""
         if not self.limit:
             return 0
         return rows if self._keep is None else max(0, min(rows, self._keep - following))
@@ -175,8 +180,7 @@ class Drafter:
         """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
 
         `propose` picks from logits [V], or says None when nothing can follow. Fewer, down to none,
-        come back then, and while the H rows that the newest row's window covers are not all at
-        hand (after a cut deeper than is kept).
+        come back then, and while hardly any H rows are at hand (after a cut deeper than is kept).
         """
         p = self._length - 1
         if len(tokens) != p + 2:
@@ -184,8 +188,9 @@ class Drafter:
         self._settle(tokens)
         self.steady = True
         count = min(count, self.limit)
-        first = self._first(min(self._final[:count], default=0))
-        if self._chain is not None and count > 1 and first is not None and first < p:
+        chain = self._chain is not None and count > 1
+        first = self._first(min(self._final[:count])) if chain else None
+        if first is not None and first < p:
             drafts = self._draft_in_chain(tokens, first, count, propose, cancel)
         else:
             drafts = self._draft_one_by_one(tokens, count, propose, cancel)
@@ -200,7 +205,7 @@ class Drafter:
 
     def _regular(self, first: int) -> bool:
         # One verify commits up to MAX_DRAFT + 1 rows; as many more may be stale.
-        return first >= self._oldest and self._length - 1 - first <= 2 * MAX_DRAFT + 1
+        return self._length - first <= 2 * (MAX_DRAFT + 1)
 
     @property
     def _oldest(self) -> int:
@@ -213,15 +218,23 @@ class Drafter:
         return 0 if self._window is None else max(0, self._length - self._window)
 
     def _first(self, final: int) -> int | None:
-        """Where to begin so that every row the newest one sees is there, when those below `final`
-        are; None when H rows are missing for that."""
-        p, first = self._length - 1, max(final, self._reach)
-        if first < self._oldest:
+        """Where to begin so that the newest row sees the rows before it, when those below `final`
+        are there: all of them, or where that is much to write, the newest. None when H rows are
+        missing for that."""
+        missing = self._length - max(final, self._reach)
+        self.steady = self.steady and self._regular(self._length - missing)
+        at_hand = self._length - max(self._reach, self._oldest)
+        if self._window is None:
+            return None if missing > at_hand else self._length - min(at_hand, _rounded(missing))
+        if missing > at_hand < _LEAST_ROWS:
             return None
-        self.steady = self.steady and self._regular(first)
-        # Never fewer rows than a verify has: backends keep what a number of rows needs, and
-        # writing a row again changes nothing.
-        return max(min(first, p - MAX_DRAFT), self._reach, self._oldest)
+        return self._length - min(at_hand, _rounded(min(missing, self._fill)))
+
+    def _begin(self, depth: int, first: int) -> None:
+        """Rows of a block are about to be written from `first` on."""
+        if first > max(self._final[depth], self._reach):
+            self._cache.begin_mtp(depth, first)
+        self._final[depth] = min(self._final[depth], first)
 
     def _draft_one_by_one(
         self,
@@ -241,7 +254,7 @@ class Drafter:
             # Rows up to p - depth take tokens that stand; the newer ones take drafts. A pass that
             # fails leaves none of its rows.
             final = max(self._final[depth], p - depth + 1)
-            self._final[depth] = min(self._final[depth], first)
+            self._begin(depth, first)
             logits = self._run(depth, known, first, p + 1, offset, cancel)
             self._final[depth] = final
             token = propose(logits)
@@ -263,7 +276,8 @@ class Drafter:
         assert self._chain is not None
         p = self._length - 1
         final = [max(self._final[depth], p - depth + 1) for depth in range(count)]
-        self._final[:count] = [min(known, first) for known in self._final[:count]]
+        for depth in range(count):
+            self._begin(depth, first)
         hidden = self._rows(first, p + 1)
         ids = np.asarray(tokens[first + 1 : p + 2], dtype=np.int32)
         chosen, logits = self._chain.mtp_chain(
@@ -352,270 +366,7 @@ def accept(
     return gained
 
 
-class DraftPolicy(Protocol):
-    """Decides how many tokens to draft before each verify."""
-
-    def begin(self) -> None:
-        """An answer begins."""
-        ...
-
-    def choose(self, cold: bool = False) -> int:
-        """Tokens to draft now; `cold` says that the first draft costs extra (`Drafter.cold`)."""
-        ...
-
-    def record(
-        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
-    ) -> None:
-        """One step's outcome: `hits` per depth that was tested, cost of draft and verify.
-
-        `steady` is False when it was the first draft after a prompt or after steps without any.
-        `seconds` is None when they say nothing of the next such step.
-        """
-        ...
-
-    def why(self) -> str:
-        """The current choice and its reason, for people."""
-        ...
-
-
-class FixedPolicy:
-    """Always the same draft length."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def begin(self) -> None:
-        return None
-
-    def choose(self, cold: bool = False) -> int:
-        return self._count
-
-    def record(
-        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
-    ) -> None:
-        return None
-
-    def why(self) -> str:
-        return f"draft {self._count}, as set"
-
-
-class CostTable:
-    """Seconds of one step per draft length, measured; shared by the sequences of an engine.
-
-    Of the newest steps of a length the middle half counts: contexts grow, single steps are
-    disturbed, and what experts cost that come from flash differs from step to step.
-    """
-
-    NEWEST = 24
-
-    def __init__(self) -> None:
-        self._samples: dict[int, deque[float]] = {}
-        self._seconds: dict[int, float] = {}
-        self._fast: dict[int, float] = {}
-
-    def add(self, drafted: int, seconds: float) -> None:
-        newest = self._samples.setdefault(drafted, deque(maxlen=self.NEWEST))
-        newest.append(seconds)
-        samples = sorted(newest)
-        aside = (len(samples) + 1) // 4 if len(samples) > 2 else 0
-        self._seconds[drafted] = fmean(samples[aside : len(samples) - aside])
-        self._fast[drafted] = samples[len(samples) // 4]
-
-    def count(self, drafted: int) -> int:
-        """How many steps of that length are remembered."""
-        return len(self._samples.get(drafted, ()))
-
-    def seconds(self, drafted: int) -> float | None:
-        """Mean of the middle half; None before the first step."""
-        return self._seconds.get(drafted)
-
-    def fast(self, drafted: int) -> float | None:
-        """What all but a quarter of the steps take at least; None before the first step."""
-        return self._fast.get(drafted)
-
-
-@dataclass
-class _Depth:
-    """Acceptance at one depth, given that all shallower drafts were accepted."""
-
-    hits: float = 1.5  # starts at 0.75, as published, which a few tries outweigh
-    tries: float = 2.0
-
-    def record(self, hit: bool) -> None:
-        # Old outcomes fade: text changes its nature within an answer.
-        self.hits = self.hits * 0.988 + hit
-        self.tries = self.tries * 0.988 + 1
-
-    def fade(self) -> None:
-        """A step did not try this depth: the rate stays, the weight of what is known shrinks."""
-        if self.tries > 12:
-            self.hits *= 0.997
-            self.tries *= 0.997
-
-    @property
-    def rate(self) -> float:
-        return self.hits / self.tries
-
-
-class AdaptivePolicy:
-    """Draft as many tokens as maximise expected tokens per second, possibly none.
-
-    Expected tokens of a step with K drafts: 1 + a_1 + a_1 a_2 + ..., a_k the running
-    acceptance of depth k. Divided by the measured cost of a step of that width. Every width is
-    measured at the start and looked at again now and then, when what that may lose is a small share
-    of the time spent since: a width that is far off is tried rarely, a close one often.
-
-    The first draft after a prompt also fills the MTP caches. Whether that pays depends on how long
-    answers are: as long as those before, on average.
-
-    One policy serves all answers of an engine: what it learnt need not be learnt again.
-    """
-
-    MEASURE = 3  # steps of a width before it is judged
-    ADVANTAGE = 1.01  # a change must promise this much, or two equal widths would alternate
-    REST = 12  # steps between two probes at least
-    PROBE, FROM_REST = 2, 4  # steps of a probe, and of one while nothing is drafted
-    PROBE_SHARE = 0.0075  # of the time, at most, that probes may lose; more of the first steps
-    EARLY = 128
-    FADE = 0.95  # of what answers before say about the length of the next
-
-    def __init__(self, limit: int, costs: CostTable) -> None:
-        self._limit = limit
-        self._costs = costs
-        self._depths = [_Depth() for _ in range(limit)]
-        self._current = limit
-        self._asked = [0] * (limit + 1)  # how often a width was asked for to measure it
-        self._steps = 0
-        self._last = 0  # width of the latest step
-        self._rested = 0  # steps since the last probe
-        self._unused = [0.0] * (limit + 1)  # seconds of steps since one had that width
-        self._restart = 0.0  # seconds per draft that the first one costs on top: MTP caches fill
-        self._answers = self._gained = 0.0  # begun, and their tokens; old ones fade
-        self._start: int | None = None  # what the latest choice was, when the MTP caches were cold
-        self._plan: deque[int] = deque()
-
-    def begin(self) -> None:
-        self._answers = self._answers * self.FADE + 1
-        self._gained *= self.FADE
-
-    def choose(self, cold: bool = False) -> int:
-        if not self._limit:
-            return 0
-        if self._plan:
-            return self._plan.popleft()
-        for count in range(self._limit, -1, -1):
-            # When something keeps a width from being drafted, that is not asked for ever.
-            if self._costs.count(count) < self.MEASURE and self._asked[count] < 4 * self.MEASURE:
-                self._asked[count] += 1
-                return count
-        self._settle()
-        self._rested += 1
-        if self._rested > self.REST:
-            self._plan.extend(self._probe(cold))
-            if self._plan:
-                self._rested = 0
-                return self._plan.popleft()
-        self._start = self._started() if cold else None
-        return self._current if self._start is None else self._start
-
-    @property
-    def _answer_tokens(self) -> float:
-        """How long answers are, on average."""
-        return max(1.0, self._gained / self._answers) if self._answers else math.inf
-
-    def _started(self) -> int | None:
-        """The best width for a whole answer, the first draft's extra cost included; None when it is
-        not known how long answers are."""
-        tokens = self._answer_tokens
-        if math.isinf(tokens):
-            return None
-        speeds = [self._speed(count) for count in range(self._limit + 1)]
-        costs = [
-            self._restart * count + tokens / speed if speed else math.inf
-            for count, speed in enumerate(speeds)
-        ]
-        return min(range(self._limit + 1), key=lambda count: (costs[count], count))
-
-    def record(
-        self, drafted: int, hits: Sequence[bool], seconds: float | None, steady: bool
-    ) -> None:
-        for depth, hit in zip(self._depths, hits, strict=False):
-            depth.record(hit)
-            if not hit:
-                break
-        for depth in self._depths[drafted:]:
-            depth.fade()
-        usual = self._costs.seconds(drafted)
-        if seconds is None:
-            seconds = usual or 0.0
-        elif steady:
-            # The first plain step after drafts finds nothing of its own in the processor's caches,
-            # which a small model feels.
-            if drafted or not self._last:
-                self._costs.add(drafted, seconds)
-        elif usual is not None:
-            extra = max(0.0, seconds - usual) / max(1, drafted)
-            self._restart = (self._restart + extra) / 2 if self._restart else extra
-        self._gained += 1 + sum(hits)
-        self._last = drafted
-        self._steps += 1
-        self._unused = [unused + seconds for unused in self._unused]
-        if drafted <= self._limit:
-            self._unused[drafted] = 0.0
-
-    def expected_tokens(self, count: int) -> float:
-        """Tokens a step with `count` drafts is expected to gain."""
-        total = chance = 1.0
-        for depth in self._depths[:count]:
-            chance *= depth.rate
-            total += chance
-        return total
-
-    def why(self) -> str:
-        if not self._limit:
-            return "draft 0: the model has no MTP block"
-        plain, other = self._costs.seconds(0), self._current or self._limit
-        cost = self._costs.seconds(other)
-        if plain is None or cost is None:
-            return f"draft {self._current}: not enough steps measured yet"
-        facts = (
-            f"drafting {other} gives {self.expected_tokens(other):.2f} tokens a step "
-            f"for {cost / plain:.2f} times the time of a plain one"
-        )
-        if self._start is None or self._start == self._current:
-            return f"draft {self._current}: {facts}"
-        extra = f"{self._restart * other * 1e3:.1f} ms"
-        return (
-            f"draft {self._start}: {facts}, but the first takes {extra} more and answers have "
-            f"{self._answer_tokens:.0f} tokens"
-        )
-
-    def _speed(self, count: int) -> float:
-        """Expected tokens per second; 0 for a width that could not be measured."""
-        seconds = self._costs.seconds(count)
-        return 0.0 if seconds is None else self.expected_tokens(count) / max(seconds, 1e-9)
-
-    def _settle(self) -> None:
-        best = max(range(self._limit + 1), key=lambda count: (self._speed(count), -count))
-        if self._speed(best) > self.ADVANTAGE * self._speed(self._current):
-            self._current = best
-
-    def _probe(self, cold: bool) -> list[int]:
-        """Steps of the width that was not used for longest and may be now; none are due often."""
-        speed = self._speed(self._current)
-        steps = self.PROBE if self._current else self.FROM_REST
-        share = self.PROBE_SHARE * (4 if self._steps < self.EARLY else 1)
-        others = [k for k in range(self._limit + 1) if k != self._current]
-        for width in sorted(others, key=lambda k: -self._unused[k]):
-            # Few steps may have been disturbed ones: what they cost is not to keep a width away.
-            few = self._costs.count(width) < 2 * self.MEASURE
-            seconds = self._costs.fast(width) if few else self._costs.seconds(width)
-            if seconds is None or not speed:
-                continue
-            loss = steps * max(0.0, seconds - self.expected_tokens(width) / speed)
-            if cold or not self._current:
-                loss += self._restart * width
-            if loss <= share / self._limit * self._unused[width]:
-                # The time of the first drafting step after others does not count.
-                return [width] * (steps + (not self._current))
-        return []
+def _rounded(rows: int) -> int:
+    """`rows` or more, of few different numbers."""
+    sizes = (_LEAST_ROWS, 2 * _LEAST_ROWS, FILL_ROWS)
+    return next((size for size in sizes if size >= rows), rows)

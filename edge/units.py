@@ -54,6 +54,11 @@ def format_bytes(size: int) -> str:
     return f"{value:.2f} GiB"
 
 
+def format_rate(value: float, digits: int = 3) -> str:
+    """A rate for people: so many digits that say something, and no exponent."""
+    return f"{float(f'{value:.{digits}g}'):.12g}"
+
+
 def even_part(total: int, most: int) -> int:
     """Size of the first of as few equal parts of `total` as are possible with parts of at most
     `most`: a small rest costs a pass over streamed experts like a large part."""

@@ -95,6 +95,11 @@ class Cache(Protocol):
         """What its rows are; caches of equal layout can take each other's."""
         ...
 
+    def begin_mtp(self, depth: int, position: int) -> None:
+        """Rows of MTP block `depth`, which has a window, begin at `position`, the next one to be
+        written: none before it is held or seen any more."""
+        ...
+
     def rows(self) -> Iterable[LayerRows]:
         """Everything that is held: of every decoder layer, then of every MTP block, the rows that
         are intact. They are only lent, each until the next one is asked for."""

@@ -29,7 +29,8 @@ not processed, H_i is row i of the target's residual stream before the final nor
   tokens that were then chosen, which is why H_{p-1} and H_p must be kept past a commit (for K
   blocks the last K - 1 rows of H, plus every row since the last call to a block).
 - After prefill the last W rows of H (`hidden_rows=min(W, T)`) are enough to fill a block's ring;
-  earlier rows are never seen. MiMo-7B's block attends to everything: give it every row, so call
+  earlier rows are never seen. Fewer do after `cache.begin_mtp(k, first)`: the block then sees rows
+  from there on. MiMo-7B's block attends to everything: give it every row, so call
   `mtp_forward` (or ask `hidden_rows=T`) after every prefill chunk.
 - Rows must reach back as far as the newest row sees: a hole raises CacheError.
 - `cache.rollback` drops MTP rows of undone positions; call it before the next `mtp_forward`.

@@ -25,6 +25,7 @@ class FakeCache:
         self.undoable = undoable
         self.highest = 0
         self.mtp: dict[tuple[int, int], int] = {}  # (depth, row) -> token it was computed from
+        self.begins = [0, 0, 0]  # rows of every block before which none is missed
         self.closed = False
         one = RowFormat("f32", 1, 1, 1, None)
         self.layout = CacheLayout((one,), (replace(one, window=1),) * 3, True)
@@ -57,8 +58,13 @@ class FakeCache:
         check_rows(self.layout, length, [(one.first, len(one.keys)) for one in taken])
         trunk, *blocks = [(one.first, one.keys.view("<i4")[:, 0].tolist()) for one in taken]
         self.tokens, self.highest = trunk[1], length
+        self.begins = [first for first, _ in blocks]
         for depth, (first, tokens) in enumerate(blocks):
             self.mtp.update({(depth, first + i): token for i, token in enumerate(tokens)})
+
+    def begin_mtp(self, depth: int, position: int) -> None:
+        self.mtp = {place: token for place, token in self.mtp.items() if place[0] != depth}
+        self.begins[depth] = position
 
     def nbytes(self) -> int:
         return 0 if self.closed else 8 * len(self.tokens)
@@ -169,7 +175,7 @@ class FakeBackend:
             assert (hidden[row - position] == self.hidden(cache.tokens[: row + 1])).all()
             cache.mtp[depth, row] = int(token_ids[row - position])
         window = self.config.layer(self.config.num_hidden_layers + depth).window
-        first = 0 if window is None else max(0, end - window)
+        first = 0 if window is None else max(cache.begins[depth], end - window)
         known = [*cache.tokens, *([0] * (depth + 1))]
         for row in range(first, end):  # every row the newest one sees, with the token that stands
             assert (depth, row) in cache.mtp, f"row {row} of block {depth} was never written"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,7 +112,7 @@ def figure(value: str) -> str:
 
 ENGINE = (
     '{ step = "1 ms", layer = "2 us", layer4 = "1 us", streamed = "1 us", streamed4 = "1 us", '
-    'draft = "1 ms", logits = "1 us", row = "1 us" }'
+    'drafting = "1 us", draft = "1 ms", logits = "1 us", row = "1 us" }'
 )
 
 COLD = (
@@ -245,6 +247,46 @@ def test_this_machine_with_a_probe_of_it(tmp_path: Path, caplog: pytest.LogCaptu
     path.write_text("schema = 7", "utf-8")
     with pytest.raises(ConfigError, match="schema"):
         load_profile("auto")
+
+
+def test_a_probe_of_another_version_is_to_be_repeated(tmp_path: Path) -> None:
+    path = this_machine.measured_path()
+    path.parent.mkdir(parents=True)
+    whole = build("x", this_machine.title(), this_machine.known_figures(), ()).to_toml()
+    lines = [line for line in whole.splitlines() if line.startswith("engine = ")]
+    cut = re.sub(r', row = "[^"]*"', "", lines[0])
+    path.write_text(whole.replace(lines[0], cut), "utf-8")
+    with pytest.raises(ConfigError, match="run mimo-edge probe again"):
+        load_profile("auto")
+
+
+def test_engine_figures_are_those_of_one_probe_times_what_their_source_says() -> None:
+    """As tools/engine_figures.py writes them."""
+    for name in profile_names():
+        profile = load_profile(name)
+        factor = re.search(r"([0-9.]+) times it", profile.sources["engine"].text)
+        for key, microseconds in this_machine._ENGINE_US.items():
+            want = microseconds * 1e-6 * (float(factor[1]) if factor else 1.0)
+            assert getattr(profile.engine, key) == pytest.approx(want, rel=0.01), (name, key)
+
+
+def test_work_and_caches_are_read(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    ticks = os.sysconf("SC_CLK_TCK")
+    stat.write_text("cpu  100 20 30 5000 6000 7 8 9 3 0\ncpu0 1 2\n")
+    assert machine.busy_seconds(stat) == pytest.approx(174 / ticks)
+    stat.write_text("cpu 1 2\n")
+    assert machine.busy_seconds(stat) is None
+    assert machine.busy_seconds(tmp_path / "absent") is None
+    for cpu, (level, size, shared) in enumerate(
+        [(1, "32K", "0"), (2, "12288K", "0-1"), (2, "12288K", "0-1"), (2, "512K", "2")]
+    ):
+        folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{level}"
+        folder.mkdir(parents=True)
+        for key, value in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+            (folder / key).write_text(f"{value}\n")
+    assert machine.cache_bytes(tmp_path) == (12288 + 512) << 10
+    assert machine.cache_bytes(tmp_path / "absent") is None
 
 
 def test_sensors_are_read_and_named(tmp_path: Path) -> None:

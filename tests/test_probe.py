@@ -11,9 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +25,16 @@ from mimo_edge.bench import engine_cost as engine_costs
 from mimo_edge.bench.flash_rate import measure_reads
 from mimo_edge.cli.main import app
 from mimo_edge.devices import probe as probing
+from mimo_edge.devices import processor
 from mimo_edge.devices.probe import LANES, Probe, probe
 from mimo_edge.devices.profile import EngineCost, KernelRate, load_profile
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.flash_file import FlashFile
 from mimo_edge.quant.base import get_format
+from mimo_edge.runtimes.ggml import measure as measuring
 from mimo_edge.runtimes.ggml.device import Device
-from mimo_edge.runtimes.ggml.measure import kernel_rates, memory_rates
+from mimo_edge.runtimes.ggml.measure import Heads, attention_rates, kernel_rates, memory_rates
 
 RECORD, FILE = 128 << 10, 2 << 20
 
@@ -69,7 +72,9 @@ def test_what_is_measured_becomes_a_profile(disk: Path, tmp_path: Path) -> None:
     assert profile.measured
     assert profile.threads == 1
     assert profile.memory_bytes_per_s == pytest.approx(max(found.memory.values()), rel=1e-3)
-    assert set(profile.kernels) == {"any", "Q4_0", "F16"}
+    matrices = {name for name in profile.kernels if not name.startswith("ATTENTION_")}
+    assert matrices == {"any", "Q4_0", "F16"}
+    assert set(profile.kernels) - matrices == {"ATTENTION_F16", "ATTENTION_Q8_0", "ATTENTION_F32"}
     assert len(profile.kernels["Q4_0"].cold) == 4
     assert min(profile.kernels["F16"].rates()) > 0
     # blocks that do not fit the file are left out
@@ -160,7 +165,7 @@ def test_a_signal_leaves_nothing(disk: Path, stage: str, number: int) -> None:
     script = f"""
 import sys, time
 from mimo_edge.bench import engine_cost
-from mimo_edge.devices import probe, scratch
+from mimo_edge.devices import probe, processor, profile, scratch
 from mimo_edge.cli.main import app
 def stop(*_):
     print("here", flush=True)
@@ -172,8 +177,10 @@ elif {stage!r} == "reading":
     probe.measure_reads = stop
 else:
     probe._reads = lambda *_: ({{}}, {{}})
-    probe._kernels = lambda *_: ({{}}, {{"Q4_0": None}})
-    engine_cost._step_s = stop
+    rate = profile.KernelRate(1e9, 1e9, 1e9, 1e9, 4 * (1e9,), 1e9)
+    processor.measure_processor = lambda *_: ({{"Q4_0": 1e9}}, {{"Q4_0": rate}}, None)
+    probe._rising = lambda *_: [{{"block": "1 MiB", "rate": "1 GB/s"}}]
+    engine_cost._step = stop
 sys.argv = ["mimo-edge", "probe", "--dir", {str(disk)!r}, "--file-size", "16MiB", "--threads", "1"]
 app()
 """
@@ -270,32 +277,109 @@ def test_rates_are_work_over_time() -> None:
         device.close()
 
 
+def test_attention_is_work_over_time() -> None:
+    device, ticks = Device(1), iter(range(10**6))
+
+    def clock() -> float:
+        return float(next(ticks))
+
+    try:
+        heads = Heads(4, 1, 96, 64)
+        for kind in ("f32", "f16"):
+            one, many = attention_rates(device, kind, heads, (1, 128), 0.0, clock)
+            assert one == 16 * 4 * 160 * 256  # 16 such operations over 256 tokens
+            assert many == 128 * 4 * 160 * 256
+    finally:
+        device.close()
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_caches_end_where_products_become_slow(
+    monkeypatch: pytest.MonkeyPatch, disturbed: bool
+) -> None:
+    """Matrices of 1 MiB and a sixteenth; up to 16 of them take 1 each, more of them 3."""
+    each = get_format("Q8_0").row_bytes(1024) * 1024
+
+    def passes(device: Device, weights: list[Any], *_: Any) -> list[float]:
+        slow = len(weights) > 16 or (disturbed and len(weights) == 4)
+        return [len(weights) * (3.0 if slow else 1.0)]
+
+    monkeypatch.setattr(measuring, "_passes", passes)
+    device = Device(1)
+    try:
+        found = measuring.cache_bytes(device, get_format("Q8_0"), 64 * each, 1.0)
+        assert found == pytest.approx(16 * each * 2**0.5, rel=1e-6)
+        monkeypatch.setattr(measuring, "_passes", lambda device, weights, *_: [1.0 * len(weights)])
+        assert measuring.cache_bytes(device, get_format("Q8_0"), 8 * each, 1.0) is None
+    finally:
+        device.close()
+
+
+def test_of_two_rounds_the_better_rate_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = iter(
+        [KernelRate(1, 5, 3, 4, (1, 2, 3, 4), 9), KernelRate(2, 4, 6, 1, (2, 1, 4, 3), 8)]
+    )
+    monkeypatch.setattr(processor, "_kernel", lambda *_: next(rounds))
+    monkeypatch.setattr(processor, "_attention", lambda *_: {})
+    monkeypatch.setattr(processor, "cache_bytes", lambda *_: 100 << 20)
+    steps: list[None] = []
+    fmt = get_format("Q8_0")
+    found = processor.measure_processor(1, [fmt], 512 << 20, 1.0, lambda: steps.append(None))
+    assert found.kernels == {"Q8_0": KernelRate(2, 5, 6, 4, (2, 2, 4, 4), 9)}
+    assert found.memory == {"Q8_0": 9 * 34 / 32}
+    assert len(steps) == 3
+
+
+def test_others_that_compute_meanwhile_are_said(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = time.perf_counter()
+
+    def busy() -> float:  # two cores, besides ours
+        return 2 * (time.perf_counter() - began) + time.process_time()
+
+    monkeypatch.setattr("mimo_edge.machine.busy_seconds", busy)
+    assert measured(disk).others_cores == pytest.approx(2.0, abs=0.05)
+    arguments = ["probe", "--dir", str(disk), "--file-size", "16MiB", "--threads", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--seconds", "0.1"])
+    assert "other processes used 2.0 cores meanwhile" in done.stderr
+    monkeypatch.setattr("mimo_edge.machine.busy_seconds", lambda: None)
+    assert measured(disk).others_cores is None
+
+
+@pytest.mark.parametrize("name", ["mine", "mine.txt", ".", "absent/mine.toml"])
+def test_where_the_profile_cannot_go_nothing_is_measured(
+    name: str, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "measure_reads", lambda *_: pytest.fail("measured"))
+    done = CliRunner().invoke(app, ["probe", "--dir", str(disk), "-o", str(tmp_path / name)])
+    assert done.exit_code in (1, 2)
+    assert "cannot write" in done.stderr or "ends in .toml" in done.stderr
+
+
 def test_a_layer_costs_what_few_and_many_of_them_differ_in(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine of known costs, measured."""
-    want = EngineCost(1e-3, 1e-4, 2e-4, 3e-4, 5e-4, 4e-4, 2e-6, 7e-6)
-    rate = KernelRate(50e9, 80e9, 100e9, 90e9)
+    want = EngineCost(1e-3, 1e-4, 2e-4, 3e-4, 5e-4, 1.5e-4, 4e-4, 2e-6, 7e-6)
+    device = replace(load_profile("phone"), engine=want)
 
     @contextmanager
-    def engine(path: Path, threads: int, streamed: bool) -> Iterator[tuple[int, int, bool]]:
-        layers, vocab, _ = map(int, path.stem.split("-"))
-        yield layers, vocab, streamed
+    def engine(path: Path, threads: int, streamed: bool) -> Iterator[tuple[Path, bool]]:
+        yield path, streamed
 
-    def step_s(engine: tuple[int, int, bool], drafts: int, *_: Any) -> float:
-        layers, vocab, streamed = engine
-        name = ("streamed" if streamed else "layer") + "4" * bool(drafts)
-        own: float = layers * getattr(want, name) + drafts * want.draft
-        return want.step + own + want.logits * (vocab - 512) / 1000
+    def step(engine: tuple[Path, bool], drafts: int, *_: Any) -> tuple[float, int]:
+        path, streamed = engine
+        return engine_costs._reckoned(path, device, 100, streamed).decodes[drafts].cost.seconds, 100
 
-    def prompt_s(engine: tuple[int, int, bool], *_: Any) -> float:
-        return 1.0 + engine[0] * 256 * (want.row + engine_costs._products_s(rate))
+    def prompt_s(engine: tuple[Path, bool], *_: Any) -> float:
+        return engine_costs._reckoned(engine[0], device, 0).prefill.cost.seconds
 
     monkeypatch.setattr(engine_costs, "_engine", engine)
-    monkeypatch.setattr(engine_costs, "_step_s", step_s)
+    monkeypatch.setattr(engine_costs, "_step", step)
     monkeypatch.setattr(engine_costs, "_prompt_s", prompt_s)
-    found = engine_costs.engine_cost(disk, 1, 1.0, rate)
-    assert asdict(found) == pytest.approx(asdict(want), rel=1e-6)
+    found = engine_costs.engine_cost(disk, 1, 1.0, device)
+    assert asdict(found) == pytest.approx(asdict(want), rel=1e-4)
     assert sum(path.stat().st_size for path in disk.iterdir()) < 20 << 20
 
 

@@ -8,15 +8,13 @@ import tiny
 from fake_backend import FakeBackend
 
 from mimo_edge.cancel import Cancel
+from mimo_edge.draft_policy import AdaptivePolicy, CostTable, FixedPolicy
 from mimo_edge.engine import Engine
 from mimo_edge.errors import UsageError
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
 from mimo_edge.runtimes.reference import ReferenceBackend, mtp_full_logits
 from mimo_edge.sampling import Sampler, SamplingParams
 from mimo_edge.speculative import (
-    AdaptivePolicy,
-    CostTable,
-    FixedPolicy,
     accept,
     check_draft,
     max_draft,

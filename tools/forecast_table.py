@@ -30,7 +30,7 @@ from mimo_edge.bench.forecasts import Forecasts
 from mimo_edge.bench.random_model import scaled_config, tiny_config, write_model
 from mimo_edge.bench.results import Row
 from mimo_edge.bench.session import Bench
-from mimo_edge.budget import plan
+from mimo_edge.budget import Budget, fit, plan
 from mimo_edge.bundle import Bundle
 from mimo_edge.devices.probe import probe
 from mimo_edge.devices.profile import DeviceProfile, ReadRate, load_profile
@@ -113,28 +113,41 @@ class Bed:
         return path
 
     def _ram(self, what: What) -> int | None:
-        """A cap that leaves room for that share of the experts."""
+        """The least cap, to a MiB, under which that share of the experts has slots."""
         if what.share is None:
             return None
-        with Bundle.open(self._model(what.model)) as bundle:
-            lines = plan(bundle.config, bundle.tensors, CONTEXT).lines
         part, of = what.share
-        return sum(n.nbytes if n.name != "experts" else n.nbytes * part // of for n in lines)
+        with Bundle.open(self._model(what.model)) as bundle:
+            config = bundle.config
+            if not what.draft:  # MTP blocks stay on flash
+                config = replace(config, num_mtp_layers=0)
+            low, high = 0, plan(config, bundle.tensors, CONTEXT).nbytes
+            while high - low > 1 << 20:
+                middle = (low + high) // 2
+                found = fit(config, bundle.tensors, CONTEXT, middle)
+                enough = isinstance(found, Budget) and (
+                    not found.streamed or found.slots * of >= found.experts * part
+                )
+                low, high = (low, middle) if enough else (middle, high)
+        return high
 
     def _settings(self, what: What) -> Settings:
         return Settings(
             str(self._model(what.model)),
             context=CONTEXT,
-            repetitions=self._repetitions,
+            # Milliseconds are at the mercy of whatever else happens.
+            repetitions=self._repetitions * (5 if what.model == NANO else 1),
             warmup=WARMUP,
             tokens="drawn",
         )
 
     def measure(self, what: What) -> list[str]:
         """One row, as JSON in one cell. Raises BackendError when it cannot be measured."""
+        # A small model builds graphs for every 64 tokens more: short pieces, most without.
+        decoded = 16 if what.model == NANO else 32
         case = Case(
             what.kind,
-            512 if what.kind == "prefill" else 32,
+            512 if what.kind == "prefill" else decoded,
             DEPTH if what.kind == "decode" else 0,
             what.draft,
             self._ram(what),

@@ -131,7 +131,7 @@ def attention_ms(backend: GgmlBackend, cache: GgmlCache, tokens: int, repeats: i
 def _attention(backend: GgmlBackend, layers: list[KvTensors], rows: int) -> Iterator[None]:
     c = backend.config
     graph, inputs = Graph(backend.device, 16 * len(layers)), Inputs(backend.device)
-    query = inputs.new(TYPE_F32, c.head_dim, 1, c.num_attention_heads)
+    query = inputs.new(TYPE_F32, c.head_dim, c.num_attention_heads, 1)
     mask = inputs.new(TYPE_F16, rows, 1)
     inputs.allocate()
     query.array()[...] = np.random.default_rng(1).standard_normal(query.array().shape)

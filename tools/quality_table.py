@@ -140,6 +140,9 @@ class _NoRows:
     def rollback(self, n: int) -> None:
         """Nothing to undo."""
 
+    def begin_mtp(self, depth: int, position: int) -> None:
+        """There are no blocks."""
+
     def rows(self) -> tuple[LayerRows, ...]:
         """Nothing is held."""
         return ()

@@ -41,10 +41,17 @@ class Forecasts:
             return None
         return self._forecast(case, run.get("context"), run.get("tokens") == "drawn")
 
+    def _depth(self, case: Case) -> int:
+        """Tokens in the conversation half-way through what is measured: one piece of an answer
+        after the other, or with a prompt the same piece again and again."""
+        s = self._settings
+        if s.prompt is not None:
+            return case.depth + case.tokens // 2
+        return case.depth + s.warmup + s.repetitions * case.tokens // 2
+
     def _forecast(self, case: Case, context: int | None, drawn: bool) -> Forecast | None:
         length = context or self._device.context
-        # Decoding is measured from the end of the prompt to the end of the answer.
-        depth = min(case.depth + case.tokens // 2, length - 1) if case.kind == "decode" else 0
+        depth = min(self._depth(case), length - 1) if case.kind == "decode" else 0
         # Without a cap all weights are resident, as they were when it ran.
         ram = self._device.ram_bytes if case.ram is None else case.ram
         try:

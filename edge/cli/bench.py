@@ -164,7 +164,7 @@ def bench(
 
     forecasts = _forecasts(settings)
     if forecasts is None:
-        out.detail("no forecasts: mimo-edge probe measures this machine for them")
+        out.note("no forecasts: mimo-edge probe measures this machine for them")
     try:
         for result in _by_turns(runs, cases, out):
             if forecasts is not None:
@@ -258,12 +258,14 @@ def _forecast(row: Row) -> str:
 
 
 def _forecasts(settings: Settings) -> Forecasts | None:
-    """Forecasts of this machine; None where it was not probed."""
+    """Forecasts of this machine, by --profile where a probe wrote it; None where none did."""
     from mimo_edge.bench.forecasts import Forecasts
     from mimo_edge.devices.profile import AUTO, load_profile
 
-    device = load_profile(AUTO)
-    return Forecasts(settings, device) if device.measured else None
+    for name in (settings.profile, AUTO):
+        if name is not None and (device := load_profile(name)).measured:
+            return Forecasts(settings, device)
+    return None
 
 
 def _number(value: float | None, form: str, scale: float = 1.0) -> str:

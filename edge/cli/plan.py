@@ -10,7 +10,7 @@ import typer
 from mimo_edge.cli.options import Pin
 from mimo_edge.cli.output import Output
 from mimo_edge.errors import UsageError
-from mimo_edge.units import format_bytes
+from mimo_edge.units import format_bytes, format_rate
 
 if TYPE_CHECKING:
     from mimo_edge.planner import Plan
@@ -173,7 +173,7 @@ def print_plan(out: Output, plan: Plan) -> None:
         rows = [
             [
                 d.draft,
-                f"{d.tps:.3g}",
+                format_rate(d.tps),
                 f"{d.tokens_per_step:.2f}",
                 f"{d.flash_bytes_per_token / 1e6:,.0f}",
                 f"{d.memory_bytes_per_token / 1e6:,.0f}",
@@ -227,14 +227,15 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "decode",
-            f"{decode.tps:.3g} tok/s with {drafts}, bound by {decode.cost.binding} "
-            f"(hot {found.hot_decode.tps:.3g}; without MTP {found.plain.tps:.3g})",
+            f"{format_rate(decode.tps)} tok/s with {drafts}, bound by {decode.cost.binding} "
+            f"(hot {format_rate(found.hot_decode.tps)}; "
+            f"without MTP {format_rate(found.plain.tps)})",
         ),
         (
             "prefill",
-            f"{prefill.tps:.3g} tok/s, {prefill.tokens} tokens in "
+            f"{format_rate(prefill.tps)} tok/s, {prefill.tokens} tokens in "
             f"{duration(prefill.cost.seconds)}, bound by {prefill.cost.binding} "
-            f"(hot {found.hot_prefill.tps:.3g})",
+            f"(hot {format_rate(found.hot_prefill.tps)})",
         ),
         ("load", duration(found.load_s)),
     ]
@@ -286,12 +287,12 @@ def _columns(plan: Plan) -> list[tuple[str, str]]:
         ("hits", f"{found.hits.rate:.0%}"),
         ("flash MB/tok", f"{found.decode.flash_bytes_per_token / 1e6:,.0f}"),
         ("memory MB/tok", f"{found.decode.memory_bytes_per_token / 1e6:,.0f}"),
-        ("decode tok/s", f"{found.decode.tps:.3g}"),
+        ("decode tok/s", format_rate(found.decode.tps)),
         ("drafts", str(found.draft)),
         ("bound by", found.decode.cost.binding),
-        ("without MTP", f"{found.plain.tps:.3g}"),
-        ("hot", f"{found.hot_decode.tps:.3g}"),
-        ("prefill tok/s", f"{found.prefill.tps:.3g}"),
+        ("without MTP", format_rate(found.plain.tps)),
+        ("hot", format_rate(found.hot_decode.tps)),
+        ("prefill tok/s", format_rate(found.prefill.tps)),
         ("first token", duration(found.prefill.cost.seconds)),
         ("load", duration(found.load_s)),
     ]

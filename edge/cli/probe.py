@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from mimo_edge.atomic_file import writing
 from mimo_edge.cli.interrupts import ended_by_signals
 from mimo_edge.cli.output import Output
-from mimo_edge.errors import DeviceError
+from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.units import format_bytes, parse_bytes
 
 
@@ -40,7 +41,12 @@ def probe(
     threads: Annotated[
         int | None, typer.Option(help="Threads to compute with; all cores by default.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="About how long to measure.")] = 30.0,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="About how long to measure, besides what writing and making the matrices takes."
+        ),
+    ] = 20.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure this machine in under a minute and write its device profile.
@@ -48,11 +54,13 @@ def probe(
     Memory rate and kernel cost per format through the real kernels; direct and buffered reads with
     1 to 8 lanes; ISA, sensors, free memory and cgroup limits. Run it while nothing else works.
     """
-    from mimo_edge.devices.probe import RECORD_BYTES
+    from mimo_edge.devices.probe import BUSY_CORES, RECORD_BYTES
     from mimo_edge.devices.probe import probe as measure
     from mimo_edge.devices.this_machine import measured_path
 
     out = Output(json=json)
+    path = measured_path() if output is None else output
+    _check(path, make=output is None)
     record = RECORD_BYTES if model is None else _record_bytes(model)
     with ended_by_signals():
         found = measure(
@@ -63,18 +71,11 @@ def probe(
             seconds=seconds,
             progress=lambda stage, done, total: out.progress(stage, done, total, unit="count"),
         )
-    path = measured_path() if output is None else output
     try:
-        if output is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: a signal must not leave half a profile.
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(found.profile.to_toml(), "utf-8")
-        os.replace(partial, path)
+        with writing(path, mode=0o644) as file:
+            file.write(found.profile.to_toml().encode())
     except OSError as error:
-        raise DeviceError(
-            f"cannot write {path}: {error.strerror}", "name another with -o"
-        ) from error
+        raise _unwritable(path, str(error.strerror)) from error
     out.result({**found.to_dict(), "path": str(path)})
     out.text(found.profile.title)
     best = max(found.memory.values()) / 1e9
@@ -83,6 +84,7 @@ def probe(
     if found.cgroup_bytes is not None:
         limits.append(f"{format_bytes(found.cgroup_bytes)} left in the cgroup")
     out.text(f"for a process {format_bytes(found.profile.process_bytes)} ({', '.join(limits)})")
+    out.text(f"caches      {format_bytes(found.profile.cache_bytes)}")
     out.text(f"ISA         {', '.join(found.profile.isa) or 'none known'}")
     lib = found.libggml
     variant = f", variant {lib['variant']}" if lib["variant"] else ""
@@ -107,7 +109,7 @@ def probe(
             [
                 name.lower(),
                 *(f"{rate / 1e9:.1f}" for rate in (k.row, k.rows4, k.batch, k.stored)),
-                " / ".join(f"{rate / 1e9:.1f}" for rate in (*k.cold, k.cold_stored)),
+                " / ".join(f"{rate / 1e9:.1f}" for rate in (*k.cold, k.cold_stored) if k.cold),
             ]
             for name, k in found.profile.kernels.items()
         ],
@@ -120,7 +122,34 @@ def probe(
         f"({cost.streamed4 * 1e6:.0f}), {cost.draft * 1e3:.2f} ms a draft"
     )
     out.text("")
+    if found.others_cores is not None and found.others_cores > BUSY_CORES:
+        out.note(
+            f"warning: other processes used {found.others_cores:.1f} cores meanwhile: the figures "
+            "are too low, measure again when the machine is idle"
+        )
     out.text(f"{path} after {found.seconds:.0f} s")
+
+
+def _check(path: Path, make: bool) -> None:
+    """Whether the profile can be written there, before a minute is spent. Raises UsageError,
+    DeviceError."""
+    if path.suffix != ".toml":
+        raise UsageError(f"-o {path}", "name a file that ends in .toml, as --profile asks for")
+    try:
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise _unwritable(path, "it is a folder")
+        if not path.parent.is_dir():
+            raise _unwritable(path, f"there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise _unwritable(path, f"the folder {path.parent} is not yours to write to")
+    except OSError as error:
+        raise _unwritable(path, str(error.strerror)) from error
+
+
+def _unwritable(path: Path, why: str) -> DeviceError:
+    return DeviceError(f"cannot write {path}: {why}", "name another with -o")
 
 
 def _record_bytes(model: str) -> int:

@@ -20,7 +20,7 @@ from mimo_edge.planner.model import built_in, of_config
 from mimo_edge.planner.planning import VERDICTS, Change, Plan, Settings, evaluate, pinned_slots
 from mimo_edge.quant.base import get_format
 from mimo_edge.quant.recipe import Recipe, recipe_names
-from mimo_edge.units import format_bytes
+from mimo_edge.units import format_bytes, format_rate
 
 SMALL_MODEL = "MiMo-7B"
 SERVER = "workstation"
@@ -120,7 +120,8 @@ def _proposals(plan: Plan) -> Iterator[_Proposal]:
             continue  # proposed above
         bits = get_format(Recipe.named(recipe).bulk).bits_per_weight
         calibrate = ", needs --calibrate" if smaller.needs_calibration else ""
-        action = f"--recipe {recipe} ({bits:.3g} bits per expert weight{calibrate}){action}"
+        weight = "expert weight" if model.config.n_routed_experts else "weight"
+        action = f"--recipe {recipe} ({bits:.3g} bits per {weight}{calibrate}){action}"
         yield _Proposal(action, 3 + step, made)
     if model.config.family != "mimo" and model.name != SMALL_MODEL:
         other = of_config(SMALL_MODEL, known_model(SMALL_MODEL), device, None)
@@ -214,4 +215,4 @@ def _tps(plan: Plan) -> float:
 
 def _effect(found: Forecast) -> str:
     decode = found.decode
-    return f"{decode.tps:.2g} tok/s, bound by {decode.cost.binding}"
+    return f"{format_rate(decode.tps, 2)} tok/s, bound by {decode.cost.binding}"

@@ -6,6 +6,7 @@ hand, PNG needs Pillow, which is optional (`pip install 'mimo-edge[plot]'`).
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from xml.sax.saxutils import escape
 
+from mimo_edge.atomic_file import writing
 from mimo_edge.devices.profile import DeviceProfile, ReadRate
 from mimo_edge.errors import BackendError, UsageError
 from mimo_edge.planner.planning import PRACTICAL_TPS, USABLE_TPS, Plan, evaluate
@@ -85,10 +87,9 @@ def draw(plans: Sequence[Plan], path: Path) -> None:
     check_path(path)
     made = _picture(plans)
     try:
-        if path.suffix == ".svg":
-            path.write_text(_svg(made), "utf-8")
-        else:
-            _write_png(made, path)
+        drawn = _svg(made).encode() if path.suffix == ".svg" else _png(made)
+        with writing(path, sync=False, mode=0o644) as file:
+            file.write(drawn)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
@@ -217,7 +218,7 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
 def _ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten inside the bounds, thinned where there are many."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if len(exponents) <= 3 else (1,)
+    steps = (1, 2, 5) if math.log10(high / low) <= 2 else (1,)
     return [round(m * 10.0**e, 12) for e in exponents for m in steps if low < m * 10.0**e < high]
 
 
@@ -259,7 +260,7 @@ def _pillow() -> Any:
     return Image, ImageDraw, ImageFont
 
 
-def _write_png(picture: _Picture, path: Path) -> None:
+def _png(picture: _Picture) -> bytes:
     image_module, draw_module, font_module = _pillow()
     size = (picture.width * _SCALE, picture.height * _SCALE)
     image = image_module.new("RGB", size, "white")
@@ -277,7 +278,9 @@ def _write_png(picture: _Picture, path: Path) -> None:
             anchor = {"start": "ls", "middle": "ms", "end": "rs"}[shape.anchor]
             place = (shape.x * _SCALE, shape.y * _SCALE)
             pen.text(place, shape.text, fill="black", font=font, anchor=anchor)
-    image.save(path, format="PNG")
+    drawn = io.BytesIO()
+    image.save(drawn, format="PNG")
+    return drawn.getvalue()
 
 
 _Point = tuple[float, float]

@@ -1,7 +1,8 @@
 """How long a token takes: from bytes and multiply-adds, against a profile's rates.
 
 Every product of a weight matrix takes the longer of two times: its bytes from memory, or its
-multiply-adds in the processor. What the engine does besides comes on top, as it was measured.
+multiply-adds in the processor; only the latter for what the processor's caches still hold from the
+pass before. What the engine does besides comes on top, as it was measured.
 
 Experts that are missing come from flash while others compute, and some of the next layer's while
 this one still does (guesses, and in a prompt the next groups); what could not be read ahead is
@@ -11,18 +12,17 @@ accounts for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from mimo_edge.budget import Budget, block_index
-from mimo_edge.config import MimoConfig
-from mimo_edge.devices.profile import ATTENTION_SHARE, PROBED_WIDTH, DeviceProfile, ReadRate
+from mimo_edge.budget import Budget
+from mimo_edge.config import LayerSpec, MimoConfig
+from mimo_edge.devices.profile import PROBED_WIDTH, DeviceProfile, ReadRate
 from mimo_edge.gguf_file import TensorInfo
-from mimo_edge.inventory import role_of
 from mimo_edge.kv_format import KV_FORMATS, ring_type
 from mimo_edge.planner.hits import Hits, distinct_experts
-from mimo_edge.quant.roles import Role
+from mimo_edge.planner.weights import Scan, Weights
 from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.speculative import DraftSetting, max_draft
 from mimo_edge.units import even_part
@@ -43,62 +43,11 @@ PROMPT_AHEAD = 16
 # Passes of more tokens compute experts one by one with many rows each (runtimes/ggml/streamed.py),
 # if a matrix has so many weights (runtimes/ggml/expert_matrix.py).
 FEW_TOKENS, LARGE_EXPERT = 16, 1 << 19
+# A model of so many times the caches' size has all its weights in them, or none.
+ALL_CACHED, NONE_CACHED = 2 / 3, 4 / 3
 # Chance that the draft of each depth is accepted when the shallower ones were: MiMo-V2.5 on a
 # GPU, all blocks on the target's state (spec); MiMo-7B's one block on prose and code together.
 ACCEPTANCE: Mapping[str, tuple[float, ...]] = {"mimo_v2": (0.82, 0.75, 0.78), "mimo": (0.7,)}
-
-
-@dataclass
-class Scan:
-    """Weights that a product reads: bytes and multiply-adds of one row, by format."""
-
-    nbytes: dict[str, float] = field(default_factory=dict)
-    macs: dict[str, float] = field(default_factory=dict)
-
-    def add(self, info: TensorInfo, share: float = 1.0) -> None:
-        """Count `share` of a tensor."""
-        elements = 1
-        for extent in info.shape:
-            elements *= extent
-        kind = info.type_name
-        self.nbytes[kind] = self.nbytes.get(kind, 0.0) + share * info.nbytes
-        self.macs[kind] = self.macs.get(kind, 0.0) + share * elements
-
-    @property
-    def total_bytes(self) -> float:
-        return sum(self.nbytes.values())
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What passes read: the trunk without experts and head, the head, one MTP block, and one
-    expert of each MoE layer together."""
-
-    trunk: Scan
-    head: Scan
-    mtp_block: Scan
-    expert: Scan
-
-    @classmethod
-    def of(cls, config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> Weights:
-        """Sort the tensors of a model."""
-        trunk, head, mtp, expert = Scan(), Scan(), Scan(), Scan()
-        for name, info in tensors.items():
-            role = role_of(name, config)
-            if role is Role.EMBEDDING:
-                if config.tie_word_embeddings and "output.weight" not in tensors:
-                    head.add(info)
-            elif role is Role.HEAD:
-                head.add(info)
-            elif role is Role.EXPERT:
-                expert.add(info, 1 / config.n_routed_experts)
-            elif block_index(name) >= config.num_hidden_layers + config.num_mtp_layers:
-                continue
-            elif block_index(name) >= config.num_hidden_layers:
-                mtp.add(info, 1 / config.num_mtp_layers)
-            else:
-                trunk.add(info)
-        return cls(trunk, head, mtp, expert)
 
 
 @dataclass(frozen=True)
@@ -245,12 +194,17 @@ def forecast(
     """
     chances = ACCEPTANCE[config.family] if acceptance is None else tuple(acceptance)
     weights = Weights.of(config, tensors)
-    cool = _Machine(config, weights, budget, profile, hits)
-    hot = _Machine(config, weights, budget, heated(profile), hits)
+    warm = heated(profile)
+
+    def decode(device: DeviceProfile, drafts: int) -> Decode:
+        machine = _Machine(config, weights, budget, device, hits, depth, drafts > 0)
+        return machine.decode(drafts, depth, chances)
+
     limit = max_draft(config)
-    decodes = tuple(cool.decode(k, depth, chances) for k in range(limit + 1))
+    decodes = tuple(decode(profile, drafts) for drafts in range(limit + 1))
     fastest = max(decodes, key=lambda d: d.tps).draft
     chosen = fastest if draft == "auto" else min(draft, limit)
+    cool, hot = (_Machine(config, weights, budget, p, hits, prompt) for p in (profile, warm))
     return Forecast(
         decodes,
         chosen,
@@ -258,7 +212,7 @@ def forecast(
         cool.load_s(),
         hits,
         depth,
-        hot.decode(chosen, depth, chances),
+        decode(warm, chosen),
         hot.prefill(prompt),
     )
 
@@ -275,16 +229,18 @@ def heated(profile: DeviceProfile) -> DeviceProfile:
     )
 
 
-def _longer(times: Sequence[tuple[float, float]]) -> Cost:
-    """Of every pair (seconds of memory, of compute) the longer one."""
-    return Cost(
-        memory=sum(memory for memory, compute in times if memory >= compute),
-        compute=sum(compute for memory, compute in times if memory < compute),
-    )
+def _longer(times: Sequence[tuple[float, float]], cached: float) -> Cost:
+    """Of every pair (seconds of memory, of compute) the longer one, but for the share `cached` of
+    the weights that of compute."""
+    from_memory = sum(memory for memory, compute in times if memory >= compute)
+    in_its_shadow = sum(compute for memory, compute in times if memory >= compute)
+    computed = sum(compute for memory, compute in times if memory < compute)
+    return Cost(memory=(1 - cached) * from_memory, compute=cached * in_its_shadow + computed)
 
 
 class _Machine:
-    """One model on one device: the cost of every kind of pass."""
+    """One model on one device: the cost of passes with about `depth` tokens in the cache, and with
+    drafts or without."""
 
     def __init__(
         self,
@@ -293,6 +249,8 @@ class _Machine:
         budget: Budget,
         profile: DeviceProfile,
         hits: Hits,
+        depth: float,
+        drafting: bool = False,
     ) -> None:
         self.config, self.weights, self.budget, self.profile = config, weights, budget, profile
         self.hits = hits
@@ -302,6 +260,21 @@ class _Machine:
         self.flash_bytes_per_s = (
             profile.read_rate(self.expert_bytes / 3) if budget.streamed else float("inf")
         )
+        self.cached = self.cached_share(depth, drafting)
+
+    def cached_share(self, depth: float, drafting: bool) -> float:
+        """How much of what passes look at stays in the caches from one to the next."""
+        weights, c = self.weights, self.config
+        used = weights.trunk.total_bytes + weights.head.total_bytes
+        used += sum(nbytes for _, nbytes, _ in self.seen(c.layers, depth))
+        if self.budget.streamed:
+            used += self.budget.slots * self.expert_bytes
+        else:
+            used += c.n_routed_experts * weights.expert.total_bytes
+        if drafting:
+            used += c.num_mtp_layers * weights.mtp_block.total_bytes
+        times = used / self.profile.cache_bytes
+        return min(1.0, max(0.0, (NONE_CACHED - times) / (NONE_CACHED - ALL_CACHED)))
 
     def matrices(self, scan: Scan, rows: float) -> Cost:
         """Products of every matrix of a scan with `rows` rows."""
@@ -312,7 +285,7 @@ class _Machine:
             cold = few * macs / rate.cold[few - 1] if rate.cold else 0.0
             memory = max(nbytes / self.profile.memory_bytes_per_s, cold)
             times.append((memory, rows * macs / rate.at(rows)))
-        return _longer(times)
+        return _longer(times, self.cached)
 
     def experts(self, distinct: float, rows: float) -> Cost:
         """Products of the routed experts of all layers, `distinct` in each, for `rows` tokens."""
@@ -330,24 +303,29 @@ class _Machine:
             if large:
                 speed = rate.stored_at(per_expert) if streamed else rate.at(per_expert)
             times.append((memory, per_expert * macs / speed))
-        return _longer(times)
+        return _longer(times, self.cached)
 
-    def attention(self, rows: float, depth: float) -> Cost:
-        """Scores and values of `rows` queries over about `depth` tokens."""
-        c, nbytes, macs = self.config, 0.0, 0.0
-        for index in range(c.num_hidden_layers):
-            spec = c.layer(index)
-            seen = depth + 1 if spec.window is None else min(depth + 1, spec.window)
+    def seen(self, layers: Iterable[LayerSpec], depth: float) -> Iterator[tuple[str, float, float]]:
+        """The cache's format in every layer, its bytes there that a query looks at, and the
+        multiply-adds it does with them."""
+        c = self.config
+        for spec in layers:
+            tokens = depth + 1 if spec.window is None else min(depth + 1, spec.window)
             kind = self.budget.kv_type if spec.window is None else ring_type(self.budget.kv_type)
-            for dim in (c.head_dim, c.v_head_dim):
-                nbytes += KV_FORMATS[kind].row_bytes(spec.num_key_value_heads, dim) * seen
-                macs += c.num_attention_heads * dim * seen
-        from_memory = nbytes / self.profile.memory_bytes_per_s
-        rate = self.profile.kernels["any"].at(rows) * ATTENTION_SHARE
-        computed = rows * macs / rate
-        if from_memory >= computed:
-            return Cost(memory=from_memory)
-        return Cost(compute=computed)
+            dims = (c.head_dim, c.v_head_dim)
+            nbytes = sum(KV_FORMATS[kind].row_bytes(spec.num_key_value_heads, n) for n in dims)
+            yield kind, tokens * nbytes, tokens * c.num_attention_heads * sum(dims)
+
+    def attention(self, layers: Iterable[LayerSpec], rows: float, depth: float) -> Cost:
+        """Scores and values of `rows` queries over about `depth` tokens in each layer."""
+        times = [
+            (
+                nbytes / self.profile.memory_bytes_per_s,
+                rows * macs / self.profile.attention(kind).at(rows),
+            )
+            for kind, nbytes, macs in self.seen(layers, depth)
+        ]
+        return _longer(times, self.cached)
 
     def distinct(self, rows: float) -> float:
         """Experts of a layer that `rows` tokens use together."""
@@ -370,6 +348,8 @@ class _Machine:
         reading = missed / self.flash_bytes_per_s
         # the products of the last expert cannot begin before it is there
         tail = Cost(memory=computed.memory / distinct, compute=computed.compute / distinct)
+        # and what is read is written to memory, beside the weights that come from there
+        computed = computed + Cost(memory=missed / self.profile.memory_bytes_per_s)
         ahead = self.ahead(rows, reading, around.seconds, computed.seconds, tail.seconds)
         behind = Cost(flash=reading - ahead) + tail
         return around + (behind if behind.seconds > computed.seconds else computed), missed
@@ -407,15 +387,23 @@ class _Machine:
         logits = rows * self.config.vocab_size / 1000 * self.profile.engine.logits
         return self.matrices(self.weights.head, rows) + Cost(host=logits)
 
+    def block(self, number: int, depth: int) -> Cost:
+        """A pass of an MTP block, which writes as many rows as a verify has, and its draft."""
+        spec = self.config.layer(self.config.num_hidden_layers + number)
+        pass_ = self.matrices(self.weights.mtp_block, VERIFY_ROWS)
+        return pass_ + self.attention([spec], VERIFY_ROWS, depth) + self.head(1)
+
     def decode(self, draft: int, depth: int, acceptance: Sequence[float]) -> Decode:
         """One step: draft, and verify all of it at once."""
         rows = draft + 1.0
-        around = self.matrices(self.weights.trunk, rows) + self.attention(rows, depth)
+        trunk = self.config.layers
+        around = self.matrices(self.weights.trunk, rows) + self.attention(trunk, rows, depth)
         cost, flash = self.layers(rows, around + self.host(rows), self.hits.rate)
         cost = cost + self.head(rows) + Cost(host=self.profile.engine.step)
-        one = self.matrices(self.weights.mtp_block, 1) + self.head(1)
-        for _ in range(draft):
-            cost = cost + one + Cost(host=self.profile.engine.draft)
+        if draft:
+            cost = cost + Cost(host=self.profile.engine.drafting)
+        for block in range(draft):
+            cost = cost + self.block(block, depth) + Cost(host=self.profile.engine.draft)
         gained = chance = 1.0
         for k in range(draft):
             chance *= acceptance[k] if k < len(acceptance) else 0.0
@@ -432,8 +420,8 @@ class _Machine:
         resident = min(1.0, self.budget.slots / max(1, self.budget.experts))
         while done < tokens:
             rows = even_part(tokens - done, self.budget.chunk)
-            around = self.matrices(self.weights.trunk, rows) + self.attention(rows, done + rows / 2)
-            around = around + self.host(rows)
+            around = self.matrices(self.weights.trunk, rows) + self.host(rows)
+            around = around + self.attention(self.config.layers, rows, done + rows / 2)
             layers, read = self.layers(rows, around, resident if self.budget.streamed else 1.0)
             cost = cost + layers + Cost(host=self.profile.engine.step)
             flash, done = flash + read, done + rows

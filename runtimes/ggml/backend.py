@@ -269,8 +269,7 @@ class GgmlBackend:
         found.tokens.fill(ids, self._embedding)
         try:
             index.store(position, len(ids))
-            slots = index.slots if isinstance(index, RingIndex) else None
-            found.rows.fill(hidden, position, slots)
+            found.rows.fill(hidden, position, index if isinstance(index, RingIndex) else None)
             found.compute()
             logits = found.logits()
             check_finite(logits[None], f"MTP block {depth}", position + len(ids) - 1)
@@ -332,9 +331,9 @@ class GgmlBackend:
         try:
             for ring in rings:
                 ring.store(position, len(ids))
-            # Of the rows the newest one sees, every ring has all: they agree on where.
             found.tokens.fill(ids, self._embedding)
-            found.rows.fill(hidden, position, rings[0].slots)
+            # One mask for all: of the rows the newest one may see, those that every ring has.
+            found.rows.fill(hidden, position, max(rings, key=RingIndex.oldest))
             found.compute()
             logits = found.logits()
             for depth, row in enumerate(logits):

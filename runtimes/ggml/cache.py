@@ -63,6 +63,9 @@ class FullIndex:
         """Forget the rows from `length` on."""
         self.length = min(self.length, length)
 
+    def miss_none(self) -> None:
+        """Nothing is missing: all rows are always there."""
+
     def positions(self, rows: int) -> Positions:
         """Position held by each of the first `rows` rows."""
         found = np.arange(rows, dtype=np.int64)
@@ -83,11 +86,22 @@ class RingIndex:
         self.length = 0
         self.high = 0  # one past the highest position written since the last hole
         self._start = 0  # lowest position written since the last hole
+        self._floor = 0  # nothing before it is missed
         self._slots = np.full(rows, EMPTY, np.int64)
 
     def first_seen(self, position: int) -> int:
         """Oldest position a query sees; the window counts the query itself."""
-        return max(0, position - self.window + 1)
+        return max(self._floor, position - self.window + 1)
+
+    def begin(self, position: int) -> None:
+        """Rows begin at `position`, the next one to be written: none before it is missed."""
+        self._empty(position)
+        self.length = self._floor = position
+
+    def _empty(self, position: int) -> None:
+        self._slots[:] = EMPTY
+        self._start = self.high = position
+        self._floor = min(self._floor, position)
 
     def oldest(self) -> int:
         """Lowest position still intact: writing p destroyed p - rows, rolled back or not."""
@@ -124,8 +138,7 @@ class RingIndex:
         forgotten."""
         end = position + count
         if position > self.length or position <= self.oldest():  # nothing before it is left
-            self._slots[:] = EMPTY
-            self._start = self.high = position
+            self._empty(position)
         kept = np.arange(max(position, end - self.rows), end, dtype=np.int64)
         self._slots[kept % self.rows] = kept
         self.length = end
@@ -148,10 +161,15 @@ class RingIndex:
         """Forget the rows from `length` on."""
         self.length = min(self.length, length)
 
+    def miss_none(self) -> None:
+        """What is not here now is not missed."""
+        self._floor = self.oldest()
+
     def copy(self) -> RingIndex:
         """The same state, to go back to."""
         made = RingIndex(self.window, self.rows)
-        made.length, made.high, made._start = self.length, self.high, self._start
+        made.length, made.high = self.length, self.high
+        made._start, made._floor = self._start, self._floor
         made._slots[:] = self._slots
         return made
 
@@ -167,6 +185,14 @@ class RingIndex:
 
 
 Index = FullIndex | RingIndex
+
+
+def begin_rows(blocks: Sequence[Index], depth: int, position: int) -> None:
+    """Rows of block `depth` begin at `position`. Raises CacheError when it has no window."""
+    block = blocks[depth]
+    if not isinstance(block, RingIndex):
+        raise CacheError(f"MTP block {depth} attends to everything: it needs every row")
+    block.begin(position)
 
 
 class RingCopy(NamedTuple):
@@ -286,6 +312,10 @@ class GgmlCache:
             index.truncate(length)
         self._length = length
 
+    def begin_mtp(self, depth: int, position: int) -> None:
+        """See `runtimes.base.Cache`. Raises CacheError when the block has no window."""
+        begin_rows(self.mtp_index, depth, position)
+
     def rows(self) -> Iterable[LayerRows]:
         """See `runtimes.base.Cache`: views of global layers, copies of rings."""
         for index, kv in self._places():
@@ -325,6 +355,8 @@ class GgmlCache:
         for (index, _), (begin, count) in zip(self._places(), placed, strict=True):
             first = starts[id(index)]
             index.store(first, begin + count - first)
+        for block in self.mtp_index:
+            block.miss_none()
         self._length = length
 
     def _places(self) -> list[tuple[Index, KvTensors]]:

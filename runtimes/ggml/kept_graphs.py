@@ -6,7 +6,9 @@ from collections import OrderedDict
 from typing import Protocol
 
 # Graphs of few tokens kept for reuse; of those of many, whose inputs are large, only the last is.
-SMALL_GRAPHS, SMALL_GRAPH_BYTES = 16, 24 << 20
+# As many as five draft settings use over three blocks of context: building one of a small model
+# takes as long as three tokens.
+SMALL_GRAPHS, SMALL_GRAPH_BYTES = 48, 24 << 20
 LARGE_INPUT_BYTES = 512 << 10
 
 

@@ -9,8 +9,10 @@ most products of a pass are theirs.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from mimo_edge.errors import BackendError
 from mimo_edge.quant.base import Format
 from mimo_edge.runtimes.ggml import bindings as ggml
+from mimo_edge.runtimes.ggml.cache_memory import KV_TYPES
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Context, Graph, Inputs, Tensor
 
@@ -26,10 +29,24 @@ U8 = NDArray[np.uint8]
 # A matrix of 4-bit weights of this size, half a megabyte, stays in the caches of every core that
 # works on it; its rows are whole blocks of every format.
 _CACHED_COLS, _CACHED_ROWS = 1024, 1024
-# One as models have them, larger than caches only together with others.
-_MEMORY_COLS, _MEMORY_ROWS = 4096, 1024
+# One as models have them. Its size matters: of reordered weights two or three rows read a thread's
+# part once each, which comes from memory again where it is larger than a core's own cache.
+_MEMORY_COLS, _MEMORY_ROWS, _LEAST_ROWS = 4096, 8192, 1024
 _PRODUCTS = 16  # per graph: starting one must not count
-_LEAST_RUNS = 2
+# Where memory costs less than so much more than the caches nothing says how large those are.
+_CLEAR_STEP = 1.3
+
+
+_CACHED_TOKENS = 256
+
+
+class Heads(NamedTuple):
+    """Query heads, groups of them that share keys and values, and their widths."""
+
+    queries: int
+    groups: int
+    dim: int
+    v_dim: int
 
 
 class _Matrices:
@@ -55,6 +72,7 @@ class _Matrices:
         try:
             g.ggml_backend_buffer_set_usage(self._buffer, ggml.BUFFER_USAGE_WEIGHTS)
             base = int(g.ggml_backend_buffer_get_base(self._buffer))
+            device.use_huge_pages(base, step * count)  # as resident weights and slots lie
             data = _bytes(fmt, cols, rows)
             for number, tensor in enumerate(self.tensors):
                 place = base + number * step
@@ -93,14 +111,16 @@ def memory_rates(
     reorder: bool = True,
 ) -> list[float]:
     """Multiply-adds per second of products with each number of `rows` and about `pool_bytes` of
-    weights, the best of several passes of `seconds` in all for each; without `reorder` in the
-    order of the file. Raises BackendError when memory is short."""
-    each = fmt.row_bytes(_MEMORY_COLS) * _MEMORY_ROWS
-    count = max(2, pool_bytes // each)
-    macs = count * _MEMORY_COLS * _MEMORY_ROWS
-    weights = _Matrices(device, fmt, _MEMORY_COLS, _MEMORY_ROWS, count, reorder)
+    weights, the best of several passes of `seconds` in all for each; without `reorder` in the order
+    of the file. Raises BackendError when memory is short."""
+    row_bytes = fmt.row_bytes(_MEMORY_COLS)
+    half = pool_bytes // 2 // row_bytes // _LEAST_ROWS * _LEAST_ROWS
+    tall = max(_LEAST_ROWS, min(_MEMORY_ROWS, half))
+    count = max(2, pool_bytes // (row_bytes * tall))
+    macs = count * _MEMORY_COLS * tall
+    weights = _Matrices(device, fmt, _MEMORY_COLS, tall, count, reorder)
     try:
-        return [n * macs / _best(device, weights.tensors, n, seconds, clock) for n in rows]
+        return [n * macs / min(_passes(device, weights.tensors, n, seconds, clock)) for n in rows]
     finally:
         weights.close()
 
@@ -120,19 +140,93 @@ def kernel_rates(
     try:
         products = weights.tensors * _PRODUCTS
         macs = _CACHED_COLS * _CACHED_ROWS * _PRODUCTS
-        return [n * macs / _best(device, products, n, seconds, clock) for n in rows]
+        return [n * macs / min(_passes(device, products, n, seconds, clock)) for n in rows]
     finally:
         weights.close()
 
 
-def _best(
+def attention_rates(
+    device: Device,
+    kv_type: str,
+    heads: Heads,
+    queries: Sequence[int],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Multiply-adds per second of scores and values over cached rows of a format, for each number
+    of `queries`."""
+    return [
+        _attention(device, KV_TYPES[kv_type], heads, count, seconds, clock) for count in queries
+    ]
+
+
+def _attention(
+    device: Device,
+    kv_type: int,
+    heads: Heads,
+    queries: int,
+    seconds: float,
+    clock: Callable[[], float],
+) -> float:
+    count = max(1, _PRODUCTS // queries)
+    inputs, graph = Inputs(device), Graph(device, 16 * count + 8)
+    try:
+        q = inputs.new(ggml.TYPE_F32, heads.dim, heads.queries, queries)
+        key = inputs.new(kv_type, heads.dim, _CACHED_TOKENS, heads.groups)
+        value = inputs.new(kv_type, heads.v_dim, _CACHED_TOKENS, heads.groups)
+        mask = inputs.new(ggml.TYPE_F16, _CACHED_TOKENS, queries)
+        inputs.allocate()
+        for tensor in (q, key, value, mask):  # zeros take as long as anything else
+            ctypes.memset(tensor.address, 0, tensor.ne[3] * tensor.nb[3])
+        for _ in range(count):
+            graph.output(graph.attention(q, key, value, mask, heads.dim**-0.5, None))
+        graph.finish()
+        macs = count * queries * heads.queries * (heads.dim + heads.v_dim) * _CACHED_TOKENS
+        return macs / min(_runs(graph, seconds, clock))
+    finally:
+        graph.close()
+        inputs.close()
+
+
+def cache_bytes(
+    device: Device,
+    fmt: Format,
+    pool_bytes: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int | None:
+    """Bytes of weights whose products with one row take as much longer than those of few as they
+    are faster than those of many, up to `pool_bytes`, that is, of which the caches keep half from
+    one pass to the next; None where memory is about as fast as they are."""
+    each = fmt.row_bytes(_CACHED_COLS) * _CACHED_ROWS
+    total = max(2, pool_bytes // each)
+    counts = [1 << bits for bits in range(1, total.bit_length())]
+    weights = _Matrices(device, fmt, _CACHED_COLS, _CACHED_ROWS, counts[-1])
+    try:
+        times = [
+            min(_passes(device, weights.tensors[:count], 1, seconds / len(counts), clock)) / count
+            for count in counts
+        ]
+    finally:
+        weights.close()
+    near, far = min(times), times[-1]
+    if far < _CLEAR_STEP * near:
+        return None
+    middle = (near + far) / 2
+    # The last step up counts: a disturbance only ever makes a time longer.
+    at = max(i for i, seconds in enumerate(times) if seconds <= middle)
+    part = (middle - times[at]) / (times[at + 1] - times[at])
+    return round(counts[at] * 2**part * each)
+
+
+def _passes(
     device: Device,
     weights: Sequence[Tensor],
     rows: int,
     seconds: float,
     clock: Callable[[], float],
-) -> float:
-    """Seconds of the fastest of the passes that fit into `seconds`, two at least."""
+) -> list[float]:
+    """Seconds of each of the passes that fit into `seconds`, one at least."""
     inputs, graph = Inputs(device), Graph(device, 2 * len(weights) + 8)
     try:
         x = inputs.new(ggml.TYPE_F32, weights[0].ne[0], rows)
@@ -143,19 +237,19 @@ def _best(
         rng = np.random.default_rng(1)
         values = x.array()
         values[:] = rng.standard_normal(values.shape)
-        return _fastest(graph, seconds, clock)
+        return _runs(graph, seconds, clock)
     finally:
         graph.close()
         inputs.close()
 
 
-def _fastest(graph: Graph, seconds: float, clock: Callable[[], float]) -> float:
-    """Seconds of the fastest run, after one that starts threads and fills pages and caches."""
+def _runs(graph: Graph, seconds: float, clock: Callable[[], float]) -> list[float]:
+    """Seconds of each run, after one that starts threads and fills pages and caches."""
     graph.compute()
-    began, runs, best = clock(), 0, float("inf")
-    while runs < _LEAST_RUNS or clock() - began < seconds:
+    taken: list[float] = []
+    began = clock()
+    while not taken or clock() - began < seconds:
         start = clock()
         graph.compute()
-        best = min(best, clock() - start)
-        runs += 1
-    return max(best, 1e-9)
+        taken.append(max(clock() - start, 1e-9))
+    return taken

@@ -14,12 +14,12 @@ import numpy as np
 from mimo_edge.runtimes.base import F32
 from mimo_edge.runtimes.ggml import blocks
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_I32, TYPE_I64
-from mimo_edge.runtimes.ggml.cache import GgmlCache, Positions, RingIndex
+from mimo_edge.runtimes.ggml.cache import GgmlCache, RingIndex
 from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor
 from mimo_edge.runtimes.ggml.kept_graphs import LARGE_INPUT_BYTES
-from mimo_edge.runtimes.ggml.masks import fill_full, fill_ring
+from mimo_edge.runtimes.ggml.masks import fill_causal, fill_full, fill_ring
 from mimo_edge.runtimes.ggml.resident import ModelWeights
 from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS
 from mimo_edge.runtimes.ggml.token_input import TokenInput
@@ -45,8 +45,8 @@ class ChainShape:
 
 
 def mtp_shape(cache: GgmlCache, depth: int, tokens: int, position: int) -> MtpShape:
-    """The shape of an MTP pass over rows position.. . The first draft of a conversation fills the
-    window of every block: where that takes little memory all these graphs are kept."""
+    """The shape of an MTP pass over rows position.. . The first draft of an answer writes more rows
+    than others: where that takes little memory all these graphs are kept."""
     kv = cache.mtp[depth]
     ring = isinstance(cache.mtp_index[depth], RingIndex)
     read_rows = kv.rows if ring else kv_rows(position + tokens)
@@ -75,20 +75,21 @@ class _Rows:
         self.ids = new(TYPE_I64, n)
         self.mask = new(TYPE_F16, read_rows, 1)  # only the last row queries
 
-    def fill(self, hidden: F32, position: int, slots: Positions | None) -> None:
-        """Set the inputs; `slots` are the positions the ring is written for once these rows are,
-        None without a ring."""
+    def fill(self, hidden: F32, position: int, ring: RingIndex | None) -> None:
+        """Set the inputs; `ring` is what it is once these rows are written, None without one."""
         n = self.total
         rows = np.arange(position, position + n, dtype=np.int64)
         self.hidden.array().reshape(n, -1)[...] = hidden
         self.positions.array()[...] = rows
         mask = self.mask.array().reshape(1, -1)
-        if slots is None or self._window is None:
+        if ring is None or self._window is None:
             self.ids.array()[...] = rows
             fill_full(mask, rows[-1:])
         else:
-            self.ids.array()[...] = rows % slots.size
-            fill_ring(mask, slots, rows[-1:], self._window)
+            self.ids.array()[...] = rows % ring.rows
+            whole = ring.oldest() <= max(0, position + n - self._window)
+            fill = fill_ring if whole else fill_causal
+            fill(mask, ring.slots, rows[-1:], self._window)
 
     def block(
         self, g: Graph, model: ModelWeights, cache: GgmlCache, depth: int, embedding: Tensor

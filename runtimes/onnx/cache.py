@@ -26,7 +26,7 @@ from mimo_edge.cache_rows import (
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.errors import CacheError, ContextLengthError, UsageError
 from mimo_edge.runtimes.base import F32
-from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex
+from mimo_edge.runtimes.ggml.cache import FullIndex, RingIndex, begin_rows
 
 # Passes of few tokens kept for reuse; of the long ones only the last.
 _SMALL_PASSES = 12
@@ -176,6 +176,10 @@ class OnnxCache:
             index.truncate(length)
         self._length = length
 
+    def begin_mtp(self, depth: int, position: int) -> None:
+        """See `runtimes.base.Cache`. Raises CacheError when the block has no window."""
+        begin_rows(self.mtp_index, depth, position)
+
     def rows(self) -> Iterable[LayerRows]:
         """See `runtimes.base.Cache`."""
         for index, kv in zip(self._indices(), self.kv, strict=True):
@@ -218,6 +222,8 @@ class OnnxCache:
         for index, (begin, count) in zip(indices, placed, strict=True):
             start = starts[id(index)]
             index.store(start, begin + count - start)
+        for index in self.mtp_index:
+            index.miss_none()
         self.generation += 1
         self._length = length
 
