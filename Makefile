@@ -16,13 +16,8 @@ endif
 
 SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
 
-<<<<<<< HEAD
-.PHONY: help setup demo test lint types unit oracle test-npu test-npu-slow test-slow test-arm test-arm-quick \
-	arm-packages device-kit clean
-=======
-.PHONY: help setup demo test lint types unit oracle test-npu test-slow test-arm test-arm-quick \
-	arm-packages arm-system device-kit clean
->>>>>>> main
+.PHONY: help setup demo test lint types unit oracle test-npu test-npu-slow test-slow test-arm \
+	test-arm-quick arm-packages arm-system device-kit clean
 
 help:
 	@echo "make setup      create $(VENV) and install mimo-edge with its development tools"
