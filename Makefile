@@ -13,6 +13,7 @@ ifneq (,$(shell grep -sm1 -w amx_tile /proc/cpuinfo))
 export CFLAGS += -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 export CXXFLAGS += -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 endif
+LLAMA_CPP := $(shell sed -n 's/^ *"\(llama-cpp-python==.*\)",$$/\1/p' pyproject.toml)
 
 SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
 
@@ -38,7 +39,7 @@ $(STAMP): pyproject.toml $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python tools/amx_left_out.py || { echo "compiling llama.cpp without it"; \
 		$(BIN)/python -m pip install --quiet --force-reinstall --no-deps --no-cache-dir \
-			"$$($(BIN)/python -m pip freeze | grep '^llama_cpp_python==')" && \
+			'$(LLAMA_CPP)' && \
 		$(BIN)/python tools/amx_left_out.py; }
 	touch $@
 
