@@ -193,6 +193,9 @@ def test_several_targets_must_be_told_apart(tmp_path: Path) -> None:
         pass
     with npu_backend(path, "sa8295") as backend:
         assert backend.provider_stats()["target"] == "sa8295"
+        name = backend.name
+    with npu_backend(path, "v73") as backend:  # what one computed is not taken for the other's
+        assert backend.name != name
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class NpuCache(OnnxCache):
 class NpuBackend(OnnxBackend):
     """A `Backend` over the graphs compiled for an NPU in a bundle, which it owns and closes."""
 
-    name = "onnx-npu"  # saved conversations name their backend: these caches are rounded otherwise
+    name = "onnx-npu"  # with the variant: saved conversations name what rounded them
     package: NpuPackage  # type: ignore[assignment]
 
     def __init__(
@@ -126,6 +126,7 @@ class NpuBackend(OnnxBackend):
     def _load(self, bundle: Bundle, threads: int) -> None:
         self.package = NpuPackage(bundle, self.config, self._npu, threads, self._qnn)
         self.package.try_all()
+        self.name = f"{NpuBackend.name}-{self.package.variant.name}"
 
     def _try_rows(self) -> list[int]:
         return []  # the exporter tried: NpuVariant.single
