@@ -290,6 +290,8 @@ def test_trimmed_memory_is_gone_and_taken_again(
 ) -> None:
     # What earlier tests left in this process is not the model's.
     monkeypatch.setattr("mimo_edge.budget.resident_bytes", lambda: None)
+    # Whether guesses are made depends on the clock, and each may take a slot or leave one empty.
+    monkeypatch.setattr("mimo_edge.experts.guesses.GuessRecord.worth", lambda *_: False)
     config = tiny.tiny_config(
         hidden_size=512, moe_intermediate_size=512, n_routed_experts=64, num_experts_per_tok=4
     )
@@ -297,7 +299,7 @@ def test_trimmed_memory_is_gone_and_taken_again(
     write_model(path, config, experts="Q8_0", dense="Q8_0", head="Q8_0")
     with Bundle.open(path) as files:
         ram = plan(config, files.tensors, 256).nbytes - (30 << 20)
-    # With rows in f16 the answer happens to want more experts than there are slots.
+    # With rows in f16 the answer happens to want about as many experts as there are slots.
     options: dict[str, Any] = {
         "ram": ram,
         "context": 256,
@@ -311,7 +313,8 @@ def test_trimmed_memory_is_gone_and_taken_again(
         stats = runtime.stats()["experts"]
         slots, slot = stats["slots"], cache_of(runtime).pool.slot_bytes
         assert slots == stats["slots_planned"]
-        assert slots - 2 <= stats["slots_used"] <= slots  # a wrong guess leaves its slot empty
+        used = stats["slots_used"]
+        assert 0.95 * slots < used <= slots
         before = resident_bytes()
         freed = runtime.trim(0.75)
         after = resident_bytes()
@@ -329,7 +332,7 @@ def test_trimmed_memory_is_gone_and_taken_again(
         assert runtime.trim(0) == 0
         assert runtime.session().generate(PROMPT, max_tokens=30).token_ids == first
         stats = runtime.stats()["experts"]
-        assert slots - 2 <= stats["slots_used"] <= stats["slots"] == slots
+        assert (stats["slots_used"], stats["slots"]) == (used, slots)
 
 
 def test_trim_keeps_what_a_token_needs(bundle: Path, few_slots: list[int]) -> None:

@@ -383,8 +383,9 @@ def test_the_kernel_never_counts_more_than_was_allowed(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     experts = found["stats"]["experts"]
-    # a wrong guess of what a layer will want leaves its slot empty
-    assert experts["slots"] - 2 <= experts["slots_used"] <= experts["slots"]
+    # a wrong guess of what a layer will want leaves its slot empty; how many there are is the clock's
+    empty = experts["slots"] - experts["slots_used"]
+    assert 0 <= empty <= max(2, experts["slots"] // 10)
     assert experts["slots"] < found["stats"]["budget"]["experts"]
     assert experts["flash_bytes"] > 0
     assert peak(cgroup) < ram
