@@ -383,7 +383,7 @@ def test_the_kernel_never_counts_more_than_was_allowed(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     experts = found["stats"]["experts"]
-    # a wrong guess of what a layer will want leaves its slot empty; how many there are is the clock's
+    # a wrong guess of what a layer will want leaves its slot empty, as many as the clock allows
     empty = experts["slots"] - experts["slots_used"]
     assert 0 <= empty <= max(2, experts["slots"] // 10)
     assert experts["slots"] < found["stats"]["budget"]["experts"]
