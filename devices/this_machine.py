@@ -39,15 +39,15 @@ _PER_CYCLE = {
 }
 _ROW_SHARE, _ROWS4_SHARE, _STORED_SHARE = 0.5, 0.65, 0.6
 _ENGINE_US = {
-    "step": 23,
-    "layer": 59.5,
-    "layer4": 94.3,
-    "streamed": 225,
-    "streamed4": 225,
-    "drafting": 62.9,
-    "draft": 62.2,
-    "logits": 0.864,
-    "row": 6.15,
+    "step": 38.9,
+    "layer": 48.4,
+    "layer4": 83.1,
+    "streamed": 221,
+    "streamed4": 310,
+    "drafting": 39.6,
+    "draft": 52.9,
+    "logits": 0.727,
+    "row": 4.93,
 }
 _CACHE_BYTES = 2 << 20
 # Bytes per second a thread draws, and all of them together at most.
