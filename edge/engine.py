@@ -316,8 +316,8 @@ class Engine:
         vocab = self.backend.config.vocab_size
         if not ids:
             raise UsageError("the prompt has no tokens")
-        bad = next((token for token in ids if not 0 <= token < vocab), None)
-        if bad is not None:
+        if min(ids) < 0 or max(ids) >= vocab:
+            bad = next(token for token in ids if not 0 <= token < vocab)
             raise UsageError(f"token id {bad} is outside the vocabulary of {vocab}")
         if len(ids) > (limit or self.context):
             raise ContextLengthError(

@@ -242,10 +242,8 @@ class GgmlBackend:
         ids, hidden, ours = self._check_mtp(depth, token_ids, hidden, position, cache)
         index = ours.mtp_index[depth]
         index.check(position, len(ids), 1)
-        if isinstance(index, RingIndex) and len(ids) > index.rows:
-            # Only the newest row queries, and it sees no further back than the ring holds.
-            skip = len(ids) - index.rows
-            ids, hidden, position = ids[skip:], hidden[skip:], position + skip
+        skip = index.unseen(len(ids))  # only the newest row queries
+        ids, hidden, position = ids[skip:], hidden[skip:], position + skip
         with self.device.cancelled_by(cancel):
             return self._mtp(ours, depth, ids, hidden, position, index)
 

@@ -49,6 +49,11 @@ class FullIndex:
                 "full attention needs every row from position 0",
             )
 
+    def unseen(self, count: int) -> int:
+        """Of `count` new rows how many at their start the newest one does not see: none."""
+        del count
+        return 0
+
     def store(self, position: int, count: int) -> None:
         """Note that rows position.. were written; later ones are forgotten."""
         self.length = position + count
@@ -132,6 +137,11 @@ class RingIndex:
                 f"the window is {self.window} and the ring holds {self.rows} rows: "
                 "write from an earlier position, or start again from position 0",
             )
+
+    def unseen(self, count: int) -> int:
+        """Of `count` new rows how many at their start the newest one cannot see: the ring holds as
+        many as it looks back."""
+        return max(0, count - self.rows)
 
     def store(self, position: int, count: int) -> None:
         """Note that rows position.. were written (the last `rows` of them); later ones are

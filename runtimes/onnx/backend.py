@@ -294,10 +294,8 @@ class OnnxBackend:
         rows = check_mtp_rows(self.config, depth, len(ids), hidden, position, ours.length)
         index = ours.mtp_index[depth]
         index.check(position, len(ids), 1)
-        if isinstance(index, RingIndex) and len(ids) > index.rows:
-            # Only the newest row queries, and it sees no further back than the ring holds.
-            skip = len(ids) - index.rows
-            ids, rows, position = ids[skip:], rows[skip:], position + skip
+        skip = index.unseen(len(ids))  # only the newest row queries
+        ids, rows, position = ids[skip:], rows[skip:], position + skip
         return self._mtp(ours, depth, ids, rows, position, index)
 
     def _mtp(
