@@ -134,18 +134,7 @@ def test_a_trim_of_the_application_is_an_event(bundle: Path) -> None:
 
 # --- a cgroup that shrinks ---------------------------------------------------------------------
 
-LARGE = tiny.tiny_config(
-    hidden_size=512,
-    num_attention_heads=8,
-    head_dim=48,
-    v_head_dim=32,
-    intermediate_size=1024,
-    moe_intermediate_size=512,
-    n_routed_experts=64,
-    num_experts_per_tok=4,
-    sliding_window=32,
-    vocab_size=2000,
-)
+LARGE = tiny.streamed_config()
 
 # Answers one prompt after the other, and says after each how many slots there are, until its
 # standard input ends.

@@ -267,18 +267,7 @@ def test_a_file_replaced_between_two_turns(made: dict[str, Path], tmp_path: Path
 
 # --- Opening by a bound on memory ---------------------------------------------------------------
 
-LARGE = tiny.tiny_config(
-    hidden_size=512,
-    num_attention_heads=8,
-    head_dim=48,
-    v_head_dim=32,
-    intermediate_size=1024,
-    moe_intermediate_size=512,
-    n_routed_experts=64,
-    num_experts_per_tok=4,
-    sliding_window=32,
-    vocab_size=2000,
-)
+LARGE = tiny.streamed_config()
 
 # Joins the cgroup before anything is imported, so that every page is counted.
 IN_CGROUP = """

@@ -44,6 +44,22 @@ def tiny_config(**overrides: Any) -> MimoConfig:
     return replace(base, **overrides)
 
 
+def streamed_config() -> MimoConfig:
+    """64 experts of 0.8 MiB (Q8_0) a layer, so that a bound on memory is felt."""
+    return tiny_config(
+        hidden_size=512,
+        num_attention_heads=8,
+        head_dim=48,
+        v_head_dim=32,
+        intermediate_size=1024,
+        moe_intermediate_size=512,
+        n_routed_experts=64,
+        num_experts_per_tok=4,
+        sliding_window=32,
+        vocab_size=2000,
+    )
+
+
 def tiny_mimo7b_config(**overrides: Any) -> MimoConfig:
     """A dense MiMo-7B shape: q/k/v biases, full rotary, one MTP block."""
     base = MimoConfig(
