@@ -25,6 +25,7 @@ from tiny import random_weights, tiny_config, tiny_mimo7b_config
 
 from mimo_edge.config import MimoConfig, QuantizationConfig
 from mimo_edge.export import fp8
+from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.runtimes.weights import DictWeights
 
 Kind = Literal["flash", "flash_bf16", "v25", "v26", "mimo7b"]
@@ -555,3 +556,10 @@ def write_tokenizer(folder: Path) -> tuple[int, tuple[int, int]]:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     vocabulary = tokenizer.get_vocab()
     return len(vocabulary), (vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"])
+
+
+def write_bundle(folder: Path, kind: Kind, *, recipe: str) -> Path:
+    """Export a checkpoint of `kind` with a tokenizer; the checkpoint stays beside the bundle."""
+    source, _ = write_checkpoint(folder / "source", kind, tokenizer=True)
+    export_bundle(source, folder / "bundle", recipe=recipe).close()
+    return folder / "bundle"

@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from checkpoint_factory import CHAT_TEMPLATE, write_checkpoint
+from checkpoint_factory import CHAT_TEMPLATE, write_bundle, write_checkpoint
 from tiny import random_weights, tiny_config, tiny_mimo7b_config
 
 from mimo_edge.bundle import Bundle, _PartSums
@@ -38,9 +38,7 @@ from mimo_edge.runtimes.weights import DictWeights
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    source, _ = write_checkpoint(folder / "source", "flash", tokenizer=True)
-    export_bundle(source, folder / "bundle", recipe="q8_0").close()
-    return folder / "bundle"
+    return write_bundle(folder, "flash", recipe="q8_0")
 
 
 @pytest.fixture

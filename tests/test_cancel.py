@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from checkpoint_factory import write_checkpoint
+from checkpoint_factory import write_bundle, write_checkpoint
 from fake_backend import FakeBackend
 from stopping import SlowDisk, stopped_after
 from streamed import open_streamed
@@ -376,9 +376,7 @@ app()
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with a tokenizer."""
     folder = tmp_path_factory.mktemp("spoken")
-    source, _ = write_checkpoint(folder / "source", "flash", tokenizer=True)
-    export_bundle(source, folder / "bundle", recipe="f32").close()
-    return folder / "bundle"
+    return write_bundle(folder, "flash", recipe="f32")
 
 
 def interrupted(

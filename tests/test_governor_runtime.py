@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
-from checkpoint_factory import write_checkpoint
+from checkpoint_factory import write_bundle
 from make_random_model import write_model
 
 from mimo_edge.api import Runtime
@@ -20,7 +20,6 @@ from mimo_edge.bench.cgroup import MemoryCgroup
 from mimo_edge.budget import plan
 from mimo_edge.bundle import Bundle
 from mimo_edge.errors import DeviceError
-from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.governor import Battery, Bound, MemoryReading, governor
 
 MIB = 1 << 20
@@ -30,9 +29,7 @@ PROMPT = [5, 17, 3, 40, 2, 9, 33, 8] * 6
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    source, _ = write_checkpoint(folder / "source", "flash", tokenizer=True)
-    export_bundle(source, folder / "bundle", recipe="f32").close()
-    return folder / "bundle"
+    return write_bundle(folder, "flash", recipe="f32")
 
 
 class Sensors:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from checkpoint_factory import write_checkpoint
+from checkpoint_factory import write_bundle, write_checkpoint
 from streamed import open_streamed
 from typer.testing import CliRunner
 
@@ -451,9 +451,7 @@ def test_opening_and_closing_leaves_nothing(large: Path) -> None:
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with a tokenizer."""
     folder = tmp_path_factory.mktemp("spoken")
-    source, _ = write_checkpoint(folder / "source", "flash", tokenizer=True)
-    export_bundle(source, folder / "bundle", recipe="f32").close()
-    return folder / "bundle"
+    return write_bundle(folder, "flash", recipe="f32")
 
 
 def test_run_shows_plan_and_hits_and_says_the_same(

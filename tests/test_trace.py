@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from checkpoint_factory import write_checkpoint
+from checkpoint_factory import write_bundle
 from typer.testing import CliRunner
 
 from mimo_edge.api import Runtime
@@ -21,7 +21,6 @@ from mimo_edge.cli.main import app
 from mimo_edge.errors import BundleError, UsageError
 from mimo_edge.experts.table import ExpertTable
 from mimo_edge.experts.trace import Phase, Trace, TraceWriter, read_trace
-from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.heat import Heat
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.device import Device
@@ -37,9 +36,7 @@ PROMPT = [5, 17, 3, 40, 2, 9, 33, 8] * 5
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """f32, so that no rounding moves a route."""
     folder = tmp_path_factory.mktemp("made")
-    source, _ = write_checkpoint(folder / "source", "flash", tokenizer=True)
-    export_bundle(source, folder / "bundle", recipe="f32").close()
-    return folder / "bundle"
+    return write_bundle(folder, "flash", recipe="f32")
 
 
 class Routes:
