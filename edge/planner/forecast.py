@@ -4,10 +4,8 @@ Every product of a weight matrix takes the longer of two times: its bytes from m
 multiply-adds in the processor; only the latter for what the processor's caches still hold from the
 pass before. What the engine does besides comes on top, as it was measured.
 
-Experts that are missing come from flash while others compute, and some of the next layer's while
-this one still does (guesses, and in a prompt the next groups); what could not be read ahead is
-waited for, or hidden by the experts at hand. Whatever limits a step is named by the seconds it
-accounts for.
+Experts that are missing come from flash while others compute (overlap.py): what is not hidden by
+that is waited for. Whatever limits a step is named by the seconds it accounts for.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from mimo_edge.devices.profile import PROBED_WIDTH, DeviceProfile, ReadRate
 from mimo_edge.gguf_file import TensorInfo
 from mimo_edge.kv_format import KV_FORMATS, ring_type
 from mimo_edge.planner.hits import Hits, distinct_experts
+from mimo_edge.planner.overlap import Streamed, few_tokens, many_tokens
 from mimo_edge.planner.weights import Scan, Weights
 from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.speculative import DraftSetting, max_draft
@@ -32,14 +31,6 @@ Resource = Literal["flash", "memory bandwidth", "compute", "host work"]
 # A byte of weights loaded crosses memory about this many times (read, reordered, written): 1.4 to
 # 2 GB/s were measured where kernels draw 20 to 26 GB/s.
 LOAD_PASSES = 13.0
-# Share of a layer's experts that its router names rightly a layer earlier: 71 to 77 % on random
-# weights of real geometry (runtimes/ggml/look_ahead.py).
-RIGHT_GUESSES = 0.74
-# What is read ahead has half of the lanes (experts/reader.py).
-AHEAD_RATE = 0.5
-# Experts of the next layer read ahead while a long pass computes this one's last: two groups
-# (runtimes/ggml/expert_source.py).
-PROMPT_AHEAD = 16
 # Passes of more tokens compute experts one by one with many rows each (runtimes/ggml/streamed.py),
 # if a matrix has so many weights (runtimes/ggml/expert_matrix.py).
 FEW_TOKENS, LARGE_EXPERT = 16, 1 << 19
@@ -334,40 +325,47 @@ class _Machine:
             c.n_routed_experts, c.num_experts_per_tok, rows, self.hits.independent
         )
 
-    def layers(self, rows: float, around: Cost, hit_rate: float) -> tuple[Cost, float]:
+    def layers(
+        self, rows: float, depth: float, around: Cost, hit_rate: float
+    ) -> tuple[Cost, float]:
         """All layers for `rows` tokens, `around` being what they take besides routed experts; and
         the bytes read from flash."""
         if not self.moe_layers:
             return around, 0.0
         distinct = self.distinct(rows)
         computed = self.experts(distinct, rows)
-        one = self.expert_bytes * self.moe_layers
-        missed = (1.0 - hit_rate) * distinct * one if self.budget.streamed else 0.0
-        if missed <= 0:
+        if not self.budget.streamed or hit_rate >= 1.0:
             return around + computed, 0.0
-        reading = missed / self.flash_bytes_per_s
-        # the products of the last expert cannot begin before it is there
-        tail = Cost(memory=computed.memory / distinct, compute=computed.compute / distinct)
-        # and what is read is written to memory, beside the weights that come from there
-        computed = computed + Cost(memory=missed / self.profile.memory_bytes_per_s)
-        ahead = self.ahead(rows, reading, around.seconds, computed.seconds, tail.seconds)
-        behind = Cost(flash=reading - ahead) + tail
-        return around + (behind if behind.seconds > computed.seconds else computed), missed
+        device, rate = self.profile, self.flash_bytes_per_s
+        pass_ = Streamed(
+            before=self.before(rows, depth),
+            wanted=distinct,
+            missing=1.0 - hit_rate,
+            compute_s=computed.seconds / distinct / self.moe_layers,
+            read_s=self.expert_bytes / (rate * device.beside.lanes),
+            ahead_s=self.expert_bytes / (rate * device.beside.half),
+            arrival_s=device.engine.arrival,
+            slowed=1.0 / device.beside.kernels - 1.0,
+        )
+        walked = many_tokens(pass_) if rows > FEW_TOKENS else few_tokens(pass_)
+        done = walked.computing / computed.seconds
+        cost = Cost(
+            walked.flash, done * computed.memory + walked.lost, done * computed.compute, walked.host
+        )
+        return around + cost, walked.experts * self.expert_bytes
 
-    def ahead(
-        self, rows: float, reading: float, around: float, computed: float, tail: float
-    ) -> float:
-        """How much of the `reading` of all layers is done before their routes are known, while the
-        layer before computes; all in seconds."""
-        most = RIGHT_GUESSES * reading
-        if rows > FEW_TOKENS:
-            most = PROMPT_AHEAD * self.expert_bytes * self.moe_layers / self.flash_bytes_per_s
-        # It begins when the layer's own reads are done: behind them come the last products, or, the
-        # sooner the more was read ahead, those of what was there.
-        idle = tail + around
-        if computed > reading + tail:
-            idle = (computed - reading + around) / (1 - AHEAD_RATE)
-        return min(most, reading, AHEAD_RATE * idle)
+    def before(self, rows: float, depth: float) -> list[float]:
+        """Seconds that each layer with routed experts takes before they are chosen, with the dense
+        layers in front of it."""
+        host = self.host(rows).seconds / self.config.num_hidden_layers
+        found, seconds = [], 0.0
+        for spec, scan in zip(self.config.layers, self.weights.layers, strict=True):
+            seconds += self.matrices(scan, rows).seconds + host
+            seconds += self.attention([spec], rows, depth).seconds
+            if spec.moe:
+                found.append(seconds)
+                seconds = 0.0
+        return found
 
     def host(self, rows: float) -> Cost:
         """What the engine does in the layers besides products, for a pass of `rows` rows."""
@@ -398,7 +396,7 @@ class _Machine:
         rows = draft + 1.0
         trunk = self.config.layers
         around = self.matrices(self.weights.trunk, rows) + self.attention(trunk, rows, depth)
-        cost, flash = self.layers(rows, around + self.host(rows), self.hits.rate)
+        cost, flash = self.layers(rows, depth, around + self.host(rows), self.hits.rate)
         cost = cost + self.head(rows) + Cost(host=self.profile.engine.step)
         if draft:
             cost = cost + Cost(host=self.profile.engine.drafting)
@@ -421,8 +419,9 @@ class _Machine:
         while done < tokens:
             rows = even_part(tokens - done, self.budget.chunk)
             around = self.matrices(self.weights.trunk, rows) + self.host(rows)
-            around = around + self.attention(self.config.layers, rows, done + rows / 2)
-            layers, read = self.layers(rows, around, resident if self.budget.streamed else 1.0)
+            middle = done + rows / 2
+            around = around + self.attention(self.config.layers, rows, middle)
+            layers, read = self.layers(rows, middle, around, resident)
             cost = cost + layers + Cost(host=self.profile.engine.step)
             flash, done = flash + read, done + rows
         return Prefill(tokens, cost + self.head(1), flash)
