@@ -28,7 +28,6 @@ _HUGE = 2 << 20
 TARGET_BYTES = 256 << 20
 
 
-
 class Targets:
     """Memory that reads land in, like that of the slots: private, because shared memory gets no
     huge pages (into small ones the same disk delivers half as much), and too large for the

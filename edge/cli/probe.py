@@ -103,7 +103,11 @@ def probe(
         for (block, lanes), rate in sorted(rates.items())
     ]
     out.table(rows, ["block", "lanes", "reads", "MB/s"])
-    out.text("")
+    left = found.profile.beside
+    out.text(
+        f"\nbeside computing {left.lanes:.0%} of it, by half of the lanes {left.half:.0%}; "
+        f"of computing {left.kernels:.0%}\n"
+    )
     out.table(
         [
             [
@@ -119,7 +123,8 @@ def probe(
     out.text(
         f"\nengine      {cost.step * 1e3:.2f} ms a step, {cost.layer * 1e6:.0f} us a layer "
         f"({cost.layer4 * 1e6:.0f} verifying), {cost.streamed * 1e6:.0f} us a streamed one "
-        f"({cost.streamed4 * 1e6:.0f}), {cost.draft * 1e3:.2f} ms a draft"
+        f"({cost.streamed4 * 1e6:.0f}), {cost.arrival * 1e6:.0f} us an expert read, "
+        f"{cost.draft * 1e3:.2f} ms a draft"
     )
     out.text("")
     if found.others_cores is not None and found.others_cores > BUSY_CORES:

@@ -87,7 +87,8 @@ def _missing(wanted: float, share: float) -> tuple[F64, F64]:
     ways = [lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) for k in range(n + 1)]
     there, not_there = log(1 - share), log(share)
     chances = [exp(way + k * not_there + (n - k) * there) for k, way in enumerate(ways)]
-    return np.arange(n + 1) * (wanted / n), np.array(chances)
+    counts = [k * wanted / n for k in range(n + 1)]
+    return np.array(counts, np.float64), np.array(chances, np.float64)
 
 
 def _walk(

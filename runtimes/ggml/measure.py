@@ -178,10 +178,10 @@ class Products:
         thread.start()
         try:
             done = computed = 0
-            while not over.is_set():
+            while not (done and over.is_set()):
                 self._graphs[computed % len(self._graphs)].compute()
                 computed += 1
-                if not over.is_set() or not done:
+                if not (done and over.is_set()):
                     last, done = time.perf_counter(), computed
         finally:
             thread.join()
