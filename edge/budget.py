@@ -17,7 +17,7 @@ from typing import Any
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import DeviceError
-from mimo_edge.experts.reader import COALESCE_BYTES, DEFAULT_LANES
+from mimo_edge.experts.reader import COALESCE_BYTES, DEFAULT_LANES, part_bytes
 from mimo_edge.gguf_file import TensorInfo
 from mimo_edge.kv_format import (
     DEFAULT_KV_TYPE,
@@ -277,7 +277,8 @@ def slot_sizes(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> tuple[i
         if any(
             t.offset % _DIRECT_UNIT or n % _DIRECT_UNIT for t, n in zip(infos, sizes, strict=True)
         ):
-            bounce = max(bounce, max(*sizes, COALESCE_BYTES) + _BOUNCE_SPARE)
+            parts = (part_bytes(size) for size in sizes)
+            bounce = max(bounce, max(*parts, COALESCE_BYTES) + _BOUNCE_SPARE)
     return slot_bytes, bounce
 
 
