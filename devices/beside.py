@@ -36,22 +36,18 @@ def measure_beside(
     """Measure it in about `seconds`: reads of `block` bytes at `places`, `max_bytes` at most each
     time, and products with about `pool` bytes of weights. Raises BackendError when ggml refuses,
     BundleError when a read fails."""
-    each = seconds / ROUNDS / 4
-    rounds: list[tuple[float, float, float]] = []
+    each = seconds / ROUNDS / 3
+    rounds: list[tuple[float, float]] = []
     device = Device(threads)
     try:
         with Products(device, FORMATS[_FORMAT], pool) as products:
-
-            def reads(count: int) -> float:
-                return measure_reads(places, block, count, into, each, max_bytes)
-
+            reads = partial(measure_reads, places, block, lanes, into, each, max_bytes)
             for _ in range(ROUNDS):
                 # Neighbours in time: a disk's rate drifts.
-                alone = reads(lanes)
+                alone = reads()
                 _, whole = products.beside(partial(time.sleep, each))
-                all_lanes, slowed = products.beside(partial(reads, lanes))
-                half, _ = products.beside(partial(reads, max(1, lanes // 2)))
-                rounds.append((all_lanes / alone, half / alone, slowed / whole))
+                beside, slowed = products.beside(reads)
+                rounds.append((beside / alone, slowed / whole))
     finally:
         device.close()
     usual = (statistics.median(shares) for shares in zip(*rounds, strict=True))

@@ -26,7 +26,7 @@ from mimo_edge.devices.profile import (
 from mimo_edge.devices.scratch import ScratchFile, scratch_file, scratch_folder
 from mimo_edge.devices.this_machine import known_figures, title
 from mimo_edge.errors import DeviceError, UsageError
-from mimo_edge.experts.reader import DEFAULT_LANES
+from mimo_edge.experts.reader import DEFAULT_LANES, part_bytes
 from mimo_edge.flash_file import FlashFile
 from mimo_edge.hwcap import hwcap_words
 from mimo_edge.quant.base import FORMATS
@@ -37,13 +37,13 @@ Progress = Callable[[str, int, int], None]
 
 LANES = (1, 2, 4, 8)
 BLOCKS = (128 << 10, 512 << 10, 1 << 20, 4 << 20)
-# One matrix of an expert of MiMo-V2-Flash at 4.5 bits, as it is read: whole pages.
-RECORD_BYTES = 4_718_592
+# A part of a matrix of an expert of MiMo-V2-Flash at 4.5 bits, as it is read.
+RECORD_BYTES = part_bytes(4_718_592)
 DEFAULT_FILE_BYTES = 256 << 20
 READ_BYTES = 512 << 20  # at most, for one figure
-DEFAULT_SECONDS = 20.0
+DEFAULT_SECONDS = 18.0
 BUSY_CORES = 0.15  # used by others: figures are no longer those of the machine
-_POOL_BYTES = 512 << 20  # of matrices, larger than the caches of servers
+_POOL_BYTES = 384 << 20  # of matrices, larger than the caches of servers
 _POOL_SHARE = 8  # an eighth of the free memory at most
 _LEAST_POOL_BYTES = 16 << 20
 _UNIT = 64 << 10  # the largest alignment that direct reads ask for
@@ -188,8 +188,8 @@ def probe(
         ),
         "storage.beside": measured(
             {name: float(f"{share:.3g}") for name, share in asdict(beside).items()},
-            f"reads of {format_bytes(record)} by {DEFAULT_LANES} lanes or half of them while "
-            f"{count} threads multiply one row with weights of {format_bytes(pool // 2)}",
+            f"reads of {format_bytes(record)} by {DEFAULT_LANES} lanes while {count} threads "
+            f"multiply one row with weights of {format_bytes(pool // 2)}",
         ),
     }
     if cache is not None:

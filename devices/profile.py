@@ -149,11 +149,9 @@ class ReadRate:
 @dataclass(frozen=True)
 class Beside:
     """What is left when all threads multiply with weights from memory and all lanes read: the share
-    `lanes` of the rates of reads, or `half` when half of the lanes do, as they read ahead; and the
-    share `kernels` of the rates of products."""
+    `reads` of the rates of reads, and `kernels` of the rates of products."""
 
-    lanes: float
-    half: float
+    reads: float
     kernels: float
 
 

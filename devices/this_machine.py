@@ -50,7 +50,7 @@ _ENGINE_US = {
     "row": 4.93,
     "arrival": 400,
 }
-_BESIDE = {"lanes": 1.0, "half": 0.98, "kernels": 0.95}
+_BESIDE = {"reads": 1.0, "kernels": 0.94}
 _CACHE_BYTES = 2 << 20
 # Bytes per second a thread draws, and all of them together at most.
 _THREAD_BYTES_PER_S, _MOST_BYTES_PER_S = 8e9, 50e9

@@ -155,9 +155,9 @@ REFUSED: list[tuple[dict[str, str], str]] = [
                               '{ block = "1 MiB", rate = "1 GB/s" }]')}, "do not rise"),
     ({"storage.reads": figure('[{ block = "1 MiB", rate = "1 GB/s" }, '
                               '{ block = "2 MiB", rate = "4 GB/s" }]')}, "less time"),
-    ({"storage.beside": figure("{ lanes = 1.0, half = 1.0 }")}, "lanes, half, kernels"),
-    ({"storage.beside": figure("{ lanes = 1.0, half = 1.0, kernels = 1.5 }")}, "kernels = 1.5"),
-    ({"storage.beside": figure("{ lanes = 0, half = 1.0, kernels = 1.0 }")}, "lanes = 0 is"),
+    ({"storage.beside": figure("{ reads = 1.0 }")}, "reads, kernels"),
+    ({"storage.beside": figure("{ reads = 1.0, kernels = 1.5 }")}, "kernels = 1.5 is outside"),
+    ({"storage.beside": figure("{ reads = 0, kernels = 1.0 }")}, "reads = 0 is outside"),
     ({"storage.hot": figure("1.5")}, "outside"),
     ({"storage.hot": figure('"cool"')}, "not a number"),
     ({"thermal.limit": figure('"45 F"')}, "not in C"),

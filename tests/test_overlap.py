@@ -10,7 +10,6 @@ import pytest
 
 from mimo_edge.planner.overlap import (
     FIRST_RIGHT_GUESSES,
-    PARTS,
     PROMPT_AHEAD,
     RIGHT_GUESSES,
     Streamed,
@@ -25,9 +24,9 @@ ALONE = Streamed(
     missing=1.0,
     compute_s=1.0,
     read_s=5.0,
-    ahead_s=5.0,
     arrival_s=0.0,
     slowed=0.0,
+    late_s=0.5,
 )
 
 
@@ -44,12 +43,12 @@ def test_reads_behind_products_are_not_waited_for() -> None:
 
 
 def test_guesses_are_read_from_the_last_product_to_the_next_router() -> None:
-    found = few_tokens(replace(ALONE, before=[10.0, 9.0], ahead_s=10.0))
-    first = 1.0  # experts read before the first router is done
+    found = few_tokens(replace(ALONE, before=[10.0, 4.0]))
+    first = 2.0  # experts read before the first router is done
     left = 8 - FIRST_RIGHT_GUESSES * first
-    reading = 5 * left + (1 - FIRST_RIGHT_GUESSES) * 5 / PARTS
-    second = (1.0 + 9.0) / 10.0
-    after = 5 * (8 - RIGHT_GUESSES * second) + (1 - RIGHT_GUESSES) * 5 / PARTS
+    reading = 5 * left + (1 - FIRST_RIGHT_GUESSES) * 0.5
+    second = (1.0 + 4.0) / 5.0
+    after = 5 * (8 - RIGHT_GUESSES * second) + (1 - RIGHT_GUESSES) * 0.5
     assert found.flash == pytest.approx(reading + after)
     assert found.computing == pytest.approx(2.0)
     wrong = (1 - FIRST_RIGHT_GUESSES) * first + (1 - RIGHT_GUESSES) * second
@@ -58,7 +57,7 @@ def test_guesses_are_read_from_the_last_product_to_the_next_router() -> None:
 
 def test_one_too_many_is_waited_for_and_one_too_few_gains_nothing() -> None:
     """Every set of missing experts in two layers, by its chance, without guesses."""
-    pass_ = Streamed([0.0, 0.0], 4.0, 0.4, 2.4, 5.0, ahead_s=1e9, arrival_s=0.1, slowed=0.0)
+    pass_ = Streamed([0.0, 0.0], 4.0, 0.4, 2.4, 5.0, arrival_s=0.1, slowed=0.0, late_s=1e9)
     seconds = 0.0
     for sets in itertools.product(itertools.product((0, 1), repeat=4), repeat=2):
         chance = prod(0.4 if gone else 0.6 for gone in itertools.chain(*sets))
@@ -78,7 +77,7 @@ def test_guesses_that_do_not_pay_are_not_made() -> None:
 
 
 def test_a_prompt_reads_two_groups_ahead() -> None:
-    bank = replace(ALONE, wanted=64.0, before=[1e6, 1e6], ahead_s=5.0)
+    bank = replace(ALONE, wanted=64.0, before=[1e6, 1e6])
     found = many_tokens(bank)
     assert found.experts == 128
     assert found.flash == pytest.approx(5 * 64 + 5 * (64 - PROMPT_AHEAD))
@@ -96,9 +95,9 @@ def test_within_what_is_possible(missing: float, read_s: float, wanted: float) -
         wanted=wanted,
         missing=missing,
         read_s=read_s,
-        ahead_s=1.2 * read_s,
         arrival_s=0.01,
         slowed=0.05,
+        late_s=0.1 * read_s,
     )
     for found in (few_tokens(pass_), many_tokens(pass_)):
         need = 3 * wanted * missing
@@ -116,11 +115,11 @@ def test_more_of_anything_is_never_slower() -> None:
         before=[3.0, 1.0, 1.0],
         missing=0.5,
         read_s=1.7,
-        ahead_s=2.0,
         arrival_s=0.1,
         slowed=0.1,
+        late_s=0.3,
     )
     slower = few_tokens(base).seconds
-    for name in ("missing", "compute_s", "read_s", "ahead_s", "arrival_s", "slowed"):
+    for name in ("missing", "compute_s", "read_s", "arrival_s", "slowed", "late_s"):
         better = few_tokens(replace(base, **{name: 0.7 * getattr(base, name)})).seconds
         assert better < slower, name

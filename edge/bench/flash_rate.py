@@ -21,7 +21,8 @@ from mimo_edge.units import format_bytes, round_up
 
 _MAX_S = 1.0
 _TRIES = 3
-_LEAST_BLOCK = 1 << 20
+# As large as the parts of large experts are at most (experts/reader.py).
+BLOCK_BYTES = 1 << 20
 _UNIT = 65536  # the largest alignment that direct reads ask for
 _HUGE = 2 << 20
 # Larger than the last caches of servers.
@@ -83,9 +84,9 @@ def _target_bytes(least: int) -> int:
 
 
 def flash_rate(model: str, *, lanes: int = DEFAULT_LANES, max_s: float = _MAX_S) -> float:
-    """Bytes per second of `lanes` threads reading random whole expert matrices of `model` (at
-    least 1 MiB at a time), past the page cache where the file system allows it: the best of a few
-    tries of `max_s` in all, because others at work can only make a disk look slower.
+    """Bytes per second of `lanes` threads reading 1 MiB at random experts of `model`, past the page
+    cache where the file system allows it: the best of a few tries of `max_s` in all, because others
+    at work can only make a disk look slower.
 
     Raises BundleError, DeviceError without memory.
     """
@@ -93,20 +94,20 @@ def flash_rate(model: str, *, lanes: int = DEFAULT_LANES, max_s: float = _MAX_S)
         table = ExpertTable.from_bundle(bundle)
     stacks = [stack for layer in table.layers for stack in layer.stacks]
     files = {stack.file: FlashFile(stack.file) for stack in stacks}
-    block = round_up(max(_LEAST_BLOCK, *(stack.nbytes for stack in stacks)), _UNIT)
     places = [
         (files[stack.file], at // _UNIT * _UNIT)
         for stack in stacks
         for expert in range(table.experts)
-        if (at := stack.offset + expert * stack.nbytes) // _UNIT * _UNIT + block
+        if (at := stack.offset + expert * stack.nbytes) // _UNIT * _UNIT + BLOCK_BYTES
         <= files[stack.file].size
     ]
     try:
         if not places:
             return 0.0
-        with Targets(_target_bytes(lanes * block)) as into:
+        with Targets(_target_bytes(lanes * BLOCK_BYTES)) as into:
             return max(
-                measure_reads(places, block, lanes, into, max_s / _TRIES) for _ in range(_TRIES)
+                measure_reads(places, BLOCK_BYTES, lanes, into, max_s / _TRIES)
+                for _ in range(_TRIES)
             )
     finally:
         for file in files.values():

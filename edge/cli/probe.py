@@ -105,8 +105,8 @@ def probe(
     out.table(rows, ["block", "lanes", "reads", "MB/s"])
     left = found.profile.beside
     out.text(
-        f"\nbeside computing {left.lanes:.0%} of it, by half of the lanes {left.half:.0%}; "
-        f"of computing {left.kernels:.0%}\n"
+        f"\nbeside computing {left.reads:.0%} of it, and {left.kernels:.0%} of computing beside "
+        "reads\n"
     )
     out.table(
         [
@@ -158,11 +158,13 @@ def _unwritable(path: Path, why: str) -> DeviceError:
 
 
 def _record_bytes(model: str) -> int:
-    """The largest matrix of an expert, which is one read; of a dense model the usual size."""
+    """The largest part of an expert that is one read; of a dense model the usual size."""
     from mimo_edge.bundle import Bundle
     from mimo_edge.devices.probe import RECORD_BYTES
+    from mimo_edge.experts.reader import part_bytes
 
     with Bundle.open(model) as bundle:
         experts = max(1, bundle.config.n_routed_experts)
-        sizes = [info.nbytes // experts for n, info in bundle.tensors.items() if "_exps." in n]
+        tensors = bundle.tensors.items()
+        sizes = [part_bytes(t.nbytes // experts) for name, t in tensors if "_exps." in name]
     return max(sizes, default=RECORD_BYTES)

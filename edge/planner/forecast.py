@@ -17,6 +17,7 @@ from typing import Any, Literal
 from mimo_edge.budget import Budget
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.devices.profile import PROBED_WIDTH, DeviceProfile, ReadRate
+from mimo_edge.experts.reader import part_bytes
 from mimo_edge.gguf_file import TensorInfo
 from mimo_edge.kv_format import KV_FORMATS, ring_type
 from mimo_edge.planner.hits import Hits, distinct_experts
@@ -246,10 +247,11 @@ class _Machine:
         self.config, self.weights, self.budget, self.profile = config, weights, budget, profile
         self.hits = hits
         self.moe_layers = sum(config.moe_layer_freq)
-        # one expert of every layer is three matrices per layer, read one by one
+        # one expert of every layer is three matrices per layer, read in parts
         self.expert_bytes = weights.expert.total_bytes / max(1, self.moe_layers)
+        self.part_bytes = part_bytes(round(self.expert_bytes / 3)) if budget.streamed else 0
         self.flash_bytes_per_s = (
-            profile.read_rate(self.expert_bytes / 3) if budget.streamed else float("inf")
+            profile.read_rate(self.part_bytes) if budget.streamed else float("inf")
         )
         self.cached = self.cached_share(depth, drafting)
 
@@ -338,16 +340,18 @@ class _Machine:
         computed = self.experts(distinct, rows)
         if not self.budget.streamed or hit_rate >= 1.0:
             return around + computed, 0.0
-        device, rate = self.profile, self.flash_bytes_per_s
+        device = self.profile
+        rate = self.flash_bytes_per_s * device.beside.reads
         pass_ = Streamed(
             before=self.before(rows, depth),
             wanted=distinct,
             missing=1.0 - hit_rate,
             compute_s=computed.seconds / distinct / self.moe_layers,
-            read_s=self.expert_bytes / (rate * device.beside.lanes),
-            ahead_s=self.expert_bytes / (rate * device.beside.half),
+            read_s=self.expert_bytes / rate,
             arrival_s=device.engine.arrival,
             slowed=1.0 / device.beside.kernels - 1.0,
+            # a part in every lane, half-way on average
+            late_s=device.lanes * self.part_bytes / 2 / rate,
         )
         walked = many_tokens(pass_) if rows > FEW_TOKENS else few_tokens(pass_)
         done = walked.computing / computed.seconds

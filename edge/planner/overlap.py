@@ -27,26 +27,24 @@ RIGHT_GUESSES, FIRST_RIGHT_GUESSES = 0.74, 0.51
 # Experts of the next layer read ahead while a long pass computes this one's last: two groups
 # (runtimes/ggml/expert_source.py).
 PROMPT_AHEAD = 16
-# An expert is so many reads: what a wrong guess delays ends with the ones that lanes are in.
-PARTS = 3
 
 
 @dataclass(frozen=True)
 class Streamed:
     """A pass through layers whose experts are streamed, in seconds: each wants `wanted` experts, of
-    which the share `missing` is on flash; one computes in `compute_s`, is read in `read_s` (or
-    ahead in `ahead_s`) and costs the engine `arrival_s` besides. Computing takes `slowed` times
-    longer while something is read. `before` is what every layer computes before its router is
-    done."""
+    which the share `missing` is on flash; one computes in `compute_s`, is read in `read_s`, and
+    costs the engine `arrival_s` besides. Computing takes `slowed` times longer while something is
+    read, and a wrong guess holds the lanes for `late_s`, until the parts they are in have come.
+    `before` is what every layer computes before its router is done."""
 
     before: Sequence[float]
     wanted: float
     missing: float
     compute_s: float
     read_s: float
-    ahead_s: float
     arrival_s: float
     slowed: float
+    late_s: float
 
 
 class Walked(NamedTuple):
@@ -100,15 +98,13 @@ def _walk(
     busy = p.wanted * p.compute_s
     total = np.zeros(5)
     # Experts for which there was time before this layer's router was done, [M], by chance.
-    time, likely = np.array([p.before[0] / p.ahead_s]), np.ones(1)
+    time, likely = np.array([p.before[0] / p.read_s]), np.ones(1)
     for index, before in enumerate(p.before):
         share = right if index else first
         ahead = np.minimum(np.minimum(time[:, None], counts), most if share else 0.0)  # [M, N]
         left = counts - share * ahead
-        reading = left * p.read_s
-        # What lanes are in when a guess turns out wrong comes to its end first.
         wrong = (1 - share) * np.minimum(ahead, 1.0) * (time[:, None] < counts)
-        reading = reading + wrong * p.read_s / PARTS
+        reading = left * p.read_s + wrong * p.late_s
         host = (left + ahead) * p.arrival_s
         lost = p.slowed * np.minimum(reading, busy)
         computing = busy + lost + host
@@ -116,7 +112,7 @@ def _walk(
         waiting = reading + last > computing
         weight = likely[:, None] * chances
         seconds = np.maximum(computing, reading + last)
-        beside = p.slowed * np.minimum(before, ahead * p.ahead_s)
+        beside = p.slowed * np.minimum(before, ahead * p.read_s)
         parts = (
             np.where(waiting, reading, 0.0),
             np.where(waiting, last, busy),
@@ -127,5 +123,5 @@ def _walk(
         total += [float((weight * part).sum()) for part in parts]
         if index + 1 < len(p.before):
             idle = seconds - reading + p.before[index + 1]
-            time, likely = (likely[:, None] * idle).sum(0) / p.ahead_s, chances
+            time, likely = (likely[:, None] * idle).sum(0) / p.read_s, chances
     return Walked(*total.tolist())
