@@ -59,6 +59,10 @@ class Cost:
             self.host + other.host,
         )
 
+    def scaled(self, factor: float) -> Cost:
+        """`factor` times it."""
+        return Cost(*(factor * n for n in (self.flash, self.memory, self.compute, self.host)))
+
     @property
     def seconds(self) -> float:
         """All of them."""
@@ -329,24 +333,33 @@ class _Machine:
             c.n_routed_experts, c.num_experts_per_tok, rows, self.hits.independent
         )
 
+    def trunk(self, layers: Iterable[LayerSpec], rows: float, depth: float) -> Cost:
+        """What these layers take besides routed experts and what the engine does."""
+        specs = list(layers)
+        cost = self.attention(specs, rows, depth)
+        for spec in specs:
+            cost = cost + self.matrices(self.weights.layers[spec.index], rows)
+        return cost
+
     def layers(
-        self, rows: float, depth: float, around: Cost, hit_rate: float
+        self, layers: Sequence[LayerSpec], rows: float, depth: float, around: Cost, hit_rate: float
     ) -> tuple[Cost, float]:
-        """All layers for `rows` tokens, `around` being what they take besides routed experts; and
+        """These layers for `rows` tokens, `around` being what they take besides routed experts; and
         the bytes read from flash."""
-        if not self.moe_layers:
+        count = sum(spec.moe for spec in layers)
+        if not count:
             return around, 0.0
         distinct = self.distinct(rows)
-        computed = self.experts(distinct, rows)
+        computed = self.experts(distinct, rows).scaled(count / self.moe_layers)
         if not self.budget.streamed or hit_rate >= 1.0:
             return around + computed, 0.0
         device = self.profile
         rate = self.flash_bytes_per_s * device.beside.reads
         pass_ = Streamed(
-            before=self.before(rows, depth),
+            before=self.before(layers, rows, depth),
             wanted=distinct,
             missing=1.0 - hit_rate,
-            compute_s=computed.seconds / distinct / self.moe_layers,
+            compute_s=computed.seconds / distinct / count,
             read_s=self.expert_bytes / rate,
             arrival_s=device.engine.arrival,
             slowed=1.0 / device.beside.kernels - 1.0,
@@ -360,14 +373,13 @@ class _Machine:
         )
         return around + cost, walked.experts * self.expert_bytes
 
-    def before(self, rows: float, depth: float) -> list[float]:
-        """Seconds that each layer with routed experts takes before they are chosen, with the dense
-        layers in front of it."""
+    def before(self, layers: Sequence[LayerSpec], rows: float, depth: float) -> list[float]:
+        """Seconds that each of these layers that has routed experts takes before they are chosen,
+        with the dense layers in front of it."""
         host = self.host(rows).seconds / self.config.num_hidden_layers
         found, seconds = [], 0.0
-        for spec, scan in zip(self.config.layers, self.weights.layers, strict=True):
-            seconds += self.matrices(scan, rows).seconds + host
-            seconds += self.attention([spec], rows, depth).seconds
+        for spec in layers:
+            seconds += self.trunk([spec], rows, depth).seconds + host
             if spec.moe:
                 found.append(seconds)
                 seconds = 0.0
@@ -402,7 +414,8 @@ class _Machine:
         rows = draft + 1.0
         trunk = self.config.layers
         around = self.matrices(self.weights.trunk, rows) + self.attention(trunk, rows, depth)
-        cost, flash = self.layers(rows, depth, around + self.host(rows), self.hits.rate)
+        around = around + self.host(rows)
+        cost, flash = self.layers(trunk, rows, depth, around, self.hits.rate)
         cost = cost + self.head(rows) + Cost(host=self.profile.engine.step)
         if draft:
             cost = cost + Cost(host=self.profile.engine.drafting)
@@ -418,19 +431,21 @@ class _Machine:
         return Decode(draft, gained, cost, flash / gained, scanned / gained)
 
     def prefill(self, tokens: int) -> Prefill:
-        """A prompt in chunks; each costs a pass over the experts that are not in memory."""
+        """A prompt in chunks; each costs a pass over the experts that are not in memory. Of the
+        last layer only the last token is wanted (runtimes/ggml/passes.py)."""
         cost, flash, done = Cost(), 0.0, 0
+        *layers, last = self.config.layers
         # nearly every expert is wanted, so what is in memory counts by its number
         resident = min(1.0, self.budget.slots / max(1, self.budget.experts))
         while done < tokens:
             rows = even_part(tokens - done, self.budget.chunk)
-            around = self.matrices(self.weights.trunk, rows) + self.host(rows)
             middle = done + rows / 2
-            around = around + self.attention(self.config.layers, rows, middle)
-            layers, read = self.layers(rows, middle, around, resident)
-            cost = cost + layers + Cost(host=self.profile.engine.step)
+            around = self.trunk(layers, rows, middle) + self.host(rows)
+            passed, read = self.layers(layers, rows, middle, around, resident)
+            cost = cost + passed + Cost(host=self.profile.engine.step)
             flash, done = flash + read, done + rows
-        return Prefill(tokens, cost + self.head(1), flash)
+        passed, read = self.layers([last], 1, tokens, self.trunk([last], 1, tokens), resident)
+        return Prefill(tokens, cost + passed + self.head(1), flash + read)
 
     def load_s(self) -> float:
         """Seconds to read what is resident and store it as the kernels want it."""
