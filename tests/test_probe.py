@@ -190,7 +190,7 @@ else:
     rate = profile.KernelRate(1e9, 1e9, 1e9, 1e9, 4 * (1e9,), 1e9)
     processor.measure_processor = lambda *_: ({{"Q4_0": 1e9}}, {{"Q4_0": rate}}, None)
     probe._rising = lambda *_: [{{"block": "1 MiB", "rate": "1 GB/s"}}]
-    beside.measure_beside = lambda *_: profile.Beside(1.0, 1.0, 1.0)
+    beside.measure_beside = lambda *_: profile.Beside(1.0, 1.0)
     engine_cost._step = stop
 sys.argv = ["mimo-edge", "probe", "--dir", {str(disk)!r}, "--file-size", "16MiB", "--threads", "1"]
 app()
