@@ -20,14 +20,14 @@ from pathlib import Path
 
 from arm import suite
 from arm.checks import Check, Progress, digest, run_checks
-from arm.compare import CPUS, VARIANTS, answer_check, bundle, comparisons, session_checks
+from arm.compare import CPUS, WIDE, answer_check, bundle, comparisons, session_checks
 from arm.environment import make_environment
 from arm.paths import REPOSITORY, WORK, check_programs
 from arm.try_kit import try_kit
 from arm.wheels import full_wheel
 
-_QUICK_COMMANDS, _ALL_COMMANDS = (2, 4), (12, 60)  # compared at f32, at int4
-# SVE is emulated many times slower than NEON: too slowly for the quick part.
+_QUICK_COMMANDS, _WIDE_COMMANDS, _ALL_COMMANDS = (2, 4), (1, 1), (12, 60)  # at f32, at int4
+# SVE is emulated several times slower than NEON: too slowly for the quick part.
 _QUICK_CPUS = CPUS[:2]
 _UNFINISHED = 3
 
@@ -70,13 +70,14 @@ def all_checks(python: Path, full: Path, quick: bool, only: list[str] | None) ->
     """What is to be checked, what takes long first."""
     exact, int4 = bundle("f32"), bundle("q4_k")
     state = suite.shared_state(python)
-    compared = only or (_QUICK_CPUS if quick else list(VARIANTS))
+    compared = only or (_QUICK_CPUS if quick else [*CPUS, *WIDE])
     whole = compared[:1] if quick else [cpu for cpu in compared if only or cpu in CPUS]
     kit_state = digest(state, *(path.read_bytes() for path in _kit_sources()))
     run_kit = functools.partial(try_kit, full, int4, compared[0])
     yield Check(compared[0], "device kit", kit_state, run_kit)
     for cpu in compared:
-        at_f32, at_int4 = comparisons(*(_QUICK_COMMANDS if quick else _ALL_COMMANDS))
+        wanted = _QUICK_COMMANDS if quick else _WIDE_COMMANDS if cpu in WIDE else _ALL_COMMANDS
+        at_f32, at_int4 = comparisons(*wanted)
         yield answer_check(python, exact, cpu, at_f32, state)
         yield answer_check(python, int4, cpu, at_int4, state)
     for cpu in whole:
