@@ -118,8 +118,40 @@ def test_musl_is_told_so(
     kit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert kit.main() == 1
-    assert "needs glibc, here is another C library" in capsys.readouterr().err
+    for name in ("musl", ""):
+        monkeypatch.setattr(kit, "musl", lambda folder, name=name: (name, ""))
+        assert kit.main() == 1
+        assert f"needs glibc, here is {name or 'another C library'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("loader", "found"),
+    [
+        ("#!/bin/sh\nprintf 'musl libc (aarch64)\\nVersion 1.2.3\\nDynamic' >&2; exit 1", "1.2.3"),
+        ("#!/bin/sh\nexit 1", ""),
+        ("\x7fELF of another processor", ""),
+    ],
+)
+def test_musl_s_version_is_asked_of_its_loader(
+    kit: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    loader: str,
+    found: str,
+) -> None:
+    assert kit.musl(tmp_path) == ("", "")
+    path = tmp_path / "ld-musl-aarch64.so.1"
+    path.write_text(loader)
+    path.chmod(0o755)
+    assert kit.musl(tmp_path) == ("musl", found)
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(kit, "musl", lambda folder: ("musl", found))
+    kit.check_libc("musl", "1.2.3")
+    if found:
+        with pytest.raises(kit.InstallError, match=r"needs musl 1\.2\.4, here is 1\.2\.3"):
+            kit.check_libc("musl", "1.2.4")
+    else:  # the libraries are tried all the same
+        kit.check_libc("musl", "1.2.4")
 
 
 def test_a_damaged_kit(kit: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from mimo_edge import export_bundle
 MAX = "max,sve-default-vector-length=16"
 CPUS = ("cortex-a53", "cortex-a76", MAX)  # with which the whole suite runs
 # ggml has kernels of their own for some lengths of vectors. The emulator computes these one element
-# at a time: a command takes 40 s at int4 and 150 s at f32, where it takes 6 s and 22 s with 128 bits.
+# at a time: a command takes 40 s at int4 and 150 s at f32; with 128 bits it takes 6 s and 22 s.
 WIDE = ("max,sve-default-vector-length=32", "max,sve-default-vector-length=64")
 # The variant of libggml that must compute there.
 VARIANTS = {

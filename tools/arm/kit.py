@@ -21,13 +21,13 @@ from pathlib import Path
 
 from arm import libggml
 from arm.paths import WORK, fresh, run
-from arm.toolchain import GCC_TARGET, Toolchain
+from arm.toolchain import GCC_TARGET, MUSL_OF_WHEELS, Toolchain
 from arm.wheel import read_zip
 from arm.wheels import device_wheel, full_wheel, libc, libggml_wheel
 from mimo_edge.runtimes.ggml.library import BUILT_BY
 
 _FILES = Path(__file__).with_name("kit_files")
-# The releases that were tested; their wheels ask for glibc 2.28, or musl 1.2.
+# The releases that were tested; their wheels ask for glibc 2.28, or musl 1.2.4.
 PINS = ("numpy==2.4.6", "jinja2==3.1.6", "markupsafe==3.0.4")
 SCHEMA = 1
 
@@ -46,6 +46,8 @@ def make_kit(python: str, out: Path, full: Path, toolchain: Toolchain = libggml.
         files |= _licenses(path)
     version = device.name.split("-")[1]
     libc_name, libc_version = libc(sorted(libraries.glob("*.so*")), toolchain)
+    if toolchain.is_musl:
+        libc_version = MUSL_OF_WHEELS
     manifest = {
         "schema": SCHEMA,
         "version": version,

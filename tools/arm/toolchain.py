@@ -18,6 +18,9 @@ from arm.paths import WORK, ProgramError
 GCC_TARGET = "aarch64-linux-gnu"
 _ZIG_TARGET = re.compile(r"aarch64-linux-(musl|gnu\.(2\.\d+))")
 MUSL = "1.2"  # what Zig's stubs and the wheels on PyPI are made for
+# NumPy's wheel brings libraries of GCC whose relocations are packed (DT_RELR). The loader of an
+# older musl passes over them, and the process ends while such a library is opened.
+MUSL_OF_WHEELS = "1.2.4"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -63,15 +64,26 @@ def check_machine(manifest: dict[str, Any]) -> None:
 
 
 def check_libc(wanted: str, oldest: str) -> None:
-    """Whether the C library is the kit's. musl does not tell its version: that it is too old is
-    found when the libraries are tried."""
+    """Whether the C library is the kit's, and new enough."""
     name, version = platform.libc_ver()
     if name != "glibc":
-        name = "musl" if list(Path("/lib").glob("ld-musl-*.so.1")) else name
+        name, version = musl(Path("/lib"))
     if name != wanted:
         raise InstallError(f"this kit needs {wanted}, here is {name or 'another C library'}")
-    if name == "glibc" and numbers(version) < numbers(oldest):
-        raise InstallError(f"this kit needs glibc {oldest}, here is {version}")
+    if version and numbers(version) < numbers(oldest):
+        raise InstallError(f"this kit needs {name} {oldest}, here is {version}")
+
+
+def musl(folder: Path) -> tuple[str, str]:
+    """The name and what its loader in `folder` tells of its version; "" for what is not known."""
+    for loader in folder.glob("ld-musl-*.so.1"):
+        try:
+            done = subprocess.run([str(loader)], stderr=subprocess.PIPE, check=False, timeout=60)
+        except OSError:  # the loader of another processor
+            return "musl", ""
+        found = re.search(rb"Version (\d+(?:\.\d+)+)", done.stderr)
+        return "musl", found[1].decode() if found else ""
+    return "", ""
 
 
 def numbers(version: str) -> list[int]:
