@@ -8,7 +8,6 @@ only if the sampler, fed the target's own logits, draws that very token.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ import numpy as np
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
+from mimo_edge.recent_rows import RecentRows
 from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache, ChainingBackend
 
 DraftSetting = int | Literal["auto"]
@@ -83,7 +83,7 @@ class Drafter:
         self._window = config.layer(config.num_hidden_layers).window if self.limit else 1
         self._fill = min(FILL_ROWS, self._window or FILL_ROWS)
         self._keep = None if self._window is None else self._fill + _SPARE_ROWS
-        self._hidden: deque[F32] = deque(maxlen=self._keep)  # H rows, the newest last
+        self._hidden = RecentRows(config.hidden_size, self._keep)  # H rows
         self._length = 0  # positions observed
         # Rows of block k below this are in its cache, computed from tokens that stand.
         self._final = [0] * self.limit
@@ -97,8 +97,7 @@ class Drafter:
 
     def state(self) -> DrafterState:
         """What `resume` needs, with the cache of now."""
-        width = self._backend.config.hidden_size
-        hidden = np.stack(self._hidden) if self._hidden else np.empty((0, width), np.float32)
+        hidden = self._hidden.part(0, len(self._hidden)).copy()
         return DrafterState(self._length, tuple(self._final), hidden)
 
     @property
@@ -167,8 +166,7 @@ class Drafter:
             return
         self._run(0, tokens, self._final[0], end, cancel=cancel)
         self._final[0] = end
-        while self._length - len(self._hidden) < end - _SPARE_ROWS:
-            self._hidden.popleft()
+        self._hidden.drop_oldest(end - _SPARE_ROWS - self._oldest)
 
     def draft(
         self,
@@ -309,8 +307,7 @@ class Drafter:
     def truncate(self, length: int, known: int) -> None:
         """The target was cut back to `length` processed tokens, of which and after which
         `known` tokens in all are the same as before."""
-        for _ in range(min(self._length - length, len(self._hidden))):
-            self._hidden.pop()
+        self._hidden.drop_newest(self._length - length)
         self._length = length
         self._proposed = (0, [])
         for depth in range(self.limit):
@@ -336,8 +333,7 @@ class Drafter:
 
     def _rows(self, first: int, end: int) -> F32:
         """H rows of positions first..end-1."""
-        start = self._oldest
-        return np.stack([self._hidden[row - start] for row in range(first, end)])
+        return self._hidden.part(first - self._oldest, end - self._oldest)
 
 
 def accept(

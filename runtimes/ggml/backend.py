@@ -334,8 +334,12 @@ class GgmlBackend:
             found.rows.fill(hidden, position, max(rings, key=RingIndex.oldest))
             found.compute()
             logits = found.logits()
-            for depth, row in enumerate(logits):
-                check_finite(row[None], f"MTP block {depth}", position + len(ids) - 1)
+            try:
+                check_finite(logits, "an MTP block", position)
+            except GenerationError:
+                for depth, row in enumerate(logits):
+                    check_finite(row[None], f"MTP block {depth}", position + len(ids) - 1)
+                raise
         except BaseException as error:
             for ring in rings:
                 ring.truncate(position)

@@ -121,6 +121,7 @@ class CacheMemory:
             sliding: {self._kind(spec) for spec in specs[:trunk] if spec.sliding == sliding}
             for sliding in (False, True)
         }
+        self.attends_together: dict[tuple[bool, int], bool] = {}  # `RowCheck`'s answers
 
     def _describe(self, spec: LayerSpec, ring: int) -> KvTensors:
         c, shape = self._config, self.shape

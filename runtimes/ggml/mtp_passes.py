@@ -7,9 +7,10 @@ and fed to the next, and a draft is one call into ggml instead of three.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mimo_edge.runtimes.base import F32
 from mimo_edge.runtimes.ggml import blocks
@@ -19,14 +20,13 @@ from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor
 from mimo_edge.runtimes.ggml.kept_graphs import LARGE_INPUT_BYTES
-from mimo_edge.runtimes.ggml.masks import fill_causal, fill_full, fill_ring
+from mimo_edge.runtimes.ggml.masks import fill_full, fill_newest
 from mimo_edge.runtimes.ggml.resident import ModelWeights
 from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS
 from mimo_edge.runtimes.ggml.token_input import TokenInput
 
 
-@dataclass(frozen=True)
-class MtpShape:
+class MtpShape(NamedTuple):
     """What an MTP graph depends on: block, rows, and rows of K/V its query reads."""
 
     depth: int
@@ -35,8 +35,7 @@ class MtpShape:
     large: bool
 
 
-@dataclass(frozen=True)
-class ChainShape:
+class ChainShape(NamedTuple):
     """What a chain depends on: how many blocks, on how many rows."""
 
     count: int
@@ -74,22 +73,29 @@ class _Rows:
         self.positions = new(TYPE_I32, n)
         self.ids = new(TYPE_I64, n)
         self.mask = new(TYPE_F16, read_rows, 1)  # only the last row queries
+        self._arrays: tuple[NDArray[Any], ...] | None = None
 
     def fill(self, hidden: F32, position: int, ring: RingIndex | None) -> None:
         """Set the inputs; `ring` is what it is once these rows are written, None without one."""
-        n = self.total
-        rows = np.arange(position, position + n, dtype=np.int64)
-        self.hidden.array().reshape(n, -1)[...] = hidden
-        self.positions.array()[...] = rows
-        mask = self.mask.array().reshape(1, -1)
+        last = position + self.total - 1
+        rows = np.arange(position, last + 1, dtype=np.int64)
+        filled, positions, ids, mask = self._memory()
+        filled[...] = hidden
+        positions[...] = rows
         if ring is None or self._window is None:
-            self.ids.array()[...] = rows
+            ids[...] = rows
             fill_full(mask, rows[-1:])
         else:
-            self.ids.array()[...] = rows % ring.rows
-            whole = ring.oldest() <= max(0, position + n - self._window)
-            fill = fill_ring if whole else fill_causal
-            fill(mask, ring.slots, rows[-1:], self._window)
+            np.remainder(rows, ring.rows, out=ids)
+            fill_newest(mask[0], max(ring.oldest(), last - self._window + 1, 0), last)
+
+    def _memory(self) -> tuple[NDArray[Any], ...]:
+        """What `fill` sets."""
+        if self._arrays is None:
+            mask, hidden = self.mask.array().reshape(1, -1), self.hidden.array()
+            rows = hidden.reshape(self.total, -1)
+            self._arrays = rows, self.positions.array(), self.ids.array(), mask
+        return self._arrays
 
     def block(
         self, g: Graph, model: ModelWeights, cache: GgmlCache, depth: int, embedding: Tensor
@@ -190,7 +196,10 @@ class ChainPass(_MtpGraph):
 
     def logits(self) -> F32:
         """Logits f32 [count, V] of the last run."""
-        return np.stack([tensor.array().reshape(-1) for tensor in self._logits])
+        found = np.empty((len(self._logits), self._logits[0].ne[0]), np.float32)
+        for row, tensor in zip(found, self._logits, strict=True):
+            row[...] = tensor.array()
+        return found
 
     def chosen(self) -> list[int]:
         """The token of every block in the last run."""
