@@ -1,4 +1,4 @@
-"""The newest hidden states of a sequence, in one array: runs of them are views, nothing is stacked."""
+"""The newest hidden states of a sequence in one array: runs of them are views of it."""
 
 from __future__ import annotations
 

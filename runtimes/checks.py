@@ -11,8 +11,8 @@ from mimo_edge.config import MimoConfig
 from mimo_edge.errors import CacheError, GenerationError, UsageError
 from mimo_edge.runtimes.base import F32, TokenIds
 
-# So many numbers are looked at in one product, which takes half of the time that a mask of them does;
-# of more BLAS would start threads that spin where ours compute.
+# So many numbers are looked at in one product, in half of the time that a mask of them takes; for
+# more BLAS would start threads, which spin where ours compute.
 _FEW_NUMBERS = 8192
 
 

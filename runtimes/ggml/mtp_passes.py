@@ -38,7 +38,7 @@ class MtpShape(NamedTuple):
 class ChainShape(NamedTuple):
     """What a chain depends on: how many blocks, on how many rows."""
 
-    count: int
+    blocks: int
     tokens: int
     large: bool
 
@@ -165,13 +165,13 @@ class MtpPass(_MtpGraph):
 
 
 class ChainPass(_MtpGraph):
-    """The first `count` blocks on the same n rows, each with the token the one before chose.
+    """The first blocks on the same n rows, each with the token the one before chose.
     `tokens` (of block 0) and `rows` are to be filled before each run."""
 
     def __init__(
         self, device: Device, model: ModelWeights, cache: GgmlCache, shape: ChainShape
     ) -> None:
-        super().__init__(device, blocks.tensors_of(cache.config, 2 * shape.count))
+        super().__init__(device, blocks.tensors_of(cache.config, 2 * shape.blocks))
         table, n = model.table, shape.tokens
         assert table is not None
         try:
@@ -182,11 +182,11 @@ class ChainPass(_MtpGraph):
             self._chosen: list[Tensor] = []
             g = self._graph
             embedding = self.tokens.embedding(g)
-            for depth in range(shape.count):
+            for depth in range(shape.blocks):
                 logits = self.rows.block(g, model, cache, depth, embedding)
                 self._logits.append(g.output(logits))
                 self._chosen.append(g.output(g.argmax(logits)))
-                if depth + 1 < shape.count:
+                if depth + 1 < shape.blocks:
                     row = g.get_rows(table, self._chosen[-1])
                     embedding = g.concat(blocks.last_rows(g, embedding, n - 1), row, 1)
             g.finish()
@@ -195,7 +195,7 @@ class ChainPass(_MtpGraph):
             raise
 
     def logits(self) -> F32:
-        """Logits f32 [count, V] of the last run."""
+        """Logits f32 [blocks, V] of the last run."""
         found = np.empty((len(self._logits), self._logits[0].ne[0]), np.float32)
         for row, tensor in zip(found, self._logits, strict=True):
             row[...] = tensor.array()
