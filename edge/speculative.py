@@ -25,7 +25,7 @@ DraftSetting = int | Literal["auto"]
 MAX_DRAFT = VERIFY_ROWS - 1
 # Rows that a block with a window starts with, after a prompt or many steps without drafts: newer
 # ones join them. Filling a whole window can take longer than drafts save in a short answer.
-FILL_ROWS = 32
+FILL_ROWS = 24
 # Rows of H kept behind those: a commit leaves up to MAX_DRAFT stale rows to write again, and a
 # later turn may roll back as many.
 _SPARE_ROWS = MAX_DRAFT + 1
@@ -174,11 +174,14 @@ class Drafter:
         count: int,
         propose: Callable[[F32], int | None],
         cancel: Cancel | None = None,
+        likeliest: Callable[[list[int]], list[int] | None] | None = None,
     ) -> list[int]:
         """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
 
         `propose` picks from logits [V], or says None when nothing can follow. Fewer, down to none,
         come back then, and while hardly any H rows are at hand (after a cut deeper than is kept).
+        `likeliest`, given tokens of the largest logits, says which of them `propose` would go on
+        with, or None when it has to look at the logits.
         """
         p = self._length - 1
         if len(tokens) != p + 2:
@@ -189,7 +192,7 @@ class Drafter:
         chain = self._chain is not None and count > 1
         first = self._first(min(self._final[:count])) if chain else None
         if first is not None and first < p:
-            drafts = self._draft_in_chain(tokens, first, count, propose, cancel)
+            drafts = self._draft_in_chain(tokens, first, count, propose, cancel, likeliest)
         else:
             drafts = self._draft_one_by_one(tokens, count, propose, cancel)
         self._proposed = (p + 2, drafts)
@@ -269,6 +272,7 @@ class Drafter:
         count: int,
         propose: Callable[[F32], int | None],
         cancel: Cancel | None,
+        likeliest: Callable[[list[int]], list[int] | None] | None,
     ) -> list[int]:
         """Rows first..p of all blocks at once."""
         assert self._chain is not None
@@ -282,6 +286,9 @@ class Drafter:
             count, ids, hidden, first, self._cache, cancel=cancel
         )
         self._final[:count] = final
+        taken = None if likeliest is None else likeliest(chosen)
+        if taken is not None:
+            return taken
         drafts: list[int] = []
         for token, row in zip(chosen, logits, strict=True):
             wanted = propose(row)

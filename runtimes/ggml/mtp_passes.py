@@ -194,12 +194,9 @@ class ChainPass(_MtpGraph):
             self.close()
             raise
 
-    def logits(self) -> F32:
-        """Logits f32 [blocks, V] of the last run."""
-        found = np.empty((len(self._logits), self._logits[0].ne[0]), np.float32)
-        for row, tensor in zip(found, self._logits, strict=True):
-            row[...] = tensor.array()
-        return found
+    def logits(self) -> list[F32]:
+        """Logits f32 [V] of every block in the last run; only lent, until the device computes."""
+        return [tensor.array() for tensor in self._logits]
 
     def chosen(self) -> list[int]:
         """The token of every block in the last run."""
