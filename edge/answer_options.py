@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 from mimo_edge.errors import UsageError
 from mimo_edge.logprobs import MAX_TOP
+from mimo_edge.reply import DEFAULT_MAX_TOKENS
 from mimo_edge.sampling import SamplingParams
 from mimo_edge.tokenizer import check_unicode
 
@@ -17,22 +18,22 @@ from mimo_edge.tokenizer import check_unicode
 class AnswerOptions:
     """See `Session.stream`. Raises UsageError on values that mean nothing."""
 
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    min_p: float
-    top_k: int
-    seed: int | None
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logprobs: int | None
-    stop: Sequence[str]
-    json_schema: Mapping[str, Any] | None
-    regex: str | None
-    tool_choice: str
-    parallel_tool_calls: bool
-    stop_repeats: int
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    stop: Sequence[str] = ()
+    json_schema: Mapping[str, Any] | None = None
+    regex: str | None = None
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    stop_repeats: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _checked_stops(self.stop))
@@ -69,6 +70,27 @@ class AnswerOptions:
         if set(raw) != names:
             raise UsageError(f"an answer with the options {sorted(raw)}")
         return cls(**raw)
+
+
+class AnswerKeywords(TypedDict, total=False):
+    """`AnswerOptions` as keywords of a function that hands them on."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    min_p: float
+    top_k: int
+    seed: int | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logprobs: int | None
+    stop: Sequence[str]
+    json_schema: Mapping[str, Any] | None
+    regex: str | None
+    tool_choice: str
+    parallel_tool_calls: bool
+    stop_repeats: int
 
 
 def _checked_stops(stop: Sequence[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import DeviceError
-from mimo_edge.experts.reader import COALESCE_BYTES, DEFAULT_LANES
+from mimo_edge.experts.reader import COALESCE_BYTES, DEFAULT_LANES, part_bytes
 from mimo_edge.gguf_file import TensorInfo
 from mimo_edge.kv_format import (
     DEFAULT_KV_TYPE,
@@ -38,6 +38,8 @@ PROCESS_BYTES = 96 << 20
 LIBRARY_BYTES = 32 << 20
 # Pages of the model file that are in memory at a time: the header, and what is read ahead.
 FILE_PAGES_BYTES = 12 << 20
+# The part of the bound that is kept for what grows with it.
+RESERVE_PART = 256
 CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16)
 DEFAULT_CHUNK = 512
 # Graphs of few tokens that a cache keeps, one more while a new one replaces an old, and the bytes
@@ -230,8 +232,9 @@ def _streamed(
     fixed = [
         *fixed,
         Line("read lanes", lanes * (bounce + COALESCE_BYTES), f"{lanes} lanes"),
-        # The pool's regions begin on huge pages; the kernel's own tables come on top.
-        Line("reserve", (8 << 20) + ram // 64, "page tables, fragmentation"),
+        # The pool's regions end on huge pages; the kernel's page tables come on top: 8 bytes for
+        # 4096 in small pages, which is half of the share.
+        Line("reserve", (8 << 20) + ram // RESERVE_PART, "page tables, fragmentation"),
     ]
     room = ram - sum(line.nbytes for line in fixed)
     total = config.n_routed_experts * len(layers)
@@ -275,7 +278,8 @@ def slot_sizes(config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> tuple[i
         if any(
             t.offset % _DIRECT_UNIT or n % _DIRECT_UNIT for t, n in zip(infos, sizes, strict=True)
         ):
-            bounce = max(bounce, max(*sizes, COALESCE_BYTES) + _BOUNCE_SPARE)
+            parts = (part_bytes(size) for size in sizes)
+            bounce = max(bounce, max(*parts, COALESCE_BYTES) + _BOUNCE_SPARE)
     return slot_bytes, bounce
 
 
@@ -422,17 +426,16 @@ def _pass_bytes(
     """Inputs and descriptions of one pass (the carry of one that is cut at routers included), with
     `apart` more tensors in a block for rows computed apart."""
     width, chosen = config.hidden_size, config.num_experts_per_tok
-    ring = (
-        round_up(config.sliding_window + MAX_DRAFT, 16) + tokens
-        if any(config.hybrid_layer_pattern)
-        else 0
-    )
-    # embedding, and a hidden row for an MTP pass
-    total = 8 * width * tokens + 2 * (round_up(context, 256) + ring) * tokens + 32 * tokens
+    slots = round_up(config.sliding_window + MAX_DRAFT, 16)
+    ring = slots + tokens if any(config.hybrid_layer_pattern) else 0
+    carried = bool(config.n_routed_experts) and (streamed or tokens > _SMALL_TOKENS)
+    # embedding, and a hidden row for an MTP pass, which has no carry
+    total = (4 if carried else 8) * width * tokens
+    total += 2 * (round_up(context, 256) + ring) * tokens + 32 * tokens
     nodes = _BLOCK_NODES + 3 * chosen + apart
     # one for the head, one because the last block may compute two groups of rows
     total += _NODE_BYTES * nodes * (config.num_hidden_layers + 2)
-    if config.n_routed_experts and (streamed or tokens > _SMALL_TOKENS):
+    if carried:
         total += 8 * width * tokens + 4 * chosen * tokens
         total += 4 * width * (chosen * tokens + _PAIR_STEP)
         # graphs of pairs or rows: small ones, by their number

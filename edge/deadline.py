@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from types import TracebackType
 
 from mimo_edge.cancel import Cancel
 from mimo_edge.errors import UsageError
@@ -43,12 +42,7 @@ class Deadline:
                 self._timer.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._timer is not None:
             self._timer.cancel()
             with self._lock:  # a timer that fires now must not cancel the next work

@@ -4,7 +4,6 @@ and what is saved of it."""
 from __future__ import annotations
 
 from collections.abc import (
-    AsyncIterator,
     Generator,
     Iterator,
     Mapping,
@@ -18,6 +17,7 @@ from mimo_edge.answer_options import AnswerOptions
 from mimo_edge.answer_reader import THINK_CLOSE, THINK_OPEN, AnswerReader, Fragment
 from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import check_messages
+from mimo_edge.conversation import Conversation
 from mimo_edge.deadline import Deadline
 from mimo_edge.engine import Generation, GenerationStats, token_list
 from mimo_edge.errors import ContextLengthError, TokenizerError, UsageError
@@ -58,7 +58,7 @@ class _Open:
     sampler: Sampler
 
 
-class Session:
+class Session(Conversation):
     """A conversation: its messages, and the processed tokens that make the next turn cheap."""
 
     def __init__(
@@ -76,6 +76,7 @@ class Session:
                 "give token ids, or put the model's tokenizer.json beside it",
             )
         tool_schemas(tools)
+        super().__init__(system)
         self._runtime = runtime
         self._tools = tuple(tools)
         self._enable_thinking = enable_thinking
@@ -84,20 +85,9 @@ class Session:
         self._pool = pool
         self._pooled = False  # whether the sequence is one the pool counts
         self._cancel = Cancel()
-        self._active: Generator[Piece, None, None] | None = None
         self._open: _Open | None = None  # what is being said, or was when the session was saved
         self._token_ids: list[int] | None = None  # set once a session runs on raw ids
-        self._last: Reply | None = None
         self._progress: GenerationStats | None = None
-        self.messages: list[dict[str, Any]] = []
-        """The conversation so far, as the chat template sees it."""
-        if system is not None:
-            self.messages = check_messages([{"role": "system", "content": system}])
-
-    @property
-    def last_reply(self) -> Reply | None:
-        """The newest answer, complete or as far as it got."""
-        return self._last
 
     @property
     def progress(self) -> GenerationStats | None:
@@ -180,7 +170,7 @@ class Session:
             parallel_tool_calls,
             stop_repeats,
         )
-        self._close_active()
+        self.stop()
         messages, ids = self._prepare(prompt)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
             raise ContextLengthError(
@@ -302,34 +292,21 @@ class Session:
             save_session(Path(path), names, chat, self._sequence)
             idle.settle(self._sequence)
 
-    def generate(self, prompt: Prompt = None, **options: Any) -> Reply:
-        """Answer `prompt` at once. Options and errors as in `stream`."""
-        for _ in self.stream(prompt, **options):
-            pass
-        assert self._last is not None
-        return self._last
-
-    def astream(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[Piece]:
-        """`stream` for asyncio: the model runs in a thread, the event loop stays free.
-
-        Cancelling the task cancels the generation and waits until it has stopped.
-        """
-        from mimo_edge.async_stream import in_threads
-
-        return in_threads(self.stream(prompt, **options), self.cancel)
-
     def cancel(self) -> None:
         """End the running generation within a layer; from any thread or signal handler."""
         self._cancel.set()
 
     def stop(self) -> None:
         """Close the running stream, if any: what was generated stays, in `last_reply` too."""
-        self._close_active()
+        super().stop()
+        begun, self._open = self._open, None
+        if begun is not None:
+            self._leave_open(begun)
 
     def close(self) -> None:
         """End the conversation: `stop`, and what was processed goes back to the pool it came from.
         Raises UsageError while it generates in another thread; may be repeated."""
-        self._close_active()
+        self.stop()
         if self._pool is not None and self._pooled:
             self._pooled = False
             sequence, self._sequence = self._sequence, self._runtime._engine.sequence()
@@ -480,20 +457,6 @@ class Session:
             )
         if self._token_ids is not None:
             raise UsageError("messages cannot follow token ids", "use a new session for messages")
-
-    def _close_active(self) -> None:
-        active, self._active = self._active, None
-        try:
-            if active is not None:
-                active.close()
-        except ValueError:  # "generator already executing"
-            self._active = active
-            raise UsageError(
-                "this session is generating in another thread", "cancel it or use another session"
-            ) from None
-        begun, self._open = self._open, None
-        if begun is not None:
-            self._leave_open(begun)
 
 
 def _piece(

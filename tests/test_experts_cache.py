@@ -32,7 +32,7 @@ from mimo_edge.errors import (
 from mimo_edge.experts import reader as reader_module
 from mimo_edge.experts.cache import ExpertCache, Ticket
 from mimo_edge.experts.guesses import GuessRecord
-from mimo_edge.experts.reader import ExpertReader
+from mimo_edge.experts.reader import ExpertReader, part_bytes
 from mimo_edge.experts.slots import SlotPool
 from mimo_edge.flash_file import FlashFile
 
@@ -187,12 +187,11 @@ def test_a_wrong_guess_is_not_read_to_its_end(
     """Its queued parts are dropped, the slot is free again when the running one ends, and who asks
     for the expert meanwhile gets it."""
     file = ExpertFile(tmp_path / "x")
-    go, begun, parts = threading.Event(), threading.Event(), []
+    go, parts = threading.Event(), []
     whole = FlashFile.read
 
     def slow(self: FlashFile, offset: int, targets: Any, bounce: Any = None) -> int:
         parts.append(offset)
-        begun.set()
         assert go.wait(20)
         return whole(self, offset, targets, bounce)
 
@@ -200,7 +199,7 @@ def test_a_wrong_guess_is_not_read_to_its_end(
         monkeypatch.setattr(FlashFile, "read", slow)
         monkeypatch.setattr(reader_module, "COALESCE_BYTES", 0)
         cache.expect(2, np.array([5, 6]))
-        assert begun.wait(20)
+        until(lambda: len(parts) == 2)
         with cache.begin(2, np.array([1])) as ticket:
             again = cache.begin(2, np.array([5]))  # begun, stopped, wanted after all
             go.set()
@@ -210,12 +209,60 @@ def test_a_wrong_guess_is_not_read_to_its_end(
             assert_content(cache, file, 1, again.ids, again.slots)
             again.release()
         until(lambda: not cache._reads)
-        # 5: one part as a guess, then all three; 6: not one; 1: three
-        assert len(parts) == 1 + 3 + 3
+        # 5: a part for each lane as a guess, then all three; 6: not one; 1: three
+        assert len(parts) == 2 + 3 + 3
         assert cache.resident(2).tolist() == [1, 5]
         assert cache._residency.used == 2
         with cache.acquire(2, np.array([6])) as ticket:
             assert_content(cache, file, 1, ticket.ids, ticket.slots)
+
+
+@pytest.mark.parametrize("start", [4096, 4096 + 100])
+def test_large_matrices_are_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int
+) -> None:
+    """By all lanes, aligned or not; a part that fails is the expert's error, and a wrong guess is
+    given up between two parts of a matrix."""
+    monkeypatch.setattr(reader_module, "_PART_BYTES", 10_000)
+    monkeypatch.setattr(reader_module, "_PART_UNIT", 4096)
+    monkeypatch.setattr(reader_module, "COALESCE_BYTES", 0)
+    assert [part_bytes(n) for n in (9_999, 10_000, 10_001, 40_960)] == [9_999, 10_000, 8192, 8192]
+    file = ExpertFile(tmp_path / "x", sizes=(12_288, 20_481, 40_960), start=start)
+    first = file.table.layers[1].stacks[2].offset + 3 * 40_960  # down of expert 3
+    go, offsets, bad = threading.Event(), list[int](), set[int]()
+    whole = FlashFile.read
+
+    def read(self: FlashFile, offset: int, targets: Any, bounce: Any = None) -> int:
+        offsets.append(offset)
+        assert go.wait(20)
+        if offset in bad:
+            raise BundleError("no such block")
+        return whole(self, offset, targets, bounce)
+
+    monkeypatch.setattr(FlashFile, "read", read)
+    with ExpertCache(file.table, 6, lanes=2) as cache:
+        go.set()
+        with cache.acquire(2, np.array([3, 4])) as ticket:
+            assert_content(cache, file, 1, ticket.ids, ticket.slots)
+        assert len(offsets) == 2 * (2 + 3 + 5)
+        assert set(range(first, first + 40_960, 8192)) < set(offsets)
+        bad.add(file.table.layers[0].stacks[2].offset + 16_384)
+        with pytest.raises(BundleError, match=r"layer 1, expert 0 \(down\): no such block"):
+            cache.acquire(1, np.array([0]))
+        bad.clear()
+        with cache.acquire(1, np.array([0])) as ticket:
+            assert_content(cache, file, 0, ticket.ids, ticket.slots)
+        go.clear()
+        offsets.clear()
+        cache.expect(3, np.array([7]))
+        until(lambda: len(offsets) == 2)
+        with cache.begin(3, np.array([1])) as ticket:
+            go.set()
+            ticket.wait()
+            assert_content(cache, file, 2, ticket.ids, ticket.slots)
+        until(lambda: not cache._reads)
+        assert len(offsets) == 2 + 10
+        assert cache.resident(3).tolist() == [1]
 
 
 def test_an_expert_that_warming_up_begins_while_a_pass_waits_for_room_has_one_slot(

@@ -18,6 +18,7 @@ from mimo_edge import errors
 from mimo_edge.agent import Agent, AgentResult, Step
 from mimo_edge.api import Runtime
 from mimo_edge.bundle import Bundle
+from mimo_edge.conversation import Conversation
 from mimo_edge.engine import GenerationStats
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.governor import Battery, Bound, MemoryReading, Sensors, SystemSensors
@@ -42,7 +43,15 @@ with * are at the top, as `mimo_edge.Runtime`; the others are what these give or
 """
 
 PARTS: dict[str, list[Any]] = {
-    "Runtimes and sessions": [Runtime, Session, Piece, Reply, GenerationStats, SamplingParams],
+    "Runtimes and sessions": [
+        Runtime,
+        Session,
+        Conversation,
+        Piece,
+        Reply,
+        GenerationStats,
+        SamplingParams,
+    ],
     "Tools and agents": [tool, Tool, ToolCall, Malformed, Agent, AgentResult, Step],
     "Models on other machines": [
         Connection,
@@ -84,6 +93,8 @@ def _described(member: Any) -> Iterator[str]:
     yield from _text(member)
     if not inspect.isclass(member):
         return
+    if Conversation in member.__bases__:
+        yield f"And what every `{Conversation.__name__}` has.\n"
     for name, value in vars(member).items():
         if name.startswith("_"):
             continue

@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 _REDRAW_S = 0.1
 _SAVE, _RESTORE = "\x1b7", "\x1b8"
@@ -35,12 +34,7 @@ class StatusLine:
             self._reserve()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._enabled:
             # The whole screen scrolls again; the cursor stays where the text ended.
             self._write(f"{_SAVE}\x1b[{self._rows};1H\x1b[K\x1b[r{_RESTORE}")

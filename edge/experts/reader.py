@@ -1,11 +1,12 @@
 """Reading experts into slots with a few threads, checking what was read.
 
-An expert is three parts (gate, up, down), each its own read, so that one expert uses several
-lanes. A lane takes the oldest part and, while parts are small, the queued parts that follow it in
-the file along with it: one request for neighbours (36 KiB parts: 0.5 GB/s one by one, 1.5 GB/s
-eight at a time; above 1 MiB it makes no difference). The lane that finishes the last part checks
-the expert's checksum and reports. Lanes wait for work asleep; reads and checksums run without the
-interpreter's lock.
+An expert is three matrices (gate, up, down), each read in one part or several equal ones, so that
+one expert uses all lanes, is there sooner, and is given up sooner when a guess proves wrong. A lane
+takes the oldest part and, while parts are small, the queued parts that follow it in the file along
+with it: one request for neighbours (36 KiB parts: 0.5 GB/s one by one, 1.5 GB/s eight at a time;
+above 1 MiB it makes no difference). The lane that finishes the last part checks the expert's
+checksum and reports. Lanes wait for work asleep; reads and checksums run without the interpreter's
+lock.
 
 A file that changes while running ends in an error when there are no checksums to judge it by. With
 them it is opened anew, so that a repaired file works again, and every expert is checked again.
@@ -45,12 +46,21 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_LANES = 4
 COALESCE_BYTES = 1 << 20
+# A part has at most so many bytes, and begins on a multiple of a unit in its matrix that no
+# alignment of direct reads exceeds.
+_PART_BYTES, _PART_UNIT = 1 << 20, 64 << 10
 # How long closing waits for reads that are running; a disk that hangs must not hang the program.
 _CLOSE_WAIT_S = 1.0
 # Reads of a file that is another one each time.
 _ATTEMPTS = 3
 
 Done = Callable[["ExpertRead", MimoEdgeError | None], None]
+
+
+def part_bytes(nbytes: int) -> int:
+    """Bytes of the parts, but the last, in which a matrix of `nbytes` is read."""
+    count = -(-nbytes // _PART_BYTES)
+    return nbytes if count == 1 else round_up(-(-nbytes // count), _PART_UNIT)
 
 
 class ExpertRead:
@@ -62,7 +72,7 @@ class ExpertRead:
         self.error: MimoEdgeError | None = None
         self.nbytes = 0  # read from flash for it
         self._done = done
-        self._parts_left = len(KINDS)
+        self._parts_left = 0
         self._started = False
         self._finished = threading.Event()
 
@@ -78,7 +88,7 @@ class ExpertRead:
 
 @dataclass(eq=False)
 class _Part:
-    """One matrix of one expert: `target` is its place in the slot."""
+    """A matrix of one expert, or a part of it: `target` is its place in the slot."""
 
     read: ExpertRead
     kind: int
@@ -117,12 +127,6 @@ class _Shared:
     lanes_left: int = 0  # that have not ended yet
     resources: ExitStack | None = None  # what the last lane closes, when nobody waits for it
     renewed: int = 0  # how often a file was opened anew because it had changed
-    most_ahead: int = 1  # lanes that may read ahead at a time: others wait for urgent reads
-    reading_ahead: int = 0
-
-    def ready(self) -> bool:
-        """Whether there is something to read for one more lane."""
-        return bool(self.urgent or (self.ahead and self.reading_ahead < self.most_ahead))
 
 
 class ExpertReader:
@@ -162,7 +166,7 @@ class ExpertReader:
                         opened.append(FlashFile(stack.file, direct=direct))
                         self._stack.callback(opened[-1].close)
             self._file_of = files
-            self._shared = _Shared(table, pool, opened, paranoid, most_ahead=max(1, lanes // 2))
+            self._shared = _Shared(table, pool, opened, paranoid)
             bounce = self._bounce_bytes()
             self.buffer_bytes = bounce * lanes
             checked = np.zeros((len(table.layers), table.experts), np.bool_)
@@ -189,7 +193,7 @@ class ExpertReader:
                 if file.alignment and (
                     stack.offset % file.alignment or stack.nbytes % file.alignment
                 ):
-                    span = max(stack.nbytes, COALESCE_BYTES)
+                    span = max(part_bytes(stack.nbytes), COALESCE_BYTES)
                     need = max(need, file.bounce_bytes(span))
         return round_up(need, mmap.PAGESIZE)
 
@@ -227,11 +231,14 @@ class ExpertReader:
             queue = s.ahead if ahead else s.urgent
             for kind, stack in enumerate(s.table.layers[row].stacks):
                 offset = stack.offset + expert * stack.nbytes
-                file = self._file_of[stack.file]
-                part = _Part(read, kind, file, offset, s.pool.view(slot, kind, stack.nbytes))
-                queue.append(part)
-                s.waiting[file, offset] = part
-            s.wake.notify(len(KINDS))
+                file, step = self._file_of[stack.file], part_bytes(stack.nbytes)
+                with s.pool.view(slot, kind, stack.nbytes) as whole:
+                    for at in range(0, stack.nbytes, step):
+                        part = _Part(read, kind, file, offset + at, whole[at : at + step])
+                        queue.append(part)
+                        s.waiting[file, offset + at] = part
+                        read._parts_left += 1
+            s.wake.notify(read._parts_left)
         return read
 
     def hurry(self, read: ExpertRead) -> None:
@@ -367,19 +374,12 @@ class _Lane:
         shared = self._shared
         while True:
             with shared.wake:
-                while not (shared.ready() or shared.closing):
+                while not (shared.urgent or shared.ahead or shared.closing):
                     shared.wake.wait()
                 if shared.closing:
                     return
-                ahead = not shared.urgent
-                shared.reading_ahead += ahead
                 parts = self._take()
             self._read(parts)
-            if ahead:
-                with shared.wake:
-                    shared.reading_ahead -= 1
-                    if shared.ready():
-                        shared.wake.notify()
 
     def _take(self) -> list[_Part]:
         """The oldest part, and its followers in the file while they are small."""

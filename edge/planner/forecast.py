@@ -282,7 +282,9 @@ class _Machine:
         for kind, nbytes in scan.nbytes.items():
             rate, macs = self.profile.kernel(kind), scan.macs[kind]
             few = min(int(rows), VERIFY_ROWS)
-            cold = few * macs / rate.cold[few - 1] if rate.cold else 0.0
+            # More rows than there are, where that is faster (runtimes/ggml/row_counts.py).
+            counts = enumerate(rate.cold[few - 1 :], few)
+            cold = min((count * macs / speed for count, speed in counts), default=0.0)
             memory = max(nbytes / self.profile.memory_bytes_per_s, cold)
             times.append((memory, rows * macs / rate.at(rows)))
         return _longer(times, self.cached)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mimo_edge import budget as memory
-from mimo_edge.budget import Budget, Shortfall
+from mimo_edge.budget import RESERVE_PART, Budget, Shortfall
 from mimo_edge.config import MimoConfig
 from mimo_edge.devices.profile import AUTO, DeviceProfile, load_profile
 from mimo_edge.errors import UsageError
@@ -265,8 +265,8 @@ def evaluate(model: PlannedModel, device: DeviceProfile, settings: Settings) -> 
             f"{format_bytes(settings.ram)} of the device's {format_bytes(device.ram_bytes)}"
         )
     elif (lacking := _slots_lacking(config, budget, settings.pin)) > 0:
-        need = budget.nbytes + lacking * budget.slot_bytes
-        need += lacking * budget.slot_bytes // 64  # the reserve grows with it
+        more = lacking * budget.slot_bytes
+        need = budget.nbytes + more + more // (RESERVE_PART - 1) + 1  # the reserve grows with it
         why.append(
             f"{settings.pin} pinned experts of every layer and those of a token take "
             f"{budget.slots + lacking} slots, there is room for {budget.slots}"

@@ -9,26 +9,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from mimo_edge.agent import MAX_STEPS, Agent, Step, make_agent
 from mimo_edge.api import Runtime
-from mimo_edge.async_stream import in_threads
 from mimo_edge.chat_template import check_messages
+from mimo_edge.conversation import Conversation
 from mimo_edge.errors import (
     DeviceError,
     MimoEdgeError,
     RemoteError,
-    UsageError,
 )
 from mimo_edge.remote.address import check_extra
 from mimo_edge.remote.policy import Choice, Need, Place, Policy, Speed, choose
 from mimo_edge.remote.request import to_openai
 from mimo_edge.remote.runtime import RemoteRuntime
 from mimo_edge.remote.session import RemoteSession
-from mimo_edge.reply import DEFAULT_MAX_TOKENS, Piece, Prompt, Reply
+from mimo_edge.reply import DEFAULT_MAX_TOKENS, Piece, Prompt
 from mimo_edge.session import Session
 from mimo_edge.tool_functions import Tool
 
@@ -129,16 +127,11 @@ class RoutedRuntime:
     def __enter__(self) -> RoutedRuntime:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class RoutedSession:
+class RoutedSession(Conversation):
     """A conversation in either place. `choice` is where the newest answer came from, and why."""
 
     def __init__(
@@ -149,6 +142,7 @@ class RoutedSession:
         enable_thinking: bool | None,
         constrain_tools: bool = True,
     ) -> None:
+        super().__init__(system)
         self._runtime = runtime
         self._tools = tuple(tools)
         self._local: Session | None = None
@@ -159,18 +153,7 @@ class RoutedSession:
             )
         if runtime.remote is not None:
             self._remote = runtime.remote.session(system, tools, enable_thinking)
-        self._active: Generator[Piece, None, None] | None = None
-        self._last: Reply | None = None
         self.choice: Choice | None = None
-        self.messages: list[dict[str, Any]] = []
-        """The conversation so far, each answer in the form of the place it came from."""
-        if system is not None:
-            self.messages = check_messages([{"role": "system", "content": system}])
-
-    @property
-    def last_reply(self) -> Reply | None:
-        """The newest answer, complete or as far as it got."""
-        return self._last
 
     def tool_result(self, text: str, name: str | None = None) -> None:
         """Add what a tool returned, as `Session.tool_result`."""
@@ -187,7 +170,7 @@ class RoutedSession:
         A server that fails before anything of its answer came is replaced by the local model where
         that can answer; later the error is raised, because what was said cannot be taken back.
         """
-        self._close_active()
+        self.stop()
         end = None if timeout_s is None else time.monotonic() + timeout_s
         choice = self._choose(prompt, timeout_s, options)
         # Checks of the chosen place are made before this returns, like everywhere.
@@ -196,30 +179,15 @@ class RoutedSession:
         self._active = pieces
         return pieces
 
-    def generate(self, prompt: Prompt = None, **options: Any) -> Reply:
-        """Answer `prompt` at once. Options and errors as in `stream`."""
-        for _ in self.stream(prompt, **options):
-            pass
-        assert self._last is not None
-        return self._last
-
-    def astream(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[Piece]:
-        """`stream` for asyncio, as `Session.astream`."""
-        return in_threads(self.stream(prompt, **options), self.cancel)
-
     def cancel(self) -> None:
         """End the running answer; from any thread or signal handler."""
         for session in (self._local, self._remote):
             if session is not None:
                 session.cancel()
 
-    def stop(self) -> None:
-        """Close the running stream, if any."""
-        self._close_active()
-
     def close(self) -> None:
         """End the conversation."""
-        self._close_active()
+        self.stop()
         for session in (self._local, self._remote):
             if session is not None:
                 session.close()
@@ -303,15 +271,3 @@ class RoutedSession:
         session = self._local if choice.place == "local" else self._remote
         assert session is not None
         return session
-
-    def _close_active(self) -> None:
-        active, self._active = self._active, None
-        if active is None:
-            return
-        try:
-            active.close()
-        except ValueError:  # "generator already executing"
-            self._active = active
-            raise UsageError(
-                "this session is generating in another thread", "cancel it or use another session"
-            ) from None

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
-from mimo_edge.answer_options import AnswerOptions
+from mimo_edge.answer_options import AnswerKeywords, AnswerOptions
 from mimo_edge.answer_reader import Fragment
-from mimo_edge.async_stream import in_threads
 from mimo_edge.cancel import Cancel
 from mimo_edge.chat_template import check_messages
+from mimo_edge.conversation import Conversation
 from mimo_edge.engine import GenerationStats
 from mimo_edge.errors import Cancelled, RemoteBrokenError, UsageError
 from mimo_edge.remote.chunks import DONE, ChunkReader
 from mimo_edge.remote.request import request_body, to_openai
 from mimo_edge.remote.wire import Late
 from mimo_edge.repetition import check_stop_repeats
-from mimo_edge.reply import DEFAULT_MAX_TOKENS, FinishReason, Piece, Prompt, Reply, messages_of
+from mimo_edge.reply import FinishReason, Piece, Prompt, Reply, messages_of
 from mimo_edge.tool_calls import tool_schemas
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _REASONS: dict[str, FinishReason] = {
 }
 
 
-class RemoteSession:
+class RemoteSession(Conversation):
     """As `mimo_edge.session.Session`. What differs: replies have no token ids, and the server
     processes the whole conversation again unless it keeps what it knows (mimo-edge does).
 
@@ -50,21 +50,11 @@ class RemoteSession:
         enable_thinking: bool | None,
     ) -> None:
         tool_schemas(tools)
+        super().__init__(system)
         self._runtime = runtime
         self._tools = tuple(tools)
         self._enable_thinking = enable_thinking
         self._cancel = Cancel()
-        self._active: Generator[Piece, None, None] | None = None
-        self._last: Reply | None = None
-        self.messages: list[dict[str, Any]] = []
-        """The conversation so far, in OpenAI's form."""
-        if system is not None:
-            self.messages = check_messages([{"role": "system", "content": system}])
-
-    @property
-    def last_reply(self) -> Reply | None:
-        """The newest answer, complete or as far as it got."""
-        return self._last
 
     def tool_result(self, text: str, name: str | None = None) -> None:
         """Add what a tool returned: the result of the next call that has none, or of the next with
@@ -80,23 +70,8 @@ class RemoteSession:
         self,
         prompt: Prompt = None,
         *,
-        max_tokens: int | None = DEFAULT_MAX_TOKENS,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logprobs: int | None = None,
-        stop: Sequence[str] = (),
-        json_schema: Mapping[str, Any] | None = None,
-        regex: str | None = None,
-        tool_choice: str = "auto",
-        parallel_tool_calls: bool = True,
-        stop_repeats: int = 0,
         timeout_s: float | None = None,
+        **answer_options: Unpack[AnswerKeywords],
     ) -> Iterator[Piece]:
         """Answer `prompt`, piece by piece; options as those of `Session.stream`. `logprobs` are
         for local models; whether a schema, a regular expression or a choice of tools is kept to is
@@ -106,34 +81,18 @@ class RemoteSession:
         server says so, come with the pieces. `timeout_s` seconds after this call the answer ends,
         with the finish reason "deadline".
         """
-        options = AnswerOptions(
-            max_tokens,
-            temperature,
-            top_p,
-            min_p,
-            top_k,
-            seed,
-            repetition_penalty,
-            presence_penalty,
-            frequency_penalty,
-            logprobs,
-            stop,
-            json_schema,
-            regex,
-            tool_choice,
-            parallel_tool_calls,
-            stop_repeats,
-        )
+        options = AnswerOptions(**answer_options)
+        max_tokens = options.max_tokens
         if max_tokens is not None and (
             isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1
         ):
             raise UsageError(f"max_tokens = {max_tokens!r}", "ask for at least one")
-        check_stop_repeats(stop_repeats)
+        check_stop_repeats(options.stop_repeats)
         if timeout_s is not None and not timeout_s > 0:
             raise UsageError(f"timeout_s = {timeout_s!r}", "use more than 0 seconds, or None")
         end = None if timeout_s is None else time.monotonic() + timeout_s
         self._runtime.wire.check_open()
-        self._close_active()
+        self.stop()
         messages = to_openai(messages_of(self.messages, prompt), self._tools)
         body = request_body(messages, self._tools, self._enable_thinking, options)
         self._cancel.clear()
@@ -141,28 +100,9 @@ class RemoteSession:
         self._active = pieces
         return pieces
 
-    def generate(self, prompt: Prompt = None, **options: Any) -> Reply:
-        """Answer `prompt` at once. Options and errors as in `stream`."""
-        for _ in self.stream(prompt, **options):
-            pass
-        assert self._last is not None
-        return self._last
-
-    def astream(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[Piece]:
-        """`stream` for asyncio. Cancelling the task cancels the request."""
-        return in_threads(self.stream(prompt, **options), self.cancel)
-
     def cancel(self) -> None:
         """Give up the running request; from any thread or signal handler."""
         self._cancel.set()
-
-    def stop(self) -> None:
-        """Close the running stream, if any: what arrived stays, in `last_reply` too."""
-        self._close_active()
-
-    def close(self) -> None:
-        """End the conversation: `stop`. Raises UsageError while it runs in another thread."""
-        self._close_active()
 
     # --- inside -------------------------------------------------------------------------
 
@@ -215,18 +155,6 @@ class RemoteSession:
             else:
                 calls = list(message.get("tool_calls") or ())
         return calls
-
-    def _close_active(self) -> None:
-        active, self._active = self._active, None
-        if active is None:
-            return
-        try:
-            active.close()
-        except ValueError:  # "generator already executing"
-            self._active = active
-            raise UsageError(
-                "this session is generating in another thread", "cancel it or use another session"
-            ) from None
 
 
 class _Times:

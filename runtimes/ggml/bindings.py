@@ -118,6 +118,8 @@ _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_cpy": (P, (P, P, P)),
     "ggml_cast": (P, (P, P, N)),
     "ggml_cont": (P, (P, P)),
+    "ggml_repeat_4d": (P, (P, P, L, L, L, L)),
+    "ggml_pad": (P, (P, P, N, N, N, N)),
     "ggml_reshape_2d": (P, (P, P, L, L)),
     "ggml_reshape_3d": (P, (P, P, L, L, L)),
     "ggml_reshape_4d": (P, (P, P, L, L, L, L)),

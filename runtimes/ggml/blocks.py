@@ -15,7 +15,8 @@ from mimo_edge.runtimes.ggml.cache_memory import KvTensors
 from mimo_edge.runtimes.ggml.graph import Graph, Tensor
 from mimo_edge.runtimes.ggml.resident import BlockWeights, MtpWeights, Projection, SwiGlu
 
-# Node room: a MoE block takes about 45 tensors plus two per chosen expert.
+# Node room: a MoE block takes about 45 tensors plus two per chosen expert; a product of more rows
+# than there are takes two more (a block has at most seven).
 _BLOCK_TENSORS = 64
 # Scores are sigmoid + bias, far inside this; it turns NaN into a number for the sort.
 _SCORE_LIMIT = 1e30

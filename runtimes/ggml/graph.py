@@ -41,10 +41,12 @@ _NO_SCALING = (1.0, 0.0, 1.0, 0.0, 0.0)
 
 class ExactRows(NamedTuple):
     """How a weight multiplies rows so that each gets the bits it gets alone: `together` of them
-    in one product, or any number when each is a `planes` of its own."""
+    in one product, or any number when each is a `planes` of its own. A product of n rows is
+    computed as one of `computed[n - 1]`, where that takes less time; no entry: as it is."""
 
     together: int = VERIFY_ROWS
     planes: bool = False
+    computed: tuple[int, ...] = ()
 
 
 _ANY_ROWS = ExactRows()
@@ -223,6 +225,7 @@ class Graph(Context):
     def __init__(self, device: Device, nodes: int, exact: bool = False) -> None:
         super().__init__(device, nodes, nodes)
         self._exact = exact
+        self._filled: dict[tuple[int, int], Tensor] = {}  # by tensor and rows: see `_filled_up`
         self._g = device.ggml
         self._graph: int = self._g.ggml_new_graph_custom(self.pointer, nodes, False)
         self._nodes = nodes
@@ -237,6 +240,9 @@ class Graph(Context):
     def output(self, tensor: Tensor) -> Tensor:
         """Keep the tensor's memory until the run is over, and compute it."""
         self._g.ggml_set_output(tensor.pointer)
+        whole = ggml.TensorStruct.from_address(tensor.pointer).view_src
+        if whole:
+            self._g.ggml_set_output(whole)  # whose memory it is
         self.run_now(tensor)
         return tensor
 
@@ -318,7 +324,15 @@ class Graph(Context):
         )
         total = x.ne[1]
         if not self._exact or total <= weight.rows.together:
-            return Tensor(self._g.ggml_mul_mat(self.take(), weight.pointer, x.pointer))
+            rows = total
+            if total <= len(weight.rows.computed) and x.ne[2:] == (1, 1):
+                rows = weight.rows.computed[total - 1]
+            if rows > total:
+                x = self._filled_up(x, rows)
+            product = Tensor(self._g.ggml_mul_mat(self.take(), weight.pointer, x.pointer))
+            if rows > total:
+                product = self.view(product, (product.ne[0], total), (product.nb[1],))
+            return product
         if weight.rows.planes:
             x = self.view(x, (x.ne[0], 1, total), (x.nb[1], x.nb[1]))
             product = Tensor(self._g.ggml_mul_mat(self.take(), weight.pointer, x.pointer))
@@ -330,6 +344,18 @@ class Graph(Context):
             for start, end in pairwise(bounds)
         ]
         return self.concat_all([self.mul_mat(weight, piece) for piece in views], 1)
+
+    def _filled_up(self, x: Tensor, rows: int) -> Tensor:
+        """x {n, T} and whatever behind it, {n, rows}; made once for all products of x."""
+        key = x.pointer, rows
+        if key not in self._filled:
+            width, total = x.ne[:2]
+            if rows % total:
+                made = self._g.ggml_pad(self.take(), x.pointer, 0, rows - total, 0, 0)
+            else:  # ggml copies whole rows here, and number by number above
+                made = self._g.ggml_repeat_4d(self.take(), x.pointer, width, rows, 1, 1)
+            self._filled[key] = Tensor(made)
+        return self._filled[key]
 
     def mul_mat_id(self, stack: Tensor, x: Tensor, ids: Tensor) -> Tensor:
         """stack {in, out, E}, x {in, 1 or K, T}, ids i32 {K, T} -> {out, K, T}.

@@ -14,10 +14,12 @@ import numpy as np
 
 from mimo_edge.config import LayerSpec
 from mimo_edge.errors import BundleError
+from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.runtimes.ggml import bindings as ggml
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Tensor
 from mimo_edge.runtimes.ggml.raw import RawTensor, RawTensors, raw_tensor, unpack
+from mimo_edge.runtimes.ggml.row_counts import computed_rows
 from mimo_edge.runtimes.ggml.rows import RowCheck
 from mimo_edge.runtimes.ggml.weight_buffers import WeightBuffers
 
@@ -115,6 +117,7 @@ class ResidentWeights(WeightBuffers):
             self.model = self._describe()
             self._load()
             self._keep_rows_exact(rows)
+            self._choose_computed_rows()
         except BaseException:
             self.close()
             raise
@@ -126,6 +129,21 @@ class ResidentWeights(WeightBuffers):
             for weight in w.matrices:
                 weight.rows = check.weight(weight)
         self.model.output.rows = check.weight(self.model.output)
+
+    def _choose_computed_rows(self) -> None:
+        """Tell reordered matrices how many rows to compute for a few, where every number gives a
+        row the same bits. Of MTP blocks no bits matter: they only propose."""
+        kinds: dict[tuple[int, int], list[Tensor]] = {}
+        for w in (*self.model.layers, *self.model.mtp):
+            for weight in w.matrices:
+                buffer = ggml.TensorStruct.from_address(weight.pointer).buffer
+                reordered = self._kinds[buffer] is not self._device.plain
+                if reordered and weight.rows.together == VERIFY_ROWS:
+                    kinds.setdefault((buffer, weight.type), []).append(weight)
+        for weights in kinds.values():
+            computed = computed_rows(self._device, weights)
+            for weight in weights:
+                weight.rows = weight.rows._replace(computed=computed)
 
     # --- describing ---
 

@@ -55,6 +55,7 @@ class WeightBuffers:
         self._shapes = expected_shapes(source.config)
         self._pending: list[_Pending] = []
         self._buffers: list[int] = []
+        self._kinds: dict[int, BufferType] = {}  # by buffer
         self.nbytes: dict[str, int] = {}  # by buffer type name
         self._context = Context(device, tensors)
 
@@ -117,6 +118,7 @@ class WeightBuffers:
                     "use a smaller recipe, or stream experts",
                 )
             self._buffers.append(buffer)
+            self._kinds[buffer] = kind
             g.ggml_backend_buffer_set_usage(buffer, ggml.BUFFER_USAGE_WEIGHTS)
             base = int(g.ggml_backend_buffer_get_base(buffer))
             self._device.use_huge_pages(base, size)
