@@ -15,7 +15,7 @@ from typing import Any
 
 from mimo_edge import machine
 from mimo_edge.bench.engine_cost import engine_cost
-from mimo_edge.bench.flash_rate import measure_reads
+from mimo_edge.bench.flash_rate import TARGET_BYTES, Targets, measure_reads
 from mimo_edge.devices.profile import (
     ANY,
     DeviceProfile,
@@ -26,7 +26,8 @@ from mimo_edge.devices.profile import (
 from mimo_edge.devices.scratch import ScratchFile, scratch_file, scratch_folder
 from mimo_edge.devices.this_machine import known_figures, title
 from mimo_edge.errors import DeviceError, UsageError
-from mimo_edge.experts.reader import DEFAULT_LANES
+from mimo_edge.experts.reader import DEFAULT_LANES, part_bytes
+from mimo_edge.flash_file import FlashFile
 from mimo_edge.hwcap import hwcap_words
 from mimo_edge.quant.base import FORMATS
 from mimo_edge.units import format_bytes, round_up
@@ -36,13 +37,13 @@ Progress = Callable[[str, int, int], None]
 
 LANES = (1, 2, 4, 8)
 BLOCKS = (128 << 10, 512 << 10, 1 << 20, 4 << 20)
-# One matrix of an expert of MiMo-V2-Flash at 4.5 bits, as it is read: whole pages.
-RECORD_BYTES = 4_718_592
+# A part of a matrix of an expert of MiMo-V2-Flash at 4.5 bits, as it is read.
+RECORD_BYTES = part_bytes(4_718_592)
 DEFAULT_FILE_BYTES = 256 << 20
 READ_BYTES = 512 << 20  # at most, for one figure
-DEFAULT_SECONDS = 20.0
+DEFAULT_SECONDS = 18.0
 BUSY_CORES = 0.15  # used by others: figures are no longer those of the machine
-_POOL_BYTES = 512 << 20  # of matrices, larger than the caches of servers
+_POOL_BYTES = 384 << 20  # of matrices, larger than the caches of servers
 _POOL_SHARE = 8  # an eighth of the free memory at most
 _LEAST_POOL_BYTES = 16 << 20
 _UNIT = 64 << 10  # the largest alignment that direct reads ask for
@@ -52,7 +53,7 @@ _STEP = 1.001
 # Formats whose kernels are measured.
 KERNEL_FORMATS = tuple(name for name in FORMATS if name != "F32")
 # Shares of the time.
-_READ_SHARE, _PROCESSOR_SHARE, _ENGINE_SHARE = 0.3, 0.5, 0.2
+_READ_SHARE, _BESIDE_SHARE, _PROCESSOR_SHARE, _ENGINE_SHARE = 0.22, 0.1, 0.48, 0.2
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def probe(
     takes besides writing the file. Raises UsageError on values out of range, DeviceError where
     there is no room on disk or in memory, BackendError when ggml refuses.
     """
+    from mimo_edge.devices.beside import measure_beside
     from mimo_edge.devices.processor import ROUNDS, measure_processor
     from mimo_edge.runtimes.ggml.bindings import describe_library
 
@@ -137,10 +139,23 @@ def probe(
         )
     pool = _pool_bytes()
     kinds = [FORMATS[name] for name in KERNEL_FORMATS]
-    steps = _Steps(progress, len(_read_plan(record_bytes)) + ROUNDS * len(kinds) + 2)
-    with scratch_file(folder, file_bytes) as scratch:
+    steps = _Steps(progress, len(_read_plan(record_bytes)) + ROUNDS * len(kinds) + 3)
+    record = round_up(record_bytes, _UNIT)
+    target = max(LANES[-1] * record, min(TARGET_BYTES, pool // 2))
+    with scratch_file(folder, file_bytes) as scratch, Targets(target) as into:
         works = scratch.direct_works
-        direct, buffered = _reads(scratch, record_bytes, seconds * _READ_SHARE, steps)
+        direct, buffered = _reads(scratch, record_bytes, into, seconds * _READ_SHARE, steps)
+        steps.next()
+        beside = measure_beside(
+            _places(scratch.direct if works else scratch.buffered, record),
+            record,
+            DEFAULT_LANES,
+            into,
+            count,
+            pool // 2,
+            seconds * _BESIDE_SHARE,
+            READ_BYTES,
+        )
     memory, kernels, cache = measure_processor(
         count, kinds, pool, seconds * _PROCESSOR_SHARE, steps.next
     )
@@ -169,7 +184,12 @@ def probe(
         "storage.reads": measured(
             _rising(listed, rates),
             f"random {'O_DIRECT' if works else 'buffered'} reads of a file of "
-            f"{format_bytes(file_bytes)}, {DEFAULT_LANES} lanes",
+            f"{format_bytes(file_bytes)} into {format_bytes(target)}, {DEFAULT_LANES} lanes",
+        ),
+        "storage.beside": measured(
+            {name: float(f"{share:.3g}") for name, share in asdict(beside).items()},
+            f"reads of {format_bytes(record)} by {DEFAULT_LANES} lanes while {count} threads "
+            f"multiply one row with weights of {format_bytes(pool // 2)}",
         ),
     }
     if cache is not None:
@@ -259,8 +279,13 @@ def _read_plan(record_bytes: int) -> list[tuple[bool, int, int]]:
     ]
 
 
+def _places(file: FlashFile, block: int) -> list[tuple[FlashFile, int]]:
+    """Where blocks may be read."""
+    return [(file, at) for at in range(0, file.size - block + 1, _UNIT)]
+
+
 def _reads(
-    scratch: ScratchFile, record_bytes: int, seconds: float, steps: _Steps
+    scratch: ScratchFile, record_bytes: int, into: Targets, seconds: float, steps: _Steps
 ) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
     """Rates of direct and buffered reads."""
     plan = _read_plan(record_bytes)
@@ -270,11 +295,10 @@ def _reads(
         # Where direct reads are not to be had, other sizes are of interest the other way.
         direct = direct and scratch.direct_works
         file = scratch.direct if direct else scratch.buffered
-        if block > file.size or (block, lanes) in found[not direct]:
+        if block > min(file.size, into.nbytes // lanes) or (block, lanes) in found[not direct]:
             continue
-        places = [(file, at) for at in range(0, file.size - block + 1, _UNIT)]
         found[not direct][block, lanes] = measure_reads(
-            places, block, lanes, seconds / len(plan), READ_BYTES
+            _places(file, block), block, lanes, into, seconds / len(plan), READ_BYTES
         )
     return found[0], found[1]
 

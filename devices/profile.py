@@ -12,7 +12,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -120,7 +120,7 @@ class EngineCost:
     through slots, although all are in memory; `layer4` and `streamed4` when the step verifies four
     rows. A step that drafts costs `drafting` more and every draft `draft`, a row of 1,000 logits
     `logits`, a row of a prompt `row` in a layer that is PROBED_WIDTH wide, and as much more as one
-    is wider."""
+    is wider. Every expert that is read costs `arrival`, besides the time to read it."""
 
     step: float
     layer: float
@@ -131,6 +131,7 @@ class EngineCost:
     draft: float
     logits: float
     row: float
+    arrival: float
 
     def scaled(self, factor: float) -> EngineCost:
         """`factor` times this."""
@@ -143,6 +144,15 @@ class ReadRate:
 
     block_bytes: int
     bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is left when all threads multiply with weights from memory and all lanes read: the share
+    `reads` of the rates of reads, and `kernels` of the rates of products."""
+
+    reads: float
+    kernels: float
 
 
 @dataclass(frozen=True)
@@ -181,6 +191,7 @@ class DeviceProfile:
     storage_bytes: int
     lanes: int
     reads: tuple[ReadRate, ...]
+    beside: Beside
     storage_hot: float
     compute_hot: float
     thermal_limit_c: float
@@ -406,6 +417,10 @@ def _engine(value: Any) -> EngineCost:
     )
 
 
+def _beside(value: Any) -> Beside:
+    return Beside(**_table(value, dict.fromkeys((f.name for f in fields(Beside)), _share)))
+
+
 # --- and writing them back ---------------------------------------------------------------------
 
 
@@ -499,6 +514,7 @@ FIGURES: Mapping[str, _Figure] = MappingProxyType(
         "storage.size": _Figure("storage_bytes", _size, lambda v: _si(v, "B")),
         "storage.lanes": _Figure("lanes", _integer, _same),
         "storage.reads": _Figure("reads", _reads, _plain_reads),
+        "storage.beside": _Figure("beside", _beside, asdict),
         "storage.hot": _Figure("storage_hot", _share, _same),
         "thermal.limit": _Figure("thermal_limit_c", _celsius, lambda v: f"{v:g} C"),
         "thermal.zones": _Figure("thermal_zones", _texts, _same),
@@ -537,6 +553,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
 )
 _MAC_BOUNDS, _READ_BOUNDS, _CLOCK_BOUNDS = (1e6, 1e16), (1e5, 1e12), (1e7, 2e10)
 _ENGINE_BOUNDS = (1e-10, 1.0)
+_BESIDE_BOUNDS = (0.01, 1.0)
 _ATTENTION_NAMES = frozenset(ATTENTION + kind.upper() for kind in KV_FORMATS)
 
 
@@ -574,6 +591,9 @@ def _validate(p: DeviceProfile) -> None:
     # A rate may sag with the size, but a larger read is never done sooner.
     times = [read.block_bytes / read.bytes_per_s for read in p.reads]
     need(times == sorted(times), "a larger read takes less time than a smaller one")
+    for f in fields(p.beside):
+        share, (low, high) = getattr(p.beside, f.name), _BESIDE_BOUNDS
+        need(low <= share <= high, f"beside {f.name} = {share:g} is outside {low:g}..{high:g}")
     need(p.kv_type in KV_FORMATS, f"kv_type {p.kv_type!r}; known: {', '.join(KV_FORMATS)}")
     unknown = sorted(set(p.npu_targets) - set(TARGETS))
     need(not unknown, f"npu.targets {unknown}; known: {', '.join(TARGETS)}")

@@ -48,7 +48,9 @@ _ENGINE_US = {
     "draft": 52.9,
     "logits": 0.727,
     "row": 4.93,
+    "arrival": 400,
 }
+_BESIDE = {"reads": 1.0, "kernels": 0.94}
 _CACHE_BYTES = 2 << 20
 # Bytes per second a thread draws, and all of them together at most.
 _THREAD_BYTES_PER_S, _MOST_BYTES_PER_S = 8e9, 50e9
@@ -167,6 +169,9 @@ def known_figures(folder: Path | None = None) -> dict[str, Any]:
         "storage.lanes": figure(4, "assumed", "2 to 4 lanes saturate every disk measured"),
         "storage.reads": assumed(
             [{"block": block, "rate": rate} for block, rate in _READS], "a common SSD"
+        ),
+        "storage.beside": assumed(
+            _BESIDE, "as measured on the development machine, not on this one"
         ),
         "storage.hot": figure(0.9, "assumed", "not known"),
         "thermal.limit": (

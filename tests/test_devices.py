@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def figure(value: str) -> str:
 
 ENGINE = (
     '{ step = "1 ms", layer = "2 us", layer4 = "1 us", streamed = "1 us", streamed4 = "1 us", '
-    'drafting = "1 us", draft = "1 ms", logits = "1 us", row = "1 us" }'
+    'drafting = "1 us", draft = "1 ms", logits = "1 us", row = "1 us", arrival = "1 us" }'
 )
 
 COLD = (
@@ -154,6 +155,9 @@ REFUSED: list[tuple[dict[str, str], str]] = [
                               '{ block = "1 MiB", rate = "1 GB/s" }]')}, "do not rise"),
     ({"storage.reads": figure('[{ block = "1 MiB", rate = "1 GB/s" }, '
                               '{ block = "2 MiB", rate = "4 GB/s" }]')}, "less time"),
+    ({"storage.beside": figure("{ reads = 1.0 }")}, "reads, kernels"),
+    ({"storage.beside": figure("{ reads = 1.0, kernels = 1.5 }")}, "kernels = 1.5 is outside"),
+    ({"storage.beside": figure("{ reads = 0, kernels = 1.0 }")}, "reads = 0 is outside"),
     ({"storage.hot": figure("1.5")}, "outside"),
     ({"storage.hot": figure('"cool"')}, "not a number"),
     ({"thermal.limit": figure('"45 F"')}, "not in C"),
@@ -268,6 +272,7 @@ def test_engine_figures_are_those_of_one_probe_times_what_their_source_says() ->
         for key, microseconds in this_machine._ENGINE_US.items():
             want = microseconds * 1e-6 * (float(factor[1]) if factor else 1.0)
             assert getattr(profile.engine, key) == pytest.approx(want, rel=0.01), (name, key)
+        assert asdict(profile.beside) == this_machine._BESIDE
 
 
 def test_work_and_caches_are_read(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def offsets(file: ExpertFile, row: int, expert: int) -> list[int]:
 def test_a_pass_goes_before_the_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One lane, in the middle of the first warm read when a pass asks for a cold expert."""
     gate = Gate(monkeypatch)
-    large = (2 << 20, 2 << 20, 2 << 20)  # too large to be read together with its neighbour
+    large = (768 << 10,) * 3  # too large for two in one request, small enough to be one part
     file = ExpertFile(tmp_path / "x", sizes=large, heat=HEAT, checksums=False)
     with ExpertCache(file.table, 12, lanes=1) as cache:
         assert cache.warm_up() == 12
@@ -298,8 +298,8 @@ def test_trimmed_memory_is_gone_and_taken_again(
     path = tmp_path / "m.gguf"
     write_model(path, config, experts="Q8_0", dense="Q8_0", head="Q8_0")
     with Bundle.open(path) as files:
-        ram = plan(config, files.tensors, 256).nbytes - (30 << 20)
-    # With rows in f16 the answer happens to want about as many experts as there are slots.
+        ram = plan(config, files.tensors, 256).nbytes - (40 << 20)
+    # With rows in f16 the answer wants a few experts more than there are slots.
     options: dict[str, Any] = {
         "ram": ram,
         "context": 256,

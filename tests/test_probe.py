@@ -11,8 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,19 +23,26 @@ import pytest
 from typer.testing import CliRunner
 
 from mimo_edge.bench import engine_cost as engine_costs
-from mimo_edge.bench.flash_rate import measure_reads
+from mimo_edge.bench import flash_rate as flash_rates
+from mimo_edge.bench.flash_rate import Targets, measure_reads
 from mimo_edge.cli.main import app
+from mimo_edge.devices import beside, processor
 from mimo_edge.devices import probe as probing
-from mimo_edge.devices import processor
 from mimo_edge.devices.probe import LANES, Probe, probe
-from mimo_edge.devices.profile import EngineCost, KernelRate, load_profile
+from mimo_edge.devices.profile import Beside, EngineCost, KernelRate, load_profile
 from mimo_edge.errors import DeviceError, UsageError
 from mimo_edge.experts.reader import DEFAULT_LANES
 from mimo_edge.flash_file import FlashFile
 from mimo_edge.quant.base import get_format
 from mimo_edge.runtimes.ggml import measure as measuring
 from mimo_edge.runtimes.ggml.device import Device
-from mimo_edge.runtimes.ggml.measure import Heads, attention_rates, kernel_rates, memory_rates
+from mimo_edge.runtimes.ggml.measure import (
+    Heads,
+    Products,
+    attention_rates,
+    kernel_rates,
+    memory_rates,
+)
 
 RECORD, FILE = 128 << 10, 2 << 20
 
@@ -80,6 +88,8 @@ def test_what_is_measured_becomes_a_profile(disk: Path, tmp_path: Path) -> None:
     # blocks that do not fit the file are left out
     assert [r.block_bytes for r in profile.reads] == [128 << 10, 512 << 10, 1 << 20]
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["threads"] == 1
+    assert all(0 < share <= 1 for share in asdict(profile.beside).values())
+    assert profile.sources["beside"].evidence == "measured"
     path = tmp_path / "mine.toml"
     path.write_text(profile.to_toml(), "utf-8")
     assert load_profile(path).to_dict()["figures"] == profile.to_dict()["figures"]
@@ -165,7 +175,7 @@ def test_a_signal_leaves_nothing(disk: Path, stage: str, number: int) -> None:
     script = f"""
 import sys, time
 from mimo_edge.bench import engine_cost
-from mimo_edge.devices import probe, processor, profile, scratch
+from mimo_edge.devices import beside, probe, processor, profile, scratch
 from mimo_edge.cli.main import app
 def stop(*_):
     print("here", flush=True)
@@ -180,6 +190,7 @@ else:
     rate = profile.KernelRate(1e9, 1e9, 1e9, 1e9, 4 * (1e9,), 1e9)
     processor.measure_processor = lambda *_: ({{"Q4_0": 1e9}}, {{"Q4_0": rate}}, None)
     probe._rising = lambda *_: [{{"block": "1 MiB", "rate": "1 GB/s"}}]
+    beside.measure_beside = lambda *_: profile.Beside(1.0, 1.0)
     engine_cost._step = stop
 sys.argv = ["mimo-edge", "probe", "--dir", {str(disk)!r}, "--file-size", "16MiB", "--threads", "1"]
 app()
@@ -241,7 +252,8 @@ def test_reads_stop_at_the_bytes_allowed(tmp_path: Path) -> None:
     file = Counting(path, announce=False)
     try:
         places = [(file, at << 16) for at in range(8)]
-        assert measure_reads(places, 64 << 10, 2, 60.0, 1 << 20) > 0
+        with Targets(1 << 20) as into:
+            assert measure_reads(places, 64 << 10, 2, into, 60.0, 1 << 20) > 0
     finally:
         file.close()
     assert 1 << 20 <= counted[0] <= (1 << 20) + (128 << 10)
@@ -361,7 +373,7 @@ def test_a_layer_costs_what_few_and_many_of_them_differ_in(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine of known costs, measured."""
-    want = EngineCost(1e-3, 1e-4, 2e-4, 3e-4, 5e-4, 1.5e-4, 4e-4, 2e-6, 7e-6)
+    want = EngineCost(1e-3, 1e-4, 2e-4, 3e-4, 5e-4, 1.5e-4, 4e-4, 2e-6, 7e-6, 9e-5)
     device = replace(load_profile("phone"), engine=want)
 
     @contextmanager
@@ -378,6 +390,7 @@ def test_a_layer_costs_what_few_and_many_of_them_differ_in(
     monkeypatch.setattr(engine_costs, "_engine", engine)
     monkeypatch.setattr(engine_costs, "_step", step)
     monkeypatch.setattr(engine_costs, "_prompt_s", prompt_s)
+    monkeypatch.setattr(engine_costs, "_arrival", lambda *_: want.arrival)
     found = engine_costs.engine_cost(disk, 1, 1.0, device)
     assert asdict(found) == pytest.approx(asdict(want), rel=1e-4)
     assert sum(path.stat().st_size for path in disk.iterdir()) < 20 << 20
@@ -386,14 +399,16 @@ def test_a_layer_costs_what_few_and_many_of_them_differ_in(
 def test_reads_land_in_memory_like_that_of_slots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Private memory on a huge page: the kernel gives shared memory none, and half the rate."""
+    """Private memory on huge pages (the kernel gives shared memory none, and half the rate), all of
+    it by turns, so that nothing lands where the caches still hold it, and no two lanes together."""
     path = tmp_path / "f"
     path.write_bytes(bytes(1 << 20))
-    starts = []
+    starts: dict[str, list[int]] = {}
 
     class Watching(FlashFile):
         def read(self, offset: int, targets: Any, bounce: Any = None) -> int:
-            starts.append(ctypes.addressof(ctypes.c_char.from_buffer(targets[0])))
+            start = ctypes.addressof(ctypes.c_char.from_buffer(targets[0]))
+            starts.setdefault(threading.current_thread().name, []).append(start)
             return super().read(offset, targets, bounce)
 
     whole, flags = mmap.mmap, []
@@ -402,14 +417,115 @@ def test_reads_land_in_memory_like_that_of_slots(
         flags.append(options.get("flags"))
         return whole(*arguments, **options)
 
-    file = Watching(path, announce=False)
+    file, block = Watching(path, announce=False), 64 << 10
     monkeypatch.setattr("mimo_edge.bench.flash_rate.mmap.mmap", mapped)
     try:
-        measure_reads([(file, 0)], 64 << 10, 2, 0.01)
+        with Targets(8 * block + 100) as into:
+            measure_reads([(file, 0)], block, 2, into, 60.0, 24 * block)
+            with pytest.raises(UsageError, match="9 blocks"):
+                into.of(0, 9, block)
     finally:
         file.close()
-    assert set(flags) == {mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    assert all(start % (2 << 20) == 0 for start in starts)
+    assert flags == [mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS]
+    first, second = sorted(starts.values())
+    assert first[0] % (2 << 20) == 0
+    assert sorted({*first, *second}) == [first[0] + at * block for at in range(8)]
+    for lane in (first, second):
+        assert len(lane) == 12
+        assert len(set(lane)) == 4
+        assert lane[:4] == lane[4:8] == lane[8:]
+
+
+def test_memory_to_read_into_stays_below_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mimo_edge.machine.available_bytes", lambda: 1 << 40)
+    monkeypatch.setattr("mimo_edge.machine.cgroup_limit_bytes", lambda: 400 << 20)
+    assert flash_rates._target_bytes(1 << 20) == 100 << 20
+    assert flash_rates._target_bytes(128 << 20) == 128 << 20  # less would measure nothing
+    monkeypatch.setattr("mimo_edge.machine.cgroup_limit_bytes", lambda: None)
+    assert flash_rates._target_bytes(1 << 20) == flash_rates.TARGET_BYTES
+
+
+class _Disturbed:
+    """Products that reads slow down to a half, beside reads at known rates."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def beside(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        found = work()
+        return found, 10.0 if found is None else 5.0
+
+    def __enter__(self) -> _Disturbed:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_what_reads_and_products_leave_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of reads alone and beside products. The middle one counts, and no share is more than
+    all or less than a profile may hold."""
+    rates = iter([100.0, 80.0, 100.0, 70.0, 100.0, 90.0])
+    lanes: list[int] = []
+
+    def reads(places: Any, block: int, count: int, *_: Any) -> float:
+        lanes.append(count)
+        return next(rates)
+
+    monkeypatch.setattr(beside, "measure_reads", reads)
+    monkeypatch.setattr(beside, "Products", _Disturbed)
+    with Targets(1 << 20) as into:
+        found = beside.measure_beside([], 1 << 16, 4, into, 1, 1 << 20, 0.01, 1 << 20)
+    assert found == Beside(reads=0.8, kernels=0.5)
+    assert lanes == [4] * 6
+    for beside_rate, share in ((2.0, 1.0), (1e-9, 0.01)):
+        rates = iter([1.0, beside_rate] * 3)
+        with Targets(1 << 20) as into:
+            found = beside.measure_beside([], 1 << 16, 1, into, 1, 1 << 20, 0.01, 1 << 20)
+        assert found.reads == share
+
+
+def test_products_go_on_until_the_work_beside_them_is_done() -> None:
+    device, computed, threads = Device(1), [0], []
+    try:
+        with Products(device, get_format("Q4_0"), 16 << 20) as products:
+            for graph in products._graphs:
+                whole = graph.compute
+
+                def compute(whole: Callable[[], None] = whole) -> None:
+                    computed[0] += 1
+                    whole()
+
+                graph.compute = compute  # type: ignore[method-assign]
+
+            def work() -> str:
+                threads.append(threading.current_thread())
+                until = computed[0] + 3
+                while computed[0] < until:
+                    time.sleep(1e-4)
+                return "done"
+
+            found, rate = products.beside(work)
+            assert found == "done"
+            assert rate > 0
+            assert products.beside(lambda: None)[1] > 0  # over at once: one graph all the same
+            assert threads[0] is not threading.current_thread()
+            with pytest.raises(DeviceError, match="broken"):
+                products.beside(lambda: exec("raise error", {"error": DeviceError("broken")}))
+    finally:
+        device.close()
+
+
+def test_what_an_expert_costs_besides_its_read(monkeypatch: pytest.MonkeyPatch, disk: Path) -> None:
+    """What steps of few and of many reads differ in, waiting not counted, over the reads."""
+    found = {127: (5e-3, 2.0), 8: (45e-3, 82.0)}
+
+    @contextmanager
+    def opened(path: Path, threads: int, slots: int) -> Iterator[tuple[int, list[None]]]:
+        yield slots, [None]
+
+    monkeypatch.setattr(engine_costs, "_opened", opened)
+    monkeypatch.setattr(engine_costs, "_busy", lambda slots, *_: found[slots])
+    path = engine_costs._model(disk, engine_costs.MANY)
+    assert engine_costs._arrival(path, 1, 0.1) == pytest.approx(0.5e-3)
 
 
 def test_the_command_writes_what_auto_reads(disk: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from tables import Deadline, Rows, add_minutes, command, markdown, write_section
 
 from mimo_edge.bench.cases import Case, Kind, Settings
+from mimo_edge.bench.flash_rate import BLOCK_BYTES
 from mimo_edge.bench.forecasts import Forecasts
 from mimo_edge.bench.random_model import scaled_config, tiny_config, write_model
 from mimo_edge.bench.results import Row
@@ -193,8 +194,7 @@ class Bed:
         rates = [run.get("flash_bytes_per_s") for run in row.runs]
         if self._probe_rate or not rates or not rates[0]:
             return self.device
-        block = self.device.reads[-1].block_bytes
-        share = rates[0] / self.device.read_rate(block)
+        share = rates[0] / self.device.read_rate(BLOCK_BYTES)
         reads = tuple(ReadRate(r.block_bytes, share * r.bytes_per_s) for r in self.device.reads)
         return replace(self.device, reads=reads)
 

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +33,9 @@ from mimo_edge.planner.hits import EVEN, expected_hits
 from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.sampling import Sampler, SamplingParams
 
+if TYPE_CHECKING:
+    from mimo_edge.runtimes.ggml.expert_source import CachedExperts
+
 ROUNDS = 3
 FEW, MANY = 2, 8  # layers
 _EXPERTS, _CHOSEN, _EXPERT_WIDTH = 16, 8, 64
@@ -42,6 +46,7 @@ _DRAFTS = VERIFY_ROWS - 1
 _CONTEXT, _PROMPT, _WARMUP = 512, 32, 6
 _GROUP, _LEAST = 8, 2
 _LEAST_S = 1e-8
+_UNIFORM = 1e3  # a temperature at which every token is as likely
 _ROWS = 256  # of a prompt
 _MIX = (0, 1, 1, 1, 1, 0, 1, 1)  # global and sliding layers, as in the first ones of MiMo-V2-Flash
 _NOTHING = EngineCost(*(1e-10 for _ in fields(EngineCost)))
@@ -111,7 +116,46 @@ def engine_cost(
         draft=max(_LEAST_S, draft),
         logits=max(_LEAST_S, logits),
         row=max(_LEAST_S, ((many_rows - few_rows) / layers - layer4) / _ROWS),
+        arrival=max(_LEAST_S, _arrival(many, threads, 2 * each)),
     )
+
+
+def _arrival(path: Path, threads: int, seconds: float) -> float:
+    """Seconds that a step spends on an expert that is read, besides waiting for it: choosing its
+    slot, queueing, checking, a graph more."""
+    found = []
+    for slots in (_all_but_one(path), _CHOSEN):
+        with _opened(path, threads, slots) as (engine, [source]):
+            found.append(_busy(engine, source, seconds))
+    (near, few), (far, many) = found
+    return (far - near) / max(1.0, many - few)
+
+
+def _busy(engine: Engine, source: CachedExperts, seconds: float) -> tuple[float, float]:
+    """Median seconds of a step that are not waited for experts, and experts read in a step. Tokens
+    are drawn, so that others are wanted every time."""
+    steps = iter(
+        engine.generate(
+            engine.sequence(),
+            list(range(_PROMPT)),
+            Sampler(SamplingParams(temperature=_UNIFORM, seed=1)),
+        )
+    )
+    for _ in range(_WARMUP):
+        next(steps)
+    samples: list[float] = []
+    first, began = source.stats().total().loads, time.perf_counter()
+    while len(samples) < _LEAST or time.perf_counter() - began < seconds:
+        before, start = source.stats().total(), time.perf_counter()
+        gained = len(list(islice(steps, _GROUP)))
+        taken = time.perf_counter() - start
+        if gained < _GROUP:
+            break
+        waited = source.stats().total().wait_s - before.wait_s
+        samples.append((taken - waited) / _GROUP)
+    steps.close()  # type: ignore[attr-defined]
+    loads = (source.stats().total().loads - first) / (_GROUP * len(samples))
+    return statistics.median(samples), loads
 
 
 def _reckoned(path: Path, device: DeviceProfile, depth: int, streamed: bool = False) -> Forecast:
@@ -150,30 +194,46 @@ def _model(folder: Path, layers: int, vocab: int = _SMALL_VOCAB, width: int = PR
 @contextmanager
 def _engine(path: Path, threads: int, streamed: bool) -> Iterator[Engine]:
     """An engine over the model: resident, or with a slot for every expert but one."""
+    # One is missing now and then: with all of them nothing would be guessed.
+    with _opened(path, threads, _all_but_one(path) if streamed else None) as (engine, _):
+        yield engine
+
+
+def _all_but_one(path: Path) -> int:
+    with Bundle.open(path) as bundle:
+        return ExpertTable.from_bundle(bundle).total - 1
+
+
+@contextmanager
+def _opened(
+    path: Path, threads: int, slots: int | None
+) -> Iterator[tuple[Engine, list[CachedExperts]]]:
+    """An engine, and what streams its experts through `slots`: nothing when that is None."""
     from mimo_edge.runtimes.ggml.backend import GgmlBackend
     from mimo_edge.runtimes.ggml.device import Device
     from mimo_edge.runtimes.ggml.expert_source import CachedExperts
     from mimo_edge.runtimes.ggml.raw import GgufTensors
 
+    made: list[CachedExperts] = []
     with ExitStack() as stack:
         bundle = Bundle.open(path)
         stack.callback(bundle.close)
 
         def experts(device: Device) -> CachedExperts:
-            table = ExpertTable.from_bundle(bundle)
-            # One is missing now and then: with all of them nothing would be guessed.
-            return CachedExperts(device, table, table.total - 1)
+            assert slots is not None
+            made.append(CachedExperts(device, ExpertTable.from_bundle(bundle), slots))
+            return made[-1]
 
-        source = GgufTensors(bundle.config, [bundle.gguf], bounded=streamed)
+        source = GgufTensors(bundle.config, [bundle.gguf], bounded=slots is not None)
         backend = GgmlBackend(
             source,
             threads=threads,
             kv_type=usual_kv_type(DEFAULT_KV_TYPE, bundle.config, _CONTEXT),
-            experts=experts if streamed else None,
+            experts=None if slots is None else experts,
         )
         engine = Engine(backend, _CONTEXT)
         stack.callback(engine.close)
-        yield engine
+        yield engine, made
 
 
 def _step(

@@ -103,7 +103,11 @@ def probe(
         for (block, lanes), rate in sorted(rates.items())
     ]
     out.table(rows, ["block", "lanes", "reads", "MB/s"])
-    out.text("")
+    left = found.profile.beside
+    out.text(
+        f"\nbeside computing {left.reads:.0%} of it, and {left.kernels:.0%} of computing beside "
+        "reads\n"
+    )
     out.table(
         [
             [
@@ -119,7 +123,8 @@ def probe(
     out.text(
         f"\nengine      {cost.step * 1e3:.2f} ms a step, {cost.layer * 1e6:.0f} us a layer "
         f"({cost.layer4 * 1e6:.0f} verifying), {cost.streamed * 1e6:.0f} us a streamed one "
-        f"({cost.streamed4 * 1e6:.0f}), {cost.draft * 1e3:.2f} ms a draft"
+        f"({cost.streamed4 * 1e6:.0f}), {cost.arrival * 1e6:.0f} us an expert read, "
+        f"{cost.draft * 1e3:.2f} ms a draft"
     )
     out.text("")
     if found.others_cores is not None and found.others_cores > BUSY_CORES:
@@ -153,11 +158,13 @@ def _unwritable(path: Path, why: str) -> DeviceError:
 
 
 def _record_bytes(model: str) -> int:
-    """The largest matrix of an expert, which is one read; of a dense model the usual size."""
+    """The largest part of an expert that is one read; of a dense model the usual size."""
     from mimo_edge.bundle import Bundle
     from mimo_edge.devices.probe import RECORD_BYTES
+    from mimo_edge.experts.reader import part_bytes
 
     with Bundle.open(model) as bundle:
         experts = max(1, bundle.config.n_routed_experts)
-        sizes = [info.nbytes // experts for n, info in bundle.tensors.items() if "_exps." in n]
+        tensors = bundle.tensors.items()
+        sizes = [part_bytes(t.nbytes // experts) for name, t in tensors if "_exps." in name]
     return max(sizes, default=RECORD_BYTES)

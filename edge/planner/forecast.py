@@ -4,10 +4,8 @@ Every product of a weight matrix takes the longer of two times: its bytes from m
 multiply-adds in the processor; only the latter for what the processor's caches still hold from the
 pass before. What the engine does besides comes on top, as it was measured.
 
-Experts that are missing come from flash while others compute, and some of the next layer's while
-this one still does (guesses, and in a prompt the next groups); what could not be read ahead is
-waited for, or hidden by the experts at hand. Whatever limits a step is named by the seconds it
-accounts for.
+Experts that are missing come from flash while others compute (overlap.py): what is not hidden by
+that is waited for. Whatever limits a step is named by the seconds it accounts for.
 """
 
 from __future__ import annotations
@@ -19,9 +17,11 @@ from typing import Any, Literal
 from mimo_edge.budget import Budget
 from mimo_edge.config import LayerSpec, MimoConfig
 from mimo_edge.devices.profile import PROBED_WIDTH, DeviceProfile, ReadRate
+from mimo_edge.experts.reader import part_bytes
 from mimo_edge.gguf_file import TensorInfo
 from mimo_edge.kv_format import KV_FORMATS, ring_type
 from mimo_edge.planner.hits import Hits, distinct_experts
+from mimo_edge.planner.overlap import Streamed, few_tokens, many_tokens
 from mimo_edge.planner.weights import Scan, Weights
 from mimo_edge.runtimes.base import VERIFY_ROWS
 from mimo_edge.speculative import DraftSetting, max_draft
@@ -32,14 +32,6 @@ Resource = Literal["flash", "memory bandwidth", "compute", "host work"]
 # A byte of weights loaded crosses memory about this many times (read, reordered, written): 1.4 to
 # 2 GB/s were measured where kernels draw 20 to 26 GB/s.
 LOAD_PASSES = 13.0
-# Share of a layer's experts that its router names rightly a layer earlier: 71 to 77 % on random
-# weights of real geometry (runtimes/ggml/look_ahead.py).
-RIGHT_GUESSES = 0.74
-# What is read ahead has half of the lanes (experts/reader.py).
-AHEAD_RATE = 0.5
-# Experts of the next layer read ahead while a long pass computes this one's last: two groups
-# (runtimes/ggml/expert_source.py).
-PROMPT_AHEAD = 16
 # Passes of more tokens compute experts one by one with many rows each (runtimes/ggml/streamed.py),
 # if a matrix has so many weights (runtimes/ggml/expert_matrix.py).
 FEW_TOKENS, LARGE_EXPERT = 16, 1 << 19
@@ -66,6 +58,10 @@ class Cost:
             self.compute + other.compute,
             self.host + other.host,
         )
+
+    def scaled(self, factor: float) -> Cost:
+        """`factor` times it."""
+        return Cost(*(factor * n for n in (self.flash, self.memory, self.compute, self.host)))
 
     @property
     def seconds(self) -> float:
@@ -255,10 +251,11 @@ class _Machine:
         self.config, self.weights, self.budget, self.profile = config, weights, budget, profile
         self.hits = hits
         self.moe_layers = sum(config.moe_layer_freq)
-        # one expert of every layer is three matrices per layer, read one by one
+        # one expert of every layer is three matrices per layer, read in parts
         self.expert_bytes = weights.expert.total_bytes / max(1, self.moe_layers)
+        self.part_bytes = part_bytes(round(self.expert_bytes / 3)) if budget.streamed else 0
         self.flash_bytes_per_s = (
-            profile.read_rate(self.expert_bytes / 3) if budget.streamed else float("inf")
+            profile.read_rate(self.part_bytes) if budget.streamed else float("inf")
         )
         self.cached = self.cached_share(depth, drafting)
 
@@ -336,40 +333,57 @@ class _Machine:
             c.n_routed_experts, c.num_experts_per_tok, rows, self.hits.independent
         )
 
-    def layers(self, rows: float, around: Cost, hit_rate: float) -> tuple[Cost, float]:
-        """All layers for `rows` tokens, `around` being what they take besides routed experts; and
+    def trunk(self, layers: Iterable[LayerSpec], rows: float, depth: float) -> Cost:
+        """What these layers take besides routed experts and what the engine does."""
+        specs = list(layers)
+        cost = self.attention(specs, rows, depth)
+        for spec in specs:
+            cost = cost + self.matrices(self.weights.layers[spec.index], rows)
+        return cost
+
+    def layers(
+        self, layers: Sequence[LayerSpec], rows: float, depth: float, around: Cost, hit_rate: float
+    ) -> tuple[Cost, float]:
+        """These layers for `rows` tokens, `around` being what they take besides routed experts; and
         the bytes read from flash."""
-        if not self.moe_layers:
+        count = sum(spec.moe for spec in layers)
+        if not count:
             return around, 0.0
         distinct = self.distinct(rows)
-        computed = self.experts(distinct, rows)
-        one = self.expert_bytes * self.moe_layers
-        missed = (1.0 - hit_rate) * distinct * one if self.budget.streamed else 0.0
-        if missed <= 0:
+        computed = self.experts(distinct, rows).scaled(count / self.moe_layers)
+        if not self.budget.streamed or hit_rate >= 1.0:
             return around + computed, 0.0
-        reading = missed / self.flash_bytes_per_s
-        # the products of the last expert cannot begin before it is there
-        tail = Cost(memory=computed.memory / distinct, compute=computed.compute / distinct)
-        # and what is read is written to memory, beside the weights that come from there
-        computed = computed + Cost(memory=missed / self.profile.memory_bytes_per_s)
-        ahead = self.ahead(rows, reading, around.seconds, computed.seconds, tail.seconds)
-        behind = Cost(flash=reading - ahead) + tail
-        return around + (behind if behind.seconds > computed.seconds else computed), missed
+        device = self.profile
+        rate = self.flash_bytes_per_s * device.beside.reads
+        pass_ = Streamed(
+            before=self.before(layers, rows, depth),
+            wanted=distinct,
+            missing=1.0 - hit_rate,
+            compute_s=computed.seconds / distinct / count,
+            read_s=self.expert_bytes / rate,
+            arrival_s=device.engine.arrival,
+            slowed=1.0 / device.beside.kernels - 1.0,
+            # a part in every lane, half-way on average
+            late_s=device.lanes * self.part_bytes / 2 / rate,
+        )
+        walked = many_tokens(pass_) if rows > FEW_TOKENS else few_tokens(pass_)
+        done = walked.computing / computed.seconds
+        cost = Cost(
+            walked.flash, done * computed.memory + walked.lost, done * computed.compute, walked.host
+        )
+        return around + cost, walked.experts * self.expert_bytes
 
-    def ahead(
-        self, rows: float, reading: float, around: float, computed: float, tail: float
-    ) -> float:
-        """How much of the `reading` of all layers is done before their routes are known, while the
-        layer before computes; all in seconds."""
-        most = RIGHT_GUESSES * reading
-        if rows > FEW_TOKENS:
-            most = PROMPT_AHEAD * self.expert_bytes * self.moe_layers / self.flash_bytes_per_s
-        # It begins when the layer's own reads are done: behind them come the last products, or, the
-        # sooner the more was read ahead, those of what was there.
-        idle = tail + around
-        if computed > reading + tail:
-            idle = (computed - reading + around) / (1 - AHEAD_RATE)
-        return min(most, reading, AHEAD_RATE * idle)
+    def before(self, layers: Sequence[LayerSpec], rows: float, depth: float) -> list[float]:
+        """Seconds that each of these layers that has routed experts takes before they are chosen,
+        with the dense layers in front of it."""
+        host = self.host(rows).seconds / self.config.num_hidden_layers
+        found, seconds = [], 0.0
+        for spec in layers:
+            seconds += self.trunk([spec], rows, depth).seconds + host
+            if spec.moe:
+                found.append(seconds)
+                seconds = 0.0
+        return found
 
     def host(self, rows: float) -> Cost:
         """What the engine does in the layers besides products, for a pass of `rows` rows."""
@@ -400,7 +414,8 @@ class _Machine:
         rows = draft + 1.0
         trunk = self.config.layers
         around = self.matrices(self.weights.trunk, rows) + self.attention(trunk, rows, depth)
-        cost, flash = self.layers(rows, around + self.host(rows), self.hits.rate)
+        around = around + self.host(rows)
+        cost, flash = self.layers(trunk, rows, depth, around, self.hits.rate)
         cost = cost + self.head(rows) + Cost(host=self.profile.engine.step)
         if draft:
             cost = cost + Cost(host=self.profile.engine.drafting)
@@ -416,18 +431,21 @@ class _Machine:
         return Decode(draft, gained, cost, flash / gained, scanned / gained)
 
     def prefill(self, tokens: int) -> Prefill:
-        """A prompt in chunks; each costs a pass over the experts that are not in memory."""
+        """A prompt in chunks; each costs a pass over the experts that are not in memory. Of the
+        last layer only the last token is wanted (runtimes/ggml/passes.py)."""
         cost, flash, done = Cost(), 0.0, 0
+        *layers, last = self.config.layers
         # nearly every expert is wanted, so what is in memory counts by its number
         resident = min(1.0, self.budget.slots / max(1, self.budget.experts))
         while done < tokens:
             rows = even_part(tokens - done, self.budget.chunk)
-            around = self.matrices(self.weights.trunk, rows) + self.host(rows)
-            around = around + self.attention(self.config.layers, rows, done + rows / 2)
-            layers, read = self.layers(rows, around, resident if self.budget.streamed else 1.0)
-            cost = cost + layers + Cost(host=self.profile.engine.step)
+            middle = done + rows / 2
+            around = self.trunk(layers, rows, middle) + self.host(rows)
+            passed, read = self.layers(layers, rows, middle, around, resident)
+            cost = cost + passed + Cost(host=self.profile.engine.step)
             flash, done = flash + read, done + rows
-        return Prefill(tokens, cost + self.head(1), flash)
+        passed, read = self.layers([last], 1, tokens, self.trunk([last], 1, tokens), resident)
+        return Prefill(tokens, cost + passed + self.head(1), flash + read)
 
     def load_s(self) -> float:
         """Seconds to read what is resident and store it as the kernels want it."""

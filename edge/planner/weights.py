@@ -35,10 +35,11 @@ class Scan:
 
 @dataclass(frozen=True)
 class Weights:
-    """What passes read: the trunk without experts and head, the head, one MTP block, and one
-    expert of each MoE layer together."""
+    """What passes read: the trunk without experts and head, and its part in every layer, the head,
+    one MTP block, and one expert of each MoE layer together."""
 
     trunk: Scan
+    layers: tuple[Scan, ...]
     head: Scan
     mtp_block: Scan
     expert: Scan
@@ -47,6 +48,7 @@ class Weights:
     def of(cls, config: MimoConfig, tensors: Mapping[str, TensorInfo]) -> Weights:
         """Sort the tensors of a model."""
         trunk, head, mtp, expert = Scan(), Scan(), Scan(), Scan()
+        layers = tuple(Scan() for _ in range(config.num_hidden_layers))
         for name, info in tensors.items():
             role = role_of(name, config)
             if role is Role.EMBEDDING:
@@ -62,4 +64,6 @@ class Weights:
                 mtp.add(info, 1 / config.num_mtp_layers)
             else:
                 trunk.add(info)
-        return cls(trunk, head, mtp, expert)
+                if block_index(name) >= 0:
+                    layers[block_index(name)].add(info)
+        return cls(trunk, layers, head, mtp, expert)

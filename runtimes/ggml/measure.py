@@ -10,9 +10,10 @@ most products of a pass are theirs.
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from mimo_edge.quant.base import Format
 from mimo_edge.runtimes.ggml import bindings as ggml
 from mimo_edge.runtimes.ggml.cache_memory import KV_TYPES
 from mimo_edge.runtimes.ggml.device import Device
-from mimo_edge.runtimes.ggml.graph import Context, Graph, Inputs, Tensor
+from mimo_edge.runtimes.ggml.graph import Context, Graph, Inputs, Tensor, finish_together
 
 U8 = NDArray[np.uint8]
 
@@ -38,6 +39,8 @@ _CLEAR_STEP = 1.3
 
 
 _CACHED_TOKENS = 256
+
+Found = TypeVar("Found")
 
 
 class Heads(NamedTuple):
@@ -123,6 +126,82 @@ def memory_rates(
         return [n * macs / min(_passes(device, weights.tensors, n, seconds, clock)) for n in rows]
     finally:
         weights.close()
+
+
+class Products:
+    """Products of one row with about `pool_bytes` of weights that come from memory, in the order of
+    the file as streamed experts are: what all threads do while something else is measured beside
+    them. Close it, or use it as a context manager."""
+
+    def __init__(self, device: Device, fmt: Format, pool_bytes: int) -> None:
+        """Raises BackendError when memory is short."""
+        tall = _LEAST_ROWS
+        count = max(2, pool_bytes // (fmt.row_bytes(_MEMORY_COLS) * tall))
+        self._macs = _MEMORY_COLS * tall * _PRODUCTS
+        self._weights = _Matrices(device, fmt, _MEMORY_COLS, tall, count, reorder=False)
+        self._inputs = Inputs(device)
+        self._graphs: list[Graph] = []
+        try:
+            x = self._inputs.new(ggml.TYPE_F32, _MEMORY_COLS, 1)
+            self._inputs.allocate()
+            x.array()[:] = 1.0
+            # Short graphs, by turns: where one ends beside nothing any more does not count.
+            for start in range(0, max(1, count - _PRODUCTS + 1), _PRODUCTS):
+                graph = Graph(device, 2 * _PRODUCTS + 8)
+                self._graphs.append(graph)
+                for number in range(_PRODUCTS):
+                    weight = self._weights.tensors[(start + number) % count]
+                    graph.output(graph.mul_mat(weight, x))
+            finish_together(self._graphs)
+        except BaseException:
+            self.close()
+            raise
+
+    def beside(self, work: Callable[[], Found]) -> tuple[Found, float]:
+        """Compute again and again until `work`, in a thread of its own, is done: what it returns,
+        and multiply-adds per second meanwhile. Raises what it raises."""
+        found: list[Found] = []
+        errors: list[BaseException] = []
+        over = threading.Event()
+
+        def run() -> None:
+            try:
+                found.append(work())
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                over.set()
+
+        self._graphs[0].compute()  # starts threads
+        thread = threading.Thread(target=run)
+        began = last = time.perf_counter()
+        thread.start()
+        try:
+            done = computed = 0
+            while not (done and over.is_set()):
+                self._graphs[computed % len(self._graphs)].compute()
+                computed += 1
+                if not (done and over.is_set()):
+                    last, done = time.perf_counter(), computed
+        finally:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return found[0], done * self._macs / max(last - began, 1e-9)
+
+    def close(self) -> None:
+        """Free everything. Twice is harmless."""
+        for graph in self._graphs:
+            graph.close()
+        self._graphs.clear()
+        self._inputs.close()
+        self._weights.close()
+
+    def __enter__(self) -> Products:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def kernel_rates(
