@@ -25,6 +25,7 @@ from mimo_edge.kv_format import (
     SMALL_KV_BYTES,
     check_kv_type,
     fitting_kv_type,
+    ring_slots,
     ring_type,
 )
 from mimo_edge.speculative import FILL_ROWS, MAX_DRAFT
@@ -367,9 +368,9 @@ def kv_bytes(config: MimoConfig, context: int, kv_type: str = DEFAULT_KV_TYPE) -
             kind, rows = KV_FORMATS[kv_type], round_up(context, 256)
         else:
             kind = KV_FORMATS[ring_type(kv_type)]
-            trunk = index < config.num_hidden_layers
-            rows = spec.window + MAX_DRAFT if trunk else round_up(spec.window, 4)
-            rows = min(context, rows)
+            mtp = index >= config.num_hidden_layers
+            rows = spec.window if mtp else spec.window + MAX_DRAFT
+            rows = min(context, ring_slots(rows, kv_type, mtp=mtp))
         for dim in (config.head_dim, config.v_head_dim):
             total += round_up(kind.row_bytes(spec.num_key_value_heads, dim) * rows, PAGE)
     return total
@@ -416,7 +417,7 @@ def _mtp_fill_bytes(config: MimoConfig) -> int:
     if not config.num_mtp_layers or inputs > _LARGE_INPUT_BYTES:
         return 0
     nodes = 2 * config.num_mtp_layers * _BLOCK_NODES
-    return inputs + 32 * rows + 2 * config.sliding_window + _NODE_BYTES * nodes
+    return inputs + 32 * rows + 2 * round_up(config.sliding_window, 16) + _NODE_BYTES * nodes
 
 
 def _pass_bytes(
@@ -425,7 +426,8 @@ def _pass_bytes(
     """Inputs and descriptions of one pass (the carry of one that is cut at routers included), with
     `apart` more tensors in a block for rows computed apart."""
     width, chosen = config.hidden_size, config.num_experts_per_tok
-    ring = config.sliding_window + MAX_DRAFT + tokens if any(config.hybrid_layer_pattern) else 0
+    slots = round_up(config.sliding_window + MAX_DRAFT, 16)
+    ring = slots + tokens if any(config.hybrid_layer_pattern) else 0
     carried = bool(config.n_routed_experts) and (streamed or tokens > _SMALL_TOKENS)
     # embedding, and a hidden row for an MTP pass, which has no carry
     total = (4 if carried else 8) * width * tokens
@@ -456,7 +458,7 @@ def _scratch_bytes(
     qkv = heads * c.head_dim + groups * (c.head_dim + c.v_head_dim)
     attention = 3 * width + 2 * qkv + heads * c.v_head_dim
     feed = 4 * width + 3 * c.intermediate_size
-    ring = c.sliding_window + MAX_DRAFT + t if any(c.hybrid_layer_pattern) else 0
+    ring = round_up(c.sliding_window + MAX_DRAFT, 16) + t if any(c.hybrid_layer_pattern) else 0
     # cast, and concatenated with the ring
     row = KV_FORMATS[ring_type(kv_type)].row_bytes(groups, c.head_dim + c.v_head_dim)
     rows = 0

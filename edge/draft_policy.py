@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import NamedTuple, Protocol
 
 
@@ -83,17 +83,22 @@ class CostTable:
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}
         self._sorted: dict[int, list[float]] = {}
+        self._means: dict[int, float] = {}
 
     def add(self, drafted: int, seconds: float) -> None:
         self._samples.setdefault(drafted, deque(maxlen=self.NEWEST)).append(seconds)
-        self._sorted.pop(drafted, None)
+        self._forget(drafted)
 
     def age(self, drafted: int) -> None:
         """Forget all but the newest few: those that come are of another time."""
         samples = self._samples.get(drafted)
         while samples and len(samples) > self.FEW:
             samples.popleft()
+        self._forget(drafted)
+
+    def _forget(self, drafted: int) -> None:
         self._sorted.pop(drafted, None)
+        self._means.pop(drafted, None)
 
     def count(self, drafted: int) -> int:
         """How many steps of that length are remembered."""
@@ -101,11 +106,16 @@ class CostTable:
 
     def seconds(self, drafted: int) -> float | None:
         """Mean of the middle half; None before the first step."""
+        known = self._means.get(drafted)
+        if known is not None:
+            return known
         samples = self._in_order(drafted)
         if not samples:
             return None
         aside = (len(samples) + 1) // 4 if len(samples) > 2 else 0
-        return fmean(samples[aside : len(samples) - aside])
+        middle = samples[aside : len(samples) - aside]
+        mean = self._means[drafted] = sum(middle) / len(middle)
+        return mean
 
     def fast(self, drafted: int) -> float | None:
         """What all but a quarter of the steps take at least; None before the first step."""
@@ -149,24 +159,30 @@ class _Starts:
 
     def __init__(self) -> None:
         self._samples: dict[int, deque[float]] = {}
+        self._usual: dict[int, float] = {}
 
     def add(self, drafted: int, seconds: float) -> None:
-        self._samples.setdefault(drafted, deque(maxlen=self.NEWEST)).append(seconds)
+        samples = self._samples.setdefault(drafted, deque(maxlen=self.NEWEST))
+        samples.append(seconds)
+        self._usual[drafted] = median(samples)
 
     @property
     def plain(self) -> float:
         """What starting without drafts takes."""
-        return median(self._samples.get(0, (0.0,)))
+        return self._usual.get(0, 0.0)
 
     def extra(self, drafted: int) -> float:
         """What starting with that many drafts takes more than starting without any; what is not
         known yet is in proportion to what is."""
-        plain = self.plain
-        known = {k: max(0.0, median(found) - plain) for k, found in self._samples.items() if k}
-        if drafted in known or not known or not drafted:
-            return known.get(drafted, 0.0)
+        if not drafted:
+            return 0.0
+        if drafted in self._usual:
+            return max(0.0, self._usual[drafted] - self.plain)
+        known = [k for k in self._usual if k]
+        if not known:
+            return 0.0
         near = min(known, key=lambda k: abs(k - drafted))
-        return known[near] * drafted / near
+        return max(0.0, self._usual[near] - self.plain) * drafted / near
 
 
 class _Step(NamedTuple):
@@ -193,7 +209,8 @@ class AdaptivePolicy:
     answers are: as long as those before, on average.
 
     One policy serves all answers of an engine: what it learnt need not be learnt again. Steps of a
-    small model are as short as all this, so it is worked out once in `REVIEW` steps.
+    small model are as short as all this, so it is worked out once in `REVIEW` steps, and where an
+    answer begins.
     """
 
     MEASURE = 3  # steps of a width before it is judged
@@ -205,7 +222,7 @@ class AdaptivePolicy:
     SETTLING = 2
     PROBE = 5  # steps of a probe
     STALE = 64  # steps after which only a few of a width's samples still count
-    PROBE_SHARE = 0.0075  # of the time, at most, that probes may lose; more of the first steps
+    PROBE_SHARE = 0.005  # of the time, at most, that probes may lose; more of the first steps
     EARLY, EARLY_SHARE = 128, 2
     FADE = 0.95  # of what answers before say about the length of the next
 
@@ -223,21 +240,20 @@ class AdaptivePolicy:
         self._run = 0  # how many had that width in a row
         self._used = [0] * (limit + 1)  # the latest step of every width
         self._rested = 0  # steps since the last probe
-        self._unused = [0.0] * (limit + 1)  # seconds of steps since one had that width
+        self._spent = 0.0  # seconds of all steps
+        self._spent_before = [0.0] * (limit + 1)  # until the latest step of every width
         self._answers = self._gained = 0.0  # begun, and their tokens; old ones fade
         self._said = 0  # tokens of the latest answer
         self._start: int | None = None  # what the latest choice was, when it was a cold one
         self._plan: deque[int] = deque()
         self._first = False  # whether the next step is the first of an answer
-        self._news: list[_Step] = []  # steps that were not looked at yet
+        # What was not looked at yet: steps, and where answers begin.
+        self._news: list[_Step | None] = []
         self._chosen: int | None = None  # what the coming steps go by
         self._was_cold = False
 
     def begin(self) -> None:
-        self._look()
-        self._answers = self._answers * self.FADE + 1
-        self._gained *= self.FADE
-        self._said = 0
+        self._news.append(None)
         self._first = True
         self._plan.clear()
         self._chosen = None
@@ -247,15 +263,16 @@ class AdaptivePolicy:
             return 0
         if self._plan:
             return self._plan.popleft()
-        if self._chosen is None or cold != self._was_cold or len(self._news) >= self.REVIEW:
+        if self._chosen is None or len(self._news) >= self.REVIEW:
             self._look()
-            self._was_cold = cold
             width = self._to_measure()
             if width is not None:
                 return width
-            self._chosen = self._decide(cold)
+            self._was_cold, self._chosen = cold, self._decide(cold)
             if self._plan:
                 return self._plan.popleft()
+        elif cold != self._was_cold:
+            self._was_cold, self._chosen = cold, self._kept_to(cold)
         return self._chosen
 
     def record(
@@ -293,6 +310,10 @@ class AdaptivePolicy:
             self._plan.extend(self._probe(cold))
             if self._plan:
                 self._rested = 0
+        return self._kept_to(cold)
+
+    def _kept_to(self, cold: bool) -> int:
+        """The width of steps that are no probe."""
         self._start = self._started() if cold else None
         return self._current if self._start is None else self._start
 
@@ -370,7 +391,7 @@ class AdaptivePolicy:
         steps = self.PROBE + (not self._current)  # the first one starts the blocks
         share = self.PROBE_SHARE * (self.EARLY_SHARE if self._steps < self.EARLY else 1)
         others = [k for k in range(self._limit + 1) if k != self._current]
-        for width in sorted(others, key=lambda k: -self._unused[k]):
+        for width in sorted(others, key=self._spent_before.__getitem__):
             # Few steps may have been disturbed ones: what they cost is not to keep a width away.
             few = self._costs.count(width) < 2 * self.MEASURE
             seconds = self._costs.fast(width) if few else self._costs.seconds(width)
@@ -380,7 +401,7 @@ class AdaptivePolicy:
             loss += steps * self._building[width]
             if cold or not self._current:
                 loss += self._starts.extra(width)
-            if loss <= share / self._limit * self._unused[width]:
+            if loss <= share / self._limit * (self._spent - self._spent_before[width]):
                 return [width] * steps
         return []
 
@@ -390,7 +411,12 @@ class AdaptivePolicy:
         """Learn from the steps since the last look."""
         news, self._news = self._news, []
         for step in news:
-            self._learn(step)
+            if step is not None:
+                self._learn(step)
+                continue
+            self._answers = self._answers * self.FADE + 1
+            self._gained *= self.FADE
+            self._said = 0
 
     def _learn(self, step: _Step) -> None:
         drafted = step.drafted
@@ -398,12 +424,15 @@ class AdaptivePolicy:
             depth.record(hit)
             if not hit:
                 break
-        for depth in self._depths[drafted:]:
-            depth.fade()
-        usual = self._costs.seconds(drafted)
-        more = 0.0 if usual is None else max(0.0, step.seconds - usual)
+        if drafted < self._limit:
+            for depth in self._depths[drafted:]:
+                depth.fade()
+        usual, more = None, 0.0
+        if step.prepared or step.first or not step.steady:
+            usual = self._costs.seconds(drafted)
+            more = 0.0 if usual is None else max(0.0, step.seconds - usual)
         known = drafted <= self._limit
-        if known:
+        if known and self._measured:  # before, everything is new
             built = more if step.prepared else 0.0
             self._building[drafted] += (built - self._building[drafted]) / 16
         self._run = self._run + 1 if drafted == self._last else 1
@@ -421,12 +450,12 @@ class AdaptivePolicy:
             self._costs.add(drafted, step.seconds)
             if known:
                 self._used[drafted] = self._steps
-        self._gained += 1 + sum(step.hits)
-        self._said += 1 + sum(step.hits)
+        gained = 1 + sum(step.hits)
+        self._gained += gained
+        self._said += gained
         self._last = drafted
         self._steps += 1
         self._rested += 1
-        for width in range(self._limit + 1):
-            self._unused[width] += step.seconds
+        self._spent += step.seconds
         if known:
-            self._unused[drafted] = 0.0
+            self._spent_before[drafted] = self._spent

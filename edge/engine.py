@@ -495,7 +495,11 @@ class Generation:
                 known = [*sequence.tokens, pending]
                 try:
                     drafts = sequence.drafter.draft(
-                        known, want, self._sampler.propose, self._cancel
+                        known,
+                        want,
+                        self._sampler.propose,
+                        self._cancel,
+                        self._sampler.propose_likeliest,
                     )
                 finally:
                     self._sampler.retract()

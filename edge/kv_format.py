@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
+from mimo_edge.units import round_up
 
 
 class KvFormat(NamedTuple):
@@ -37,6 +38,15 @@ SMALL_KV_BYTES = 8 << 20
 def ring_type(kv_type: str) -> str:
     """Format of sliding layers beside global layers of `kv_type`."""
     return "f32" if kv_type == "f32" else "f16"
+
+
+def ring_slots(rows: int, kv_type: str, *, mtp: bool = False) -> int:
+    """Slots of a ring that must hold `rows` rows. Where f32 rows are attended to as products, ggml
+    gives out a few rows at a time unless they are whole groups of 16, and threads get in each
+    other's way; one query of an MTP block multiplies f16 rows by fours, too."""
+    if ring_type(kv_type) == "f32":
+        return round_up(rows, 16)
+    return round_up(rows, 4) if mtp else rows
 
 
 def check_kv_type(kv_type: str, config: MimoConfig) -> None:

@@ -178,6 +178,17 @@ class Sampler:
             self._proposed.append(token)
         return token
 
+    def propose_likeliest(self, tokens: list[int]) -> list[int] | None:
+        """Of tokens with the largest logits of their places, those up to the first that `propose`
+        would not take; None when more than the largest logit decides."""
+        if not self._plain:
+            return None
+        if self._banned is not None:
+            for place, token in enumerate(tokens):
+                if self._banned[token]:
+                    return tokens[:place]
+        return tokens
+
     def retract(self) -> None:
         """Take back all proposals: what was only proposed is not said."""
         if not self._proposed:

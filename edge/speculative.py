@@ -8,7 +8,6 @@ only if the sampler, fed the target's own logits, draws that very token.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ import numpy as np
 from mimo_edge.cancel import Cancel
 from mimo_edge.config import MimoConfig
 from mimo_edge.errors import UsageError
+from mimo_edge.recent_rows import RecentRows
 from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache, ChainingBackend
 
 DraftSetting = int | Literal["auto"]
@@ -25,7 +25,7 @@ DraftSetting = int | Literal["auto"]
 MAX_DRAFT = VERIFY_ROWS - 1
 # Rows that a block with a window starts with, after a prompt or many steps without drafts: newer
 # ones join them. Filling a whole window can take longer than drafts save in a short answer.
-FILL_ROWS = 32
+FILL_ROWS = 24
 # Rows of H kept behind those: a commit leaves up to MAX_DRAFT stale rows to write again, and a
 # later turn may roll back as many.
 _SPARE_ROWS = MAX_DRAFT + 1
@@ -83,7 +83,7 @@ class Drafter:
         self._window = config.layer(config.num_hidden_layers).window if self.limit else 1
         self._fill = min(FILL_ROWS, self._window or FILL_ROWS)
         self._keep = None if self._window is None else self._fill + _SPARE_ROWS
-        self._hidden: deque[F32] = deque(maxlen=self._keep)  # H rows, the newest last
+        self._hidden = RecentRows(config.hidden_size, self._keep)  # H rows
         self._length = 0  # positions observed
         # Rows of block k below this are in its cache, computed from tokens that stand.
         self._final = [0] * self.limit
@@ -97,8 +97,7 @@ class Drafter:
 
     def state(self) -> DrafterState:
         """What `resume` needs, with the cache of now."""
-        width = self._backend.config.hidden_size
-        hidden = np.stack(self._hidden) if self._hidden else np.empty((0, width), np.float32)
+        hidden = self._hidden.part(0, len(self._hidden)).copy()
         return DrafterState(self._length, tuple(self._final), hidden)
 
     @property
@@ -167,8 +166,7 @@ class Drafter:
             return
         self._run(0, tokens, self._final[0], end, cancel=cancel)
         self._final[0] = end
-        while self._length - len(self._hidden) < end - _SPARE_ROWS:
-            self._hidden.popleft()
+        self._hidden.drop_oldest(end - _SPARE_ROWS - self._oldest)
 
     def draft(
         self,
@@ -176,11 +174,14 @@ class Drafter:
         count: int,
         propose: Callable[[F32], int | None],
         cancel: Cancel | None = None,
+        likeliest: Callable[[list[int]], list[int] | None] | None = None,
     ) -> list[int]:
         """Up to `count` proposals for x_{p+2}.. given tokens x_0..x_{p+1}.
 
         `propose` picks from logits [V], or says None when nothing can follow. Fewer, down to none,
         come back then, and while hardly any H rows are at hand (after a cut deeper than is kept).
+        `likeliest`, given tokens of the largest logits, says which of them `propose` would go on
+        with, or None when it has to look at the logits.
         """
         p = self._length - 1
         if len(tokens) != p + 2:
@@ -191,7 +192,7 @@ class Drafter:
         chain = self._chain is not None and count > 1
         first = self._first(min(self._final[:count])) if chain else None
         if first is not None and first < p:
-            drafts = self._draft_in_chain(tokens, first, count, propose, cancel)
+            drafts = self._draft_in_chain(tokens, first, count, propose, cancel, likeliest)
         else:
             drafts = self._draft_one_by_one(tokens, count, propose, cancel)
         self._proposed = (p + 2, drafts)
@@ -271,6 +272,7 @@ class Drafter:
         count: int,
         propose: Callable[[F32], int | None],
         cancel: Cancel | None,
+        likeliest: Callable[[list[int]], list[int] | None] | None,
     ) -> list[int]:
         """Rows first..p of all blocks at once."""
         assert self._chain is not None
@@ -284,6 +286,9 @@ class Drafter:
             count, ids, hidden, first, self._cache, cancel=cancel
         )
         self._final[:count] = final
+        taken = None if likeliest is None else likeliest(chosen)
+        if taken is not None:
+            return taken
         drafts: list[int] = []
         for token, row in zip(chosen, logits, strict=True):
             wanted = propose(row)
@@ -309,8 +314,7 @@ class Drafter:
     def truncate(self, length: int, known: int) -> None:
         """The target was cut back to `length` processed tokens, of which and after which
         `known` tokens in all are the same as before."""
-        for _ in range(min(self._length - length, len(self._hidden))):
-            self._hidden.pop()
+        self._hidden.drop_newest(self._length - length)
         self._length = length
         self._proposed = (0, [])
         for depth in range(self.limit):
@@ -336,8 +340,7 @@ class Drafter:
 
     def _rows(self, first: int, end: int) -> F32:
         """H rows of positions first..end-1."""
-        start = self._oldest
-        return np.stack([self._hidden[row - start] for row in range(first, end)])
+        return self._hidden.part(first - self._oldest, end - self._oldest)
 
 
 def accept(

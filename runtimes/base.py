@@ -9,7 +9,7 @@ Tensors are named as in GGUF (`blk.N.attn_q.weight`); MTP block k is `blk.{layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -219,10 +219,10 @@ class ChainingBackend(Protocol):
         cache: Cache,
         *,
         cancel: Cancel | None = None,
-    ) -> tuple[list[int], F32]:
+    ) -> tuple[list[int], Sequence[F32]]:
         """`mtp_forward` of blocks 0..count-1 on the same rows, each with the token the block before
         it gave the largest logit. token_ids [n] are block 0's, n > 1. Returns the chosen tokens and
-        logits f32 [count, V]."""
+        logits f32 [V] of each block, only lent until the next pass."""
         ...
 
 

@@ -208,12 +208,14 @@ def test_rollback_refuses_exactly_when_the_reference_does() -> None:
     rng = np.random.default_rng(5)
     refused = 0
     with pair(config) as (backend, oracle):
-        ours, theirs = backend.new_cache(400, 3), oracle.new_cache(400, 3)
+        # With a window of 9 these rings have 16 slots, which `ring_slots` leaves as they are.
+        ours, theirs = backend.new_cache(400, 8), oracle.new_cache(400, 8)
+        assert ours.memory.ring_rows == config.sliding_window - 1 + 8 == 16
         for _ in range(60):
-            ids = ids_of(config, int(rng.integers(1, 6)))
+            ids = ids_of(config, int(rng.integers(1, 12)))
             backend.forward(ids, ours)
             oracle.forward(ids, theirs)
-            for undo in (int(rng.integers(0, 8)), int(rng.integers(0, 3))):
+            for undo in (int(rng.integers(0, 16)), int(rng.integers(0, 6))):
                 results = []
                 for cache in (ours, theirs):
                     try:

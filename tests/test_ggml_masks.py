@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mimo_edge.runtimes.ggml import masks
 from mimo_edge.runtimes.ggml.cache import RingIndex
-from mimo_edge.runtimes.ggml.masks import fill_full, fill_ring
+from mimo_edge.runtimes.ggml.masks import HIDDEN, SEEN, fill_full, fill_newest, fill_ring
 
 
 def defined(held: list[int], queries: list[int], window: int) -> NDArray[np.bool_]:
@@ -76,3 +76,13 @@ def test_the_newest_row_of_a_block(last: int) -> None:
     mask, query = garbage(1, 9), np.array([last], np.int64)
     fill_ring(mask, index.slots, query, 9)
     assert (seen(mask) == defined(index.positions().tolist(), [last], 9)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16])
+def test_the_newest_query_sees_the_rows_that_are_there(rows: int) -> None:
+    mask = np.empty(rows, np.float16)
+    for last in range(3 * rows):
+        for first in range(max(0, last - rows + 1), last + 1):
+            fill_newest(mask, first, last)
+            seen = {position % rows for position in range(first, last + 1)}
+            assert mask.tolist() == [SEEN if slot in seen else HIDDEN for slot in range(rows)]

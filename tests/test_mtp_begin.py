@@ -172,7 +172,7 @@ def test_the_first_draft_writes_few_rows_and_later_ones_fewer() -> None:
     assert isinstance(sequence.drafter, Drafter)
     drafter = sequence.drafter
     drafter.draft([*sequence.tokens, 7], 3, lambda row: int(row.argmax()))
-    for plain, rows in ((5, 8), (11, 32), (20, 32), (80, 32)):
+    for plain, rows in ((5, 8), (11, FILL_ROWS), (20, FILL_ROWS), (80, FILL_ROWS)):
         # not drafting leaves rows out, but the drafter still sees them
         tokens = [*sequence.tokens, 7]
         for _ in range(plain):

@@ -70,7 +70,7 @@ def test_a_chain_is_its_blocks_one_by_one(fmt: str, count: int, length: int) -> 
         tokens, logits = made.mtp_chain(count, last, hidden[-4:], length - 4, cache)
         assert tokens == want[0]
         # the same operations on the same numbers
-        assert np.array_equal(logits.view(np.int32), np.stack(want[1]).view(np.int32))
+        assert np.array_equal(np.stack(logits).view(np.int32), np.stack(want[1]).view(np.int32))
         cache, ids, hidden = prepared(made, length)
     made.close()
 
@@ -107,7 +107,7 @@ class Guided:
 
     def mtp_chain(
         self, count: int, ids: Any, hidden: F32, at: int, cache: Any, **kw: Any
-    ) -> tuple[list[int], F32]:
+    ) -> tuple[list[int], list[F32]]:
         # As the graph would: each block sees the choice of the one before.
         known, rows = list(ids), []
         for depth in range(count):
@@ -118,7 +118,7 @@ class Guided:
             known.append(choice)
             rows.append(logits)
         self.calls.append((count, len(ids)))
-        return known[len(ids) :], np.stack(rows)
+        return known[len(ids) :], rows
 
 
 @pytest.mark.parametrize("draft", [2, 3])
@@ -170,6 +170,17 @@ def test_a_token_that_is_never_drawn_ends_the_chain(backend: GgmlBackend) -> Non
     assert kept[0] == drafts[0] != banned
     assert len(kept) == 2
     assert kept[1] != banned
+    # A sampler that knows them needs no logits, and proposes nothing in their place.
+    sampler = Sampler(SamplingParams(), np.arange(CONFIG.vocab_size) == banned)
+    assert sampler.propose_likeliest([*drafts]) == drafts[:1]
+
+    def unseen(row: F32) -> int:
+        raise AssertionError("nobody asks for the logits")
+
+    found = free.drafter.draft(tokens, 3, unseen, likeliest=sampler.propose_likeliest)
+    assert found == drafts[:1]
+    # What counts tokens has to look.
+    assert Sampler(SamplingParams(presence_penalty=0.5)).propose_likeliest(drafts) is None
 
 
 def test_a_chain_cancelled_anywhere_is_done_again(backend: GgmlBackend) -> None:
@@ -177,7 +188,8 @@ def test_a_chain_cancelled_anywhere_is_done_again(backend: GgmlBackend) -> None:
     last = np.array(ids[27:31], np.int32)
 
     def chain(cancel: Cancel | None = None) -> tuple[list[int], F32]:
-        return backend.mtp_chain(3, last, hidden[-4:], 26, cache, cancel=cancel)
+        tokens, logits = backend.mtp_chain(3, last, hidden[-4:], 26, cache, cancel=cancel)
+        return tokens, np.stack(logits)
 
     want = chain()
     with stopped_after(backend, 1 << 60, Cancel()) as counted:

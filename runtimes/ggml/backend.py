@@ -291,12 +291,12 @@ class GgmlBackend:
         cache: Cache,
         *,
         cancel: Cancel | None = None,
-    ) -> tuple[list[int], F32]:
+    ) -> tuple[list[int], list[F32]]:
         """As `mtp_forward` of blocks 0..count-1 on the same rows position..position+n-1, n > 1.
 
         token_ids [n] = x_{i+1}: each further block gets them shifted by one, and behind them the
-        token that the block before it chose. Returns those `count` tokens, and logits f32
-        [count, V]. Raises as `mtp_forward`.
+        token that the block before it chose. Returns those `count` tokens, and logits f32 [V] of
+        each block, only lent until the next pass. Raises as `mtp_forward`.
         """
         if not self.chains or not 1 <= count <= self.config.num_mtp_layers:
             raise UsageError(f"a chain of {count} MTP blocks", "see `chains`")
@@ -317,7 +317,7 @@ class GgmlBackend:
         hidden: F32,
         position: int,
         rings: list[RingIndex],
-    ) -> tuple[list[int], F32]:
+    ) -> tuple[list[int], list[F32]]:
         shape = chain_shape(cache, len(rings), len(ids))
         found = cache.graphs.find(shape)
         if not isinstance(found, ChainPass):

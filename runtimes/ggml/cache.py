@@ -149,8 +149,12 @@ class RingIndex:
         end = position + count
         if position > self.length or position <= self.oldest():  # nothing before it is left
             self._empty(position)
-        kept = np.arange(max(position, end - self.rows), end, dtype=np.int64)
-        self._slots[kept % self.rows] = kept
+        start, slot = max(position, end - self.rows), position % self.rows
+        if start == position and slot + count <= self.rows:
+            self._slots[slot : slot + count] = np.arange(start, end)
+        else:
+            kept = np.arange(start, end, dtype=np.int64)
+            self._slots[kept % self.rows] = kept
         self.length = end
         self.high = max(self.high, end)
 

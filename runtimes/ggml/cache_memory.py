@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_edge.config import LayerSpec, MimoConfig
-from mimo_edge.kv_format import ring_type
+from mimo_edge.kv_format import ring_slots, ring_type
 from mimo_edge.runtimes.ggml.bindings import TYPE_F16, TYPE_F32, TYPE_Q8_0
 from mimo_edge.runtimes.ggml.device import PAGE, Device, Region
 from mimo_edge.runtimes.ggml.graph import Context, Tensor
@@ -100,10 +100,10 @@ class CacheMemory:
         self._config = config
         # A ring as large as the context never wraps, so it needs no more than that.
         window = config.sliding_window
-        self.ring_rows = min(window - 1 + shape.verify_rows, shape.context)
-        # Only the newest row of an MTP block queries, so its ring needs no rows beyond W, but
-        # products of a multiple of four rows are the faster ones.
-        self.mtp_rows = min(round_up(window, 4), shape.context)
+        rows = ring_slots(window - 1 + shape.verify_rows, shape.kv_type)
+        self.ring_rows = min(rows, shape.context)
+        # Only the newest row of an MTP block queries: its ring needs no rows beyond W.
+        self.mtp_rows = min(ring_slots(window, shape.kv_type, mtp=True), shape.context)
         trunk, blocks = config.num_hidden_layers, config.num_mtp_layers
         specs = [config.layer(i) for i in range(trunk + blocks)]
         self._context = Context(device, 2 * len(specs) + 1)
@@ -121,6 +121,7 @@ class CacheMemory:
             sliding: {self._kind(spec) for spec in specs[:trunk] if spec.sliding == sliding}
             for sliding in (False, True)
         }
+        self.attends_together: dict[tuple[bool, int], bool] = {}  # `RowCheck`'s answers
 
     def _describe(self, spec: LayerSpec, ring: int) -> KvTensors:
         c, shape = self._config, self.shape

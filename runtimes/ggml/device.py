@@ -11,8 +11,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mimo_edge.cancel import Cancel
@@ -59,6 +58,9 @@ class Device:
         self._flag_function, self._libc = ggml.flag_function()
         self.cancel: Cancel | None = None
         """What may stop the pass that is running."""
+        # What ggml was told to look at, and what keeps its memory in place.
+        self._watched: tuple[int, Cancel] | None = None
+        self._flag: object = None
 
     def set_threads(self, count: int) -> None:
         """Compute with `count` threads from the next graph on. Raises UsageError."""
@@ -170,6 +172,10 @@ class Device:
             )
         if self._running.locked():
             raise BackendError("another thread is computing", "one call at a time per runtime")
+        cancel = self.cancel
+        watch = None if cancel is None else (self._flag_function, cancel)
+        if watch != self._watched:
+            self._watch(cancel)
         # `with`, because KeyboardInterrupt can come right after an acquire() that was a call.
         with self._running:
             status = int(self.ggml.ggml_backend_graph_compute(self._backend, graph))
@@ -178,22 +184,21 @@ class Device:
         if status != ggml.STATUS_SUCCESS:
             raise BackendError(f"ggml could not compute the graph (status {status})")
 
-    @contextmanager
-    def cancelled_by(self, cancel: Cancel | None) -> Iterator[None]:
+    def cancelled_by(self, cancel: Cancel | None) -> _CancelledBy:
         """In here `cancel` stops a graph after its current operation."""
-        if cancel is None:
-            yield
-            return
+        return _CancelledBy(self, cancel)
+
+    def _watch(self, cancel: Cancel | None) -> None:
+        """Tell ggml what stops the graphs from now on. The passes of an answer have one `cancel`,
+        so this is not done for each."""
         set_callback = self.ggml.ggml_backend_cpu_set_abort_callback
+        if cancel is None:
+            set_callback(self._backend, None, None)
+            self._watched = self._flag = None
+            return
         flag = (ctypes.c_char * len(cancel.flag)).from_buffer(cancel.flag)
         set_callback(self._backend, self._flag_function, ctypes.addressof(flag))
-        self.cancel = cancel
-        try:
-            yield
-        finally:
-            self.cancel = None
-            if self._backend:
-                set_callback(self._backend, None, None)
+        self._watched, self._flag = (self._flag_function, cancel), flag
 
     @property
     def closed(self) -> bool:
@@ -211,6 +216,22 @@ class Device:
         self.ggml.ggml_gallocr_free(self._scratch)
         self.ggml.ggml_backend_free(self._backend)
         self._backend = self._scratch = 0
+
+
+class _CancelledBy:
+    """See `Device.cancelled_by`. A class, because small models enter it thousands of times a
+    second."""
+
+    __slots__ = ("_cancel", "_device")
+
+    def __init__(self, device: Device, cancel: Cancel | None) -> None:
+        self._device, self._cancel = device, cancel
+
+    def __enter__(self) -> None:
+        self._device.cancel = self._cancel
+
+    def __exit__(self, *_: object) -> None:
+        self._device.cancel = None
 
 
 class Region:

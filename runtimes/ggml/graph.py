@@ -582,16 +582,20 @@ class Graph(Context):
         dim, heads, total = q.ne[:3]
         rows, groups = k.ne[1:3]
         shared = heads // groups
-        # Every token has products of its own: its bits do not depend on how many there are.
-        queries = self._reshape_4d(q, dim, shared, groups, total)
+        # One product for each KV head, of the queries of all tokens: threads wait for each other
+        # twice in every one. Whether a token's bits depend on the others, `rows.py` tries.
+        if total > 1:
+            q = self.contiguous(self.swap_rows(q))  # {D, T, H}
+        queries = self._reshape_4d(q, dim, total * shared, groups, 1)
         found = Tensor(g.ggml_mul_mat(self.take(), k.pointer, queries.pointer))
-        found = self._reshape_4d(found, rows, 1, heads, total)
-        sees = self._reshape_4d(mask, rows, 1, 1, total)
+        found = self._reshape_4d(found, rows, total, heads, 1)
+        sees = self._reshape_4d(mask, rows, total, 1, 1)
         found = Tensor(g.ggml_soft_max_ext(self.take(), found.pointer, sees.pointer, scale, 0.0))
         if sinks is not None:
             g.ggml_soft_max_add_sinks(found.pointer, sinks.pointer)
-        found = self._reshape_4d(found, rows, shared, groups, total)
-        weights = Tensor(g.ggml_permute(self.take(), found.pointer, 1, 0, 2, 3))
+        found = self._reshape_4d(found, rows, total, shared, groups)
+        # {shared, S, G, T}
+        weights = Tensor(g.ggml_permute(self.take(), found.pointer, 1, 3, 0, 2))
         # The sum over rows of value times weight.
         out = Tensor(g.ggml_out_prod(self.take(), v.pointer, weights.pointer))
         return self.reshape(out, v.ne[0], heads, total)

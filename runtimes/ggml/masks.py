@@ -57,6 +57,19 @@ def fill_ring(mask: Mask, slots: Positions, queries: Positions, window: int) -> 
         mask[...] = _unwrapped(rows, window)[first : first + len(queries)]
 
 
+def fill_newest(mask: Mask, first: int, last: int) -> None:
+    """mask f16 [R] of a ring: what the query at position `last` sees of the rows first..last, which
+    are there, R of them at most."""
+    rows = len(mask)
+    start, end = first % rows, last % rows + 1
+    mask.fill(HIDDEN)
+    if start < end:
+        mask[start:end] = SEEN
+    else:
+        mask[start:] = SEEN
+        mask[:end] = SEEN
+
+
 @functools.lru_cache(maxsize=4)
 def _unwrapped(rows: int, window: int) -> Mask:
     """Row p: what position p sees of a ring that no position beyond its size was written to."""

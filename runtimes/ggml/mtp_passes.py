@@ -7,9 +7,10 @@ and fed to the next, and a draft is one call into ggml instead of three.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mimo_edge.runtimes.base import F32
 from mimo_edge.runtimes.ggml import blocks
@@ -19,14 +20,13 @@ from mimo_edge.runtimes.ggml.cache_memory import kv_rows
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.graph import Graph, Inputs, Tensor
 from mimo_edge.runtimes.ggml.kept_graphs import LARGE_INPUT_BYTES
-from mimo_edge.runtimes.ggml.masks import fill_causal, fill_full, fill_ring
+from mimo_edge.runtimes.ggml.masks import fill_full, fill_newest
 from mimo_edge.runtimes.ggml.resident import ModelWeights
 from mimo_edge.runtimes.ggml.streamed import FEW_TOKENS
 from mimo_edge.runtimes.ggml.token_input import TokenInput
 
 
-@dataclass(frozen=True)
-class MtpShape:
+class MtpShape(NamedTuple):
     """What an MTP graph depends on: block, rows, and rows of K/V its query reads."""
 
     depth: int
@@ -35,11 +35,10 @@ class MtpShape:
     large: bool
 
 
-@dataclass(frozen=True)
-class ChainShape:
+class ChainShape(NamedTuple):
     """What a chain depends on: how many blocks, on how many rows."""
 
-    count: int
+    blocks: int
     tokens: int
     large: bool
 
@@ -74,22 +73,29 @@ class _Rows:
         self.positions = new(TYPE_I32, n)
         self.ids = new(TYPE_I64, n)
         self.mask = new(TYPE_F16, read_rows, 1)  # only the last row queries
+        self._arrays: tuple[NDArray[Any], ...] | None = None
 
     def fill(self, hidden: F32, position: int, ring: RingIndex | None) -> None:
         """Set the inputs; `ring` is what it is once these rows are written, None without one."""
-        n = self.total
-        rows = np.arange(position, position + n, dtype=np.int64)
-        self.hidden.array().reshape(n, -1)[...] = hidden
-        self.positions.array()[...] = rows
-        mask = self.mask.array().reshape(1, -1)
+        last = position + self.total - 1
+        rows = np.arange(position, last + 1, dtype=np.int64)
+        filled, positions, ids, mask = self._memory()
+        filled[...] = hidden
+        positions[...] = rows
         if ring is None or self._window is None:
-            self.ids.array()[...] = rows
+            ids[...] = rows
             fill_full(mask, rows[-1:])
         else:
-            self.ids.array()[...] = rows % ring.rows
-            whole = ring.oldest() <= max(0, position + n - self._window)
-            fill = fill_ring if whole else fill_causal
-            fill(mask, ring.slots, rows[-1:], self._window)
+            np.remainder(rows, ring.rows, out=ids)
+            fill_newest(mask[0], max(ring.oldest(), last - self._window + 1, 0), last)
+
+    def _memory(self) -> tuple[NDArray[Any], ...]:
+        """What `fill` sets."""
+        if self._arrays is None:
+            mask, hidden = self.mask.array().reshape(1, -1), self.hidden.array()
+            rows = hidden.reshape(self.total, -1)
+            self._arrays = rows, self.positions.array(), self.ids.array(), mask
+        return self._arrays
 
     def block(
         self, g: Graph, model: ModelWeights, cache: GgmlCache, depth: int, embedding: Tensor
@@ -159,13 +165,13 @@ class MtpPass(_MtpGraph):
 
 
 class ChainPass(_MtpGraph):
-    """The first `count` blocks on the same n rows, each with the token the one before chose.
+    """The first blocks on the same n rows, each with the token the one before chose.
     `tokens` (of block 0) and `rows` are to be filled before each run."""
 
     def __init__(
         self, device: Device, model: ModelWeights, cache: GgmlCache, shape: ChainShape
     ) -> None:
-        super().__init__(device, blocks.tensors_of(cache.config, 2 * shape.count))
+        super().__init__(device, blocks.tensors_of(cache.config, 2 * shape.blocks))
         table, n = model.table, shape.tokens
         assert table is not None
         try:
@@ -176,11 +182,11 @@ class ChainPass(_MtpGraph):
             self._chosen: list[Tensor] = []
             g = self._graph
             embedding = self.tokens.embedding(g)
-            for depth in range(shape.count):
+            for depth in range(shape.blocks):
                 logits = self.rows.block(g, model, cache, depth, embedding)
                 self._logits.append(g.output(logits))
                 self._chosen.append(g.output(g.argmax(logits)))
-                if depth + 1 < shape.count:
+                if depth + 1 < shape.blocks:
                     row = g.get_rows(table, self._chosen[-1])
                     embedding = g.concat(blocks.last_rows(g, embedding, n - 1), row, 1)
             g.finish()
@@ -188,9 +194,9 @@ class ChainPass(_MtpGraph):
             self.close()
             raise
 
-    def logits(self) -> F32:
-        """Logits f32 [count, V] of the last run."""
-        return np.stack([tensor.array().reshape(-1) for tensor in self._logits])
+    def logits(self) -> list[F32]:
+        """Logits f32 [V] of every block in the last run; only lent, until the device computes."""
+        return [tensor.array() for tensor in self._logits]
 
     def chosen(self) -> list[int]:
         """The token of every block in the last run."""

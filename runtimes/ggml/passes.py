@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +36,7 @@ from mimo_edge.runtimes.ggml.token_input import TokenInput
 _ATTENTION_ROW_TENSORS, _PRODUCT_ROW_TENSORS = 14, 3
 
 
-@dataclass(frozen=True)
-class TrunkShape:
+class TrunkShape(NamedTuple):
     """What a trunk graph depends on. `full_rows`: rows global layers read (0: no such layer).
     `ring`: "in_place" (written, then read), "fresh" (chunk only) or "append" (ring, then chunk).
     `exact`: every row gets the bits it would get in a pass of its own; its query is computed alone
@@ -67,6 +67,16 @@ def _apart_tensors(model: ModelWeights, shape: TrunkShape) -> int:
     if shape.ring_apart or shape.full_apart is not None:
         per_row += _ATTENTION_ROW_TENSORS
     return per_row * shape.tokens
+
+
+class _Filled(NamedTuple):
+    """The memory of inputs, as `TrunkPass` fills it: positions and rows [T], masks [T, columns]."""
+
+    positions: NDArray[np.int32]
+    full_ids: NDArray[np.int64] | None
+    ring_ids: NDArray[np.int64] | None
+    full_mask: NDArray[np.float16] | None
+    ring_mask: NDArray[np.float16] | None
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,14 @@ class TrunkPass:
             most = max(total, sum(self._wanted()))
             self._carry = Carry(self._inputs, c, most)
         self._inputs.allocate()
+        self._filled = _Filled(
+            self.positions.array(),
+            *(None if ids is None else ids.array() for ids in (self.full_ids, self.ring_ids)),
+            *(
+                None if mask is None else mask.array().reshape(total, -1)
+                for mask in (self.full_mask, self.ring_mask)
+            ),
+        )
         if self._source is not None and self._carry is not None:
             self._slot_experts = SlotExperts(self._device, c, self._source, self._carry, most)
 
@@ -369,16 +387,16 @@ class TrunkPass:
         """Set the inputs, besides `tokens`, for rows at `position`.. : `before` are the positions
         the ring's slots hold (None unless rows are appended to it), `after` those they are written
         for."""
-        total = self.shape.tokens
+        total, filled = self.shape.tokens, self._filled
         queries = np.arange(position, position + total, dtype=np.int64)
-        self.positions.array()[...] = queries
-        if self.full_ids is not None and self.full_mask is not None:
-            self.full_ids.array()[...] = queries
-            fill_full(self.full_mask.array().reshape(total, -1), queries)
-        if self.ring_ids is not None and self.ring_mask is not None:
-            kept = self.ring_ids.ne[0]
-            self.ring_ids.array()[...] = queries[total - kept :] % after.size
-            mask, window = self.ring_mask.array().reshape(total, -1), self.config.sliding_window
+        filled.positions[...] = queries
+        if filled.full_ids is not None and filled.full_mask is not None:
+            filled.full_ids[...] = queries
+            fill_full(filled.full_mask, queries)
+        if filled.ring_ids is not None and filled.ring_mask is not None:
+            kept = filled.ring_ids.size
+            np.remainder(queries[total - kept :], after.size, out=filled.ring_ids)
+            mask, window = filled.ring_mask, self.config.sliding_window
             if self.shape.ring == "in_place":
                 fill_ring(mask, after, queries, window)
             else:

@@ -47,9 +47,14 @@ class RowCheck:
         layer of that kind."""
         if rows > _MOST_ATTENTION_ROWS:
             return False
-        # A ring is read whole, of a global layer a token alone may read a block less.
-        spare = 0 if sliding else SMALL_KV_BLOCK
-        return all(self._together(kind, rows, spare) for kind in memory.attention_kinds[sliding])
+        known = memory.attends_together.get((sliding, rows))
+        if known is None:
+            # A ring is read whole, of a global layer a token alone may read a block less.
+            spare = 0 if sliding else SMALL_KV_BLOCK
+            kinds = memory.attention_kinds[sliding]
+            known = all(self._together(kind, rows, spare) for kind in kinds)
+            memory.attends_together[sliding, rows] = known
+        return known
 
     def _together(self, kind: AttentionKind, rows: int, spare: int) -> bool:
         key = kind, rows, spare
