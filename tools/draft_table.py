@@ -6,8 +6,9 @@
 
 Every prompt is answered once per setting and round, in an order that turns from prompt to
 prompt, so drift of the machine hits all settings alike; a round's speed is all its tokens over
-all its decode time. `--accept` replaces proposals by the right token with the given chance per
-depth, which a random model needs to accept anything: the work done stays that of real drafts.
+all its decode time, and ratios are medians of those within rounds. `--accept` replaces proposals
+by the right token with the given chance per depth, which a random model needs to accept anything:
+the work done stays that of real drafts.
 Exits 1 when a setting's tokens differ from those of plain decoding.
 """
 
@@ -113,6 +114,12 @@ def answer(
     return [token for step in generation for token in step], generation.stats
 
 
+def by_round(speeds: Sequence[float], others: Sequence[float]) -> float:
+    """What these are to the others, each to that of its own round: the machine's speed differs
+    from round to round by more than settings do."""
+    return statistics.median(a / b for a, b in zip(speeds, others, strict=True))
+
+
 def measure(args: argparse.Namespace) -> int:
     ram = None if args.ram is None else parse_bytes(args.ram)
     model = open_model(args.model, args.backend, ram, args.context, args.threads)
@@ -158,7 +165,7 @@ def measure(args: argparse.Namespace) -> int:
     finally:
         engine.close()
     tps = {setting: statistics.median(found) for setting, found in speeds.items()}
-    best = max(tps[k] for k in range(limit + 1))
+    best = max(range(limit + 1), key=lambda count: tps[count])
     rows = []
     for setting in settings:
         count, verifies, drafted, accepted, why = sums[setting]
@@ -166,8 +173,8 @@ def measure(args: argparse.Namespace) -> int:
             {
                 "draft": setting,
                 "tps": tps[setting],
-                "against_0": tps[setting] / tps[0],
-                "against_best": tps[setting] / best,
+                "against_0": by_round(speeds[setting], speeds[0]),
+                "against_best": by_round(speeds[setting], speeds[best]),
                 "tokens_per_verify": count / verifies if verifies else 0.0,
                 "accepted": [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)],
                 "spread": [min(speeds[setting]), max(speeds[setting])],
