@@ -39,18 +39,18 @@ _PER_CYCLE = {
 }
 _ROW_SHARE, _ROWS4_SHARE, _STORED_SHARE = 0.5, 0.65, 0.6
 _ENGINE_US = {
-    "step": 38.9,
-    "layer": 48.4,
-    "layer4": 83.1,
-    "streamed": 221,
-    "streamed4": 310,
-    "drafting": 39.6,
-    "draft": 52.9,
-    "logits": 0.727,
-    "row": 4.93,
-    "arrival": 400,
+    "step": 56.7,
+    "layer": 49.7,
+    "layer4": 79.1,
+    "streamed": 250,
+    "streamed4": 250,
+    "drafting": 41.8,
+    "draft": 58.5,
+    "logits": 1.41,
+    "row": 5.39,
+    "arrival": 322,
 }
-_BESIDE = {"reads": 1.0, "kernels": 0.94}
+_BESIDE = {"reads": 0.96, "kernels": 0.99}
 _CACHE_BYTES = 2 << 20
 # Bytes per second a thread draws, and all of them together at most.
 _THREAD_BYTES_PER_S, _MOST_BYTES_PER_S = 8e9, 50e9

@@ -249,6 +249,7 @@ class AdaptivePolicy:
         self._first = False  # whether the next step is the first of an answer
         # What was not looked at yet: steps, and where answers begin.
         self._news: list[_Step | None] = []
+        self._speeds = [0.0] * (limit + 1)  # expected of every width, as of the latest decision
         self._chosen: int | None = None  # what the coming steps go by
         self._was_cold = False
 
@@ -305,6 +306,7 @@ class AdaptivePolicy:
 
     def _decide(self, cold: bool) -> int:
         """The width of the coming steps. Plans a probe before them when one is due."""
+        self._speeds = [self._speed(count) for count in range(self._limit + 1)]
         self._settle()
         if self._rested > self.REST and (self._first or not self._short):
             self._plan.extend(self._probe(cold))
@@ -337,10 +339,9 @@ class AdaptivePolicy:
         # One that is longer than usual already may go on for as long again.
         left = tokens - self._said if self._said < tokens else self._said
         costs = []
-        for count in range(self._limit + 1):
-            speed = self._speed(count)
+        for count, speed in enumerate(self._speeds):
             costs.append(self._starts.extra(count) + left / speed if speed else math.inf)
-        return min(range(self._limit + 1), key=lambda count: (costs[count], count))
+        return costs.index(min(costs))
 
     def expected_tokens(self, count: int) -> float:
         """Tokens a step with `count` drafts is expected to gain."""
@@ -381,13 +382,14 @@ class AdaptivePolicy:
         return used * tokens / max(seconds, 1e-9)
 
     def _settle(self) -> None:
-        best = max(range(self._limit + 1), key=lambda count: (self._speed(count), -count))
-        if self._speed(best) > self.ADVANTAGE * self._speed(self._current):
-            self._current = best
+        fastest = max(self._speeds)
+        if fastest > self.ADVANTAGE * self._speeds[self._current]:
+            self._current = self._speeds.index(fastest)
 
     def _probe(self, cold: bool) -> list[int]:
         """Steps of the width that was not used for longest and may be now; none are due often."""
-        speed = self._speed(self._current)
+        speed = self._speeds[self._current]
+        started = self._starts.extra(self._kept_to(cold)) if cold else 0.0
         steps = self.PROBE + (not self._current)  # the first one starts the blocks
         share = self.PROBE_SHARE * (self.EARLY_SHARE if self._steps < self.EARLY else 1)
         others = [k for k in range(self._limit + 1) if k != self._current]
@@ -400,7 +402,8 @@ class AdaptivePolicy:
             loss = steps * max(0.0, seconds - self.expected_tokens(width) / speed)
             loss += steps * self._building[width]
             if cold or not self._current:
-                loss += self._starts.extra(width)
+                # Where the answer starts, whatever is drafted starts the blocks, too.
+                loss += max(0.0, self._starts.extra(width) - started)
             if loss <= share / self._limit * (self._spent - self._spent_before[width]):
                 return [width] * steps
         return []

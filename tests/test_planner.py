@@ -308,7 +308,8 @@ def test_a_step_that_drafts_costs_once_and_each_draft_a_pass_of_four_rows() -> N
 
 
 def test_reading_ahead_hides_no_more_than_there_is_time_for() -> None:
-    """Faster than flash alone never, and slower than reading and computing in turn never."""
+    """Faster than flash alone never, and slower than computing and reading in turn never, reading
+    as slow as it is beside computing."""
     for gib in (7, 8, 12, 24, 48, 96, 150):
         for rate in (1e8, 1e9, 3e9, 1e10, 1e11):
             device = changed(WORKSTATION, reads=(ReadRate(1 << 20, rate),))
@@ -319,7 +320,8 @@ def test_reading_ahead_hides_no_more_than_there_is_time_for() -> None:
             for found, best in zip(made.forecast.decodes, whole.decodes, strict=True):
                 flash = found.flash_bytes_per_token * found.tokens_per_step / rate
                 assert found.cost.seconds >= 0.99 * max(flash, 0.9 * best.cost.seconds)
-                assert found.cost.seconds <= 1.1 * (flash + best.cost.seconds) + found.cost.host
+                in_turn = flash / device.beside.reads + best.cost.seconds
+                assert found.cost.seconds <= 1.1 * in_turn + found.cost.host
 
 
 def test_a_resident_model_is_bound_by_its_bytes_in_memory() -> None:
