@@ -308,11 +308,12 @@ class AdaptivePolicy:
         """The width of the coming steps. Plans a probe before them when one is due."""
         self._speeds = [self._speed(count) for count in range(self._limit + 1)]
         self._settle()
+        kept = self._kept_to(cold)
         if self._rested > self.REST and (self._first or not self._short):
-            self._plan.extend(self._probe(cold))
+            self._plan.extend(self._probe(cold, kept))
             if self._plan:
                 self._rested = 0
-        return self._kept_to(cold)
+        return kept
 
     def _kept_to(self, cold: bool) -> int:
         """The width of steps that are no probe."""
@@ -386,10 +387,11 @@ class AdaptivePolicy:
         if fastest > self.ADVANTAGE * self._speeds[self._current]:
             self._current = self._speeds.index(fastest)
 
-    def _probe(self, cold: bool) -> list[int]:
-        """Steps of the width that was not used for longest and may be now; none are due often."""
+    def _probe(self, cold: bool, kept: int) -> list[int]:
+        """Steps of the width that was not used for longest and may be now, in place of `kept`; none
+        are due often."""
         speed = self._speeds[self._current]
-        started = self._starts.extra(self._kept_to(cold)) if cold else 0.0
+        started = self._starts.extra(kept) if cold else 0.0
         steps = self.PROBE + (not self._current)  # the first one starts the blocks
         share = self.PROBE_SHARE * (self.EARLY_SHARE if self._steps < self.EARLY else 1)
         others = [k for k in range(self._limit + 1) if k != self._current]
