@@ -10,9 +10,9 @@ most products of a pass are theirs.
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -160,34 +160,17 @@ class Products:
     def beside(self, work: Callable[[], Found]) -> tuple[Found, float]:
         """Compute again and again until `work`, in a thread of its own, is done: what it returns,
         and multiply-adds per second meanwhile. Raises what it raises."""
-        found: list[Found] = []
-        errors: list[BaseException] = []
-        over = threading.Event()
-
-        def run() -> None:
-            try:
-                found.append(work())
-            except BaseException as error:
-                errors.append(error)
-            finally:
-                over.set()
-
         self._graphs[0].compute()  # starts threads
-        thread = threading.Thread(target=run)
-        began = last = time.perf_counter()
-        thread.start()
-        try:
+        with ThreadPoolExecutor(1) as other:
+            began = last = time.perf_counter()
+            future = other.submit(work)
             done = computed = 0
-            while not (done and over.is_set()):
+            while not (done and future.done()):
                 self._graphs[computed % len(self._graphs)].compute()
                 computed += 1
-                if not (done and over.is_set()):
+                if not (done and future.done()):
                     last, done = time.perf_counter(), computed
-        finally:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return found[0], done * self._macs / max(last - began, 1e-9)
+        return future.result(), done * self._macs / max(last - began, 1e-9)
 
     def close(self) -> None:
         """Free everything. Twice is harmless."""
