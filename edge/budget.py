@@ -410,6 +410,11 @@ def graph_bytes(
     return kept + host + _scratch_bytes(config, context, chunk, streamed, kv_type)
 
 
+def _most_slots(rows: int) -> int:
+    """Slots of a ring for `rows` rows, in the format that takes most."""
+    return ring_slots(rows, "f32")
+
+
 def _mtp_fill_bytes(config: MimoConfig) -> int:
     """A pass that starts all MTP blocks, where it counts as small."""
     rows = min(FILL_ROWS, config.sliding_window)
@@ -417,7 +422,7 @@ def _mtp_fill_bytes(config: MimoConfig) -> int:
     if not config.num_mtp_layers or inputs > _LARGE_INPUT_BYTES:
         return 0
     nodes = 2 * config.num_mtp_layers * _BLOCK_NODES
-    return inputs + 32 * rows + 2 * round_up(config.sliding_window, 16) + _NODE_BYTES * nodes
+    return inputs + 32 * rows + 2 * _most_slots(config.sliding_window) + _NODE_BYTES * nodes
 
 
 def _pass_bytes(
@@ -426,7 +431,7 @@ def _pass_bytes(
     """Inputs and descriptions of one pass (the carry of one that is cut at routers included), with
     `apart` more tensors in a block for rows computed apart."""
     width, chosen = config.hidden_size, config.num_experts_per_tok
-    slots = round_up(config.sliding_window + MAX_DRAFT, 16)
+    slots = _most_slots(config.sliding_window + MAX_DRAFT)
     ring = slots + tokens if any(config.hybrid_layer_pattern) else 0
     carried = bool(config.n_routed_experts) and (streamed or tokens > _SMALL_TOKENS)
     # embedding, and a hidden row for an MTP pass, which has no carry
@@ -458,7 +463,7 @@ def _scratch_bytes(
     qkv = heads * c.head_dim + groups * (c.head_dim + c.v_head_dim)
     attention = 3 * width + 2 * qkv + heads * c.v_head_dim
     feed = 4 * width + 3 * c.intermediate_size
-    ring = round_up(c.sliding_window + MAX_DRAFT, 16) + t if any(c.hybrid_layer_pattern) else 0
+    ring = _most_slots(c.sliding_window + MAX_DRAFT) + t if any(c.hybrid_layer_pattern) else 0
     # cast, and concatenated with the ring
     row = KV_FORMATS[ring_type(kv_type)].row_bytes(groups, c.head_dim + c.v_head_dim)
     rows = 0
