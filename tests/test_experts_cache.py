@@ -223,7 +223,7 @@ def test_large_matrices_are_read_in_parts(
 ) -> None:
     """By all lanes, aligned or not; a part that fails is the expert's error, and a wrong guess is
     given up between two parts of a matrix."""
-    monkeypatch.setattr(reader_module, "_PART_BYTES", 10_000)
+    monkeypatch.setattr(reader_module, "PART_BYTES", 10_000)
     monkeypatch.setattr(reader_module, "_PART_UNIT", 4096)
     monkeypatch.setattr(reader_module, "COALESCE_BYTES", 0)
     assert [part_bytes(n) for n in (9_999, 10_000, 10_001, 40_960)] == [9_999, 10_000, 8192, 8192]

@@ -26,7 +26,6 @@ from pathlib import Path
 from tables import Deadline, Rows, add_minutes, command, markdown, write_section
 
 from mimo_edge.bench.cases import Case, Kind, Settings
-from mimo_edge.bench.flash_rate import BLOCK_BYTES
 from mimo_edge.bench.forecasts import Forecasts
 from mimo_edge.bench.random_model import scaled_config, tiny_config, write_model
 from mimo_edge.bench.results import Row
@@ -36,6 +35,7 @@ from mimo_edge.bundle import Bundle
 from mimo_edge.devices.probe import probe
 from mimo_edge.devices.profile import DeviceProfile, ReadRate, load_profile
 from mimo_edge.errors import BackendError, UsageError
+from mimo_edge.experts.reader import PART_BYTES
 from mimo_edge.export.pipeline import export_bundle
 from mimo_edge.nano.commands import checkpoint_dir
 from mimo_edge.units import format_bytes
@@ -194,7 +194,7 @@ class Bed:
         rates = [run.get("flash_bytes_per_s") for run in row.runs]
         if self._probe_rate or not rates or not rates[0]:
             return self.device
-        share = rates[0] / self.device.read_rate(BLOCK_BYTES)
+        share = rates[0] / self.device.read_rate(PART_BYTES)
         reads = tuple(ReadRate(r.block_bytes, share * r.bytes_per_s) for r in self.device.reads)
         return replace(self.device, reads=reads)
 

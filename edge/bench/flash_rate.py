@@ -14,15 +14,13 @@ from itertools import cycle
 from mimo_edge import machine
 from mimo_edge.bundle import Bundle
 from mimo_edge.errors import DeviceError, UsageError
-from mimo_edge.experts.reader import DEFAULT_LANES
+from mimo_edge.experts.reader import DEFAULT_LANES, PART_BYTES
 from mimo_edge.experts.table import ExpertTable
 from mimo_edge.flash_file import FlashFile
 from mimo_edge.units import format_bytes, round_up
 
 _MAX_S = 1.0
 _TRIES = 3
-# As large as the parts of large experts are at most (experts/reader.py).
-BLOCK_BYTES = 1 << 20
 _UNIT = 65536  # the largest alignment that direct reads ask for
 _HUGE = 2 << 20
 # Larger than the last caches of servers.
@@ -98,15 +96,15 @@ def flash_rate(model: str, *, lanes: int = DEFAULT_LANES, max_s: float = _MAX_S)
         (files[stack.file], at // _UNIT * _UNIT)
         for stack in stacks
         for expert in range(table.experts)
-        if (at := stack.offset + expert * stack.nbytes) // _UNIT * _UNIT + BLOCK_BYTES
+        if (at := stack.offset + expert * stack.nbytes) // _UNIT * _UNIT + PART_BYTES
         <= files[stack.file].size
     ]
     try:
         if not places:
             return 0.0
-        with Targets(_target_bytes(lanes * BLOCK_BYTES)) as into:
+        with Targets(_target_bytes(lanes * PART_BYTES)) as into:
             return max(
-                measure_reads(places, BLOCK_BYTES, lanes, into, max_s / _TRIES)
+                measure_reads(places, PART_BYTES, lanes, into, max_s / _TRIES)
                 for _ in range(_TRIES)
             )
     finally:

@@ -48,7 +48,7 @@ DEFAULT_LANES = 4
 COALESCE_BYTES = 1 << 20
 # A part has at most so many bytes, and begins on a multiple of a unit in its matrix that no
 # alignment of direct reads exceeds.
-_PART_BYTES, _PART_UNIT = 1 << 20, 64 << 10
+PART_BYTES, _PART_UNIT = 1 << 20, 64 << 10
 # How long closing waits for reads that are running; a disk that hangs must not hang the program.
 _CLOSE_WAIT_S = 1.0
 # Reads of a file that is another one each time.
@@ -59,7 +59,7 @@ Done = Callable[["ExpertRead", MimoEdgeError | None], None]
 
 def part_bytes(nbytes: int) -> int:
     """Bytes of the parts, but the last, in which a matrix of `nbytes` is read."""
-    count = -(-nbytes // _PART_BYTES)
+    count = -(-nbytes // PART_BYTES)
     return nbytes if count == 1 else round_up(-(-nbytes // count), _PART_UNIT)
 
 
