@@ -22,6 +22,7 @@ from arm import suite
 from arm.checks import Check, Progress, digest, run_checks
 from arm.compare import CPUS, WIDE, answer_check, bundle, comparisons, session_checks
 from arm.environment import make_environment
+from arm.main_job import main_job_check
 from arm.paths import REPOSITORY, WORK, check_programs
 from arm.try_kit import try_kit
 from arm.wheels import full_wheel
@@ -81,6 +82,7 @@ def all_checks(python: Path, full: Path, quick: bool, only: list[str] | None) ->
         yield answer_check(python, exact, cpu, at_f32, state)
         yield answer_check(python, int4, cpu, at_int4, state)
     for cpu in whole:
+        yield main_job_check(python, cpu, state)
         yield from session_checks(python, exact, int4, cpu, state)
     for small in suite.SMALL_SYSTEMS[: 1 if quick else None]:
         yield from suite.suite_checks(python, compared[0], suite.ON_SMALL_SYSTEM, small)
