@@ -186,7 +186,8 @@ def test_slots_go_while_the_cgroup_shrinks_and_come_back_when_it_grows(
 ) -> None:
     """The kernel takes memory away from a process that answers: it is not killed, every answer is
     the one of a resident model, and it uses memory again once there is some."""
-    ram = 230 * MIB  # room for about half of the experts
+    # Room for about half of the experts; an emulator's own memory counts in the cgroup, too.
+    ram = (330 if "QEMU_CPU" in os.environ else 230) * MIB
     with Bundle.open(large) as files:
         slot = plan(files.config, files.tensors, 256, ram).slot_bytes
     assert bound(group, ram)

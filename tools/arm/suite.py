@@ -41,7 +41,6 @@ DESELECTED = {
     f"{_HARD}[Q8_0]": "the same",
     "test_ggml_backend.py::test_same_numbers_as_llama_cpp_on_the_same_file": "llama-cpp-python",
     "test_ggml_backend.py::test_mtp_block_0_gives_llama_cpps_numbers": "llama-cpp-python",
-    "test_governor_runtime.py::test_slots_go_while_the_cgroup_shrinks": "the emulator counts, too",
     "test_ggml_graph.py::test_regions_cost_nothing_until_touched": "the emulator's own page tables",
 }
 
