@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from arm.checks import Check, Outcome, digest
@@ -39,6 +40,7 @@ class Comparison:
     kv_type: str
     draft: int
     equal_in: str
+    form: str = "gguf"  # of the bundle; the runtime answers from "onnx" by ONNX Runtime
 
 
 def comparisons(at_f32: int, at_int4: int) -> tuple[Comparison, Comparison]:
@@ -50,30 +52,45 @@ def comparisons(at_f32: int, at_int4: int) -> tuple[Comparison, Comparison]:
     )
 
 
-def bundle(recipe: str) -> Path:
-    """mimo-nano exported on this machine with `recipe`."""
-    path = WORK / f"nano-{recipe}"
-    export_bundle("mimo-nano", path, recipe=recipe, overwrite=True)
+def by_onnx_runtime(at_int4: int) -> Comparison:
+    """The same at int4 on the other backend, whose cache is f32."""
+    return Comparison("q4_k", at_int4, "f32", 3, "exact", "onnx")
+
+
+def bundle(recipe: str, form: str = "gguf") -> Path:
+    """mimo-nano exported on this machine with `recipe`, in one form."""
+    path = WORK / (f"nano-{recipe}" if form == "gguf" else f"nano-{recipe}-{form}")
+    export_bundle("mimo-nano", path, recipe=recipe, formats=(form,), overwrite=True)
     return path
 
 
-def answer_check(python: Path, model: Path, cpu: str, wanted: Comparison, state: bytes) -> Check:
-    """The answers of `model` under `cpu` against those of this machine."""
-    name = f"{wanted.commands} commands at {wanted.recipe}"
-    run_it = functools.partial(_compare, python, model, cpu, wanted)
+def answer_check(
+    python: Path,
+    model: Path,
+    cpu: str,
+    wanted: Comparison,
+    state: bytes,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> Check:
+    """The answers of `model` under `cpu` against those of this machine. `settings` are more of the
+    emulated Python's variables."""
+    form = "" if wanted.form == "gguf" else f" as {wanted.form}"
+    name = f"{wanted.commands} commands at {wanted.recipe}{form}"
+    run_it = functools.partial(_compare, python, model, wanted, {"QEMU_CPU": cpu, **settings})
     return Check(cpu, name, digest(state, (_SCRIPTS / "answers.py").read_bytes()), run_it)
 
 
-def _compare(python: Path, model: Path, cpu: str, wanted: Comparison) -> Outcome:
+def _compare(python: Path, model: Path, wanted: Comparison, env: dict[str, str]) -> Outcome:
+    cpu = env["QEMU_CPU"]
     want = _answers_here(model, wanted)
-    about, *found = _answers(python, model, wanted, {"QEMU_CPU": cpu})
+    about, *found = _answers(python, model, wanted, env)
     same = [a[wanted.equal_in] == b[wanted.equal_in] for a, b in zip(want, found, strict=True)]
     equal = sum(a["tokens"] == b["tokens"] for a, b in zip(want, found, strict=True))
     right = sum(bool(answer["exact"]) for answer in found)
     variant = about["variant"]
     told = (
         f"{wanted.equal_in} equal in {sum(same)}, whole answers equal in {equal}, {right} exactly "
-        f"right, computed by {variant} ({', '.join(about['features'])})"
+        f"right, libggml {variant} ({', '.join(about['features'])})"
     )
     passed = all(same) and len(same) == wanted.commands
     return Outcome(passed and variant == VARIANTS.get(cpu, variant), told)

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from arm import libggml
+from arm.emulator import newer_emulator
 from arm.paths import WORK, fresh, is_made, run
 from arm.root import interpreter, make_root
 from arm.wheel import unpack
 from arm.wheels import full_wheel, libggml_wheel
 
 ENVIRONMENT = WORK / "env"
-# What the tests import that has wheels for aarch64; torch, onnxruntime and llama-cpp-python
-# are left out: docs/arm.md says what that leaves untested.
+# What the tests import that has wheels for aarch64; torch and llama-cpp-python are left out:
+# docs/arm.md says what that leaves untested.
 PACKAGES = (
     "numpy", "jinja2", "llguidance", "tokenizers", "sentencepiece", "gguf", "typer", "pillow",
     "pytest", "hypothesis", "starlette", "uvicorn", "httpx", "openai",
 )  # fmt: skip
+# With what these need beyond PACKAGES. They lie apart: the runtime must do without them.
+ONNX = ("onnx", "onnxruntime", "ml-dtypes", "protobuf", "flatbuffers")
 _PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in (34, 31, 28, 27, 17)]
 
 
@@ -32,16 +36,12 @@ def make_environment(full: Path) -> Path:
     make_root()
     version = interpreter().name.removeprefix("python")
     site = ENVIRONMENT / "lib" / f"python{version}" / "site-packages"
-    constraints = run([sys.executable, "-m", "pip", "freeze", "--exclude-editable"], capture=True)
+    constraints = _constraints()
     key = f"{version} {PACKAGES} {constraints}"
     if not is_made(ENVIRONMENT / ".made", key):
         fresh(ENVIRONMENT)
         site.mkdir(parents=True)
-        pinned = ENVIRONMENT / "constraints.txt"
-        pinned.write_text(
-            "".join(f"{line}\n" for line in constraints.splitlines() if "==" in line), "utf-8"
-        )
-        install(PACKAGES, site, version, ["--constraint", str(pinned)])
+        install(PACKAGES, site, version, constraints)
         _link_interpreter()
         (ENVIRONMENT / ".made").write_text(key, "utf-8")
     for old in site.glob("mimo_edge*"):
@@ -51,10 +51,36 @@ def make_environment(full: Path) -> Path:
     return ENVIRONMENT / "bin" / "python"
 
 
-def install(packages: tuple[str, ...], site: Path, version: str, more: list[str]) -> None:
-    """Unpack the wheels of `packages` for aarch64 and what they require into `site`."""
+def with_onnx() -> dict[str, str]:
+    """Variables with which that environment's Python has ONNX and ONNX Runtime."""
+    return {"PYTHONPATH": str(_make_onnx()), "MIMO_ARM_QEMU": newer_emulator()}
+
+
+def _make_onnx() -> Path:
+    version = interpreter().name.removeprefix("python")
+    folder, constraints = WORK / "onnx", _constraints()
+    key = f"{version} {ONNX} {constraints}"
+    if not is_made(folder / ".made", key):
+        install(ONNX, fresh(folder), version, constraints, "--no-deps")
+        (folder / ".made").write_text(key, "utf-8")
+    return folder
+
+
+def _constraints() -> str:
+    """The releases installed here, as pip's constraints."""
+    told = run([sys.executable, "-m", "pip", "freeze", "--exclude-editable"], capture=True)
+    return "".join(f"{line}\n" for line in told.splitlines() if "==" in line)
+
+
+def install(
+    packages: Sequence[str], site: Path, version: str, constraints: str, *options: str
+) -> None:
+    """Unpack the wheels of `packages` for aarch64, and what they require, into `site`."""
+    pinned = site.with_name(f"{site.name}-constraints.txt")
+    pinned.write_text(constraints, "utf-8")
     run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--target", site, *more]
+        [sys.executable, "-m", "pip", "install", "--quiet", "--target", site, *options]
+        + ["--constraint", pinned]
         + ["--only-binary", ":all:", "--implementation", "cp", "--python-version", version]
         + [word for platform in _PLATFORMS for word in ("--platform", platform)]
         + list(packages)

@@ -22,16 +22,21 @@ SMALL_SYSTEMS = (
     {"QEMU_PAGESIZE": "16384", "QEMU_RESERVED_VA": hex(1 << 39)},
 )
 ON_SMALL_SYSTEM = ("test_limits", "test_kv_cache", "test_runtime_alone")
+# What needs onnxruntime, and with it another emulator (emulator.py).
+ON_ONNX = (
+    "test_export_onnx", "test_npu_backend", "test_npu_isolated", "test_npu_provider",
+    "test_npu_qdq", "test_npu_stage", "test_onnx_backend", "test_onnx_experts",
+    "test_onnx_memory", "test_onnx_nano", "test_quant_npu",
+)  # fmt: skip
 _NOTHING_LEFT = 5  # how pytest ends when every test of a file is left out
 # Files that cannot run, or say nothing of the processor there, and why.
 EXCLUDED = {
     "test_bench": "memory caps need the host's cgroups",
     "test_cli_page": "help texts, the same everywhere",
-    "test_export_onnx": "needs onnx and onnxruntime: docs/arm.md",
-    "test_onnx_backend": "needs onnx and onnxruntime: docs/arm.md",
     "test_oracle_llamacpp": "needs llama-cpp-python",
     "test_oracle_transformers": "needs torch",
     "test_packaging": "looks at the source tree, not at the wheel",
+    "test_qnn_sim": "Qualcomm's emulator is a program for x86-64",
 }
 # Tests that say nothing of the processor there, or need what is not there, and why.
 _HARD = "test_quant_formats.py::test_bytes_equal_ggml_on_hard_cases"
@@ -58,14 +63,15 @@ def suite_checks(
     cpu: str,
     files: Sequence[str],
     settings: Mapping[str, str] = MappingProxyType({}),
+    system: str = "",
 ) -> Iterator[Check]:
     """A check for every test file in `files` on the processor `cpu`. `settings` are more of the
-    emulator's."""
+    emulated Python's variables, `system` says what they make of it."""
     shared = shared_state(python)
     for name in files:
         state = digest(shared, (REPOSITORY / "tests" / f"{name}.py").read_bytes())
         run = functools.partial(_run_file, python, name, {"QEMU_CPU": cpu, **settings})
-        yield Check(" ".join([cpu, *settings.values()]), name, state, run)
+        yield Check(f"{cpu} {system}".rstrip(), name, state, run)
 
 
 def _run_file(python: Path, name: str, settings: Mapping[str, str]) -> Outcome:
@@ -101,4 +107,4 @@ def shared_state(python: Path) -> bytes:
 def all_files() -> list[str]:
     """Every test file that runs under the emulator; what most depends on it comes first."""
     found = [path.stem for path in sorted((REPOSITORY / "tests").glob("test_*.py"))]
-    return [*QUICK, *(name for name in found if name not in (*QUICK, *EXCLUDED))]
+    return [*QUICK, *(name for name in found if name not in (*QUICK, *ON_ONNX, *EXCLUDED))]

@@ -15,19 +15,28 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from arm import suite
 from arm.checks import Check, Progress, digest, run_checks
-from arm.compare import CPUS, WIDE, answer_check, bundle, comparisons, session_checks
-from arm.environment import make_environment
+from arm.compare import (
+    CPUS,
+    WIDE,
+    answer_check,
+    bundle,
+    by_onnx_runtime,
+    comparisons,
+    session_checks,
+)
+from arm.environment import make_environment, with_onnx
 from arm.main_job import main_job_check
 from arm.paths import REPOSITORY, WORK, check_programs
 from arm.try_kit import try_kit
 from arm.wheels import full_wheel
 
 _QUICK_COMMANDS, _WIDE_COMMANDS, _ALL_COMMANDS = (2, 4), (1, 1), (12, 60)  # at f32, at int4
+_QUICK_BY_ONNX, _ALL_BY_ONNX = 2, 12
 # SVE is emulated several times slower than NEON: too slowly for the quick part.
 _QUICK_CPUS = CPUS[:2]
 _UNFINISHED = 3
@@ -42,6 +51,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="begin no check after so many")
     parser.add_argument("--afresh", action="store_true", help="also what passed before")
     parser.add_argument("--qemu", help="another emulator than qemu-aarch64-static (docs/arm.md)")
+    parser.add_argument("--no-onnx", action="store_true", help="nothing of ONNX Runtime")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     wanted = parser.parse_args()
     check_programs()
@@ -57,7 +67,7 @@ def main() -> None:
         progress_file.unlink(missing_ok=True)
     chosen = [
         check
-        for check in all_checks(python, full, wanted.quick, wanted.cpu)
+        for check in all_checks(python, full, wanted.quick, wanted.cpu, not wanted.no_onnx)
         if not wanted.only or any(word in check.name for word in wanted.only)
     ]
     left_s = None if wanted.minutes is None else began + wanted.minutes * 60 - time.monotonic()
@@ -67,7 +77,9 @@ def main() -> None:
     sys.exit(1 if result.failed else _UNFINISHED if result.left else 0)
 
 
-def all_checks(python: Path, full: Path, quick: bool, only: list[str] | None) -> Iterator[Check]:
+def all_checks(
+    python: Path, full: Path, quick: bool, only: list[str] | None, onnx: bool
+) -> Iterator[Check]:
     """What is to be checked, what takes long first."""
     exact, int4 = bundle("f32"), bundle("q4_k")
     state = suite.shared_state(python)
@@ -84,10 +96,23 @@ def all_checks(python: Path, full: Path, quick: bool, only: list[str] | None) ->
     for cpu in whole:
         yield main_job_check(python, cpu, state)
         yield from session_checks(python, exact, int4, cpu, state)
+    if onnx:
+        yield from _onnx_checks(python, whole, quick, state)
     for small in suite.SMALL_SYSTEMS[: 1 if quick else None]:
-        yield from suite.suite_checks(python, compared[0], suite.ON_SMALL_SYSTEM, small)
+        system = " ".join(small.values())
+        yield from suite.suite_checks(python, compared[0], suite.ON_SMALL_SYSTEM, small, system)
     for cpu in whole:
         yield from suite.suite_checks(python, cpu, suite.QUICK if quick else suite.all_files())
+
+
+def _onnx_checks(python: Path, cpus: Sequence[str], quick: bool, state: bytes) -> Iterator[Check]:
+    """The other backend, on ONNX Runtime."""
+    model, settings = bundle("q4_k", "onnx"), with_onnx()
+    wanted = by_onnx_runtime(_QUICK_BY_ONNX if quick else _ALL_BY_ONNX)
+    for cpu in cpus:
+        yield answer_check(python, model, cpu, wanted, state, settings)
+        if not quick:
+            yield from suite.suite_checks(python, cpu, suite.ON_ONNX, settings, "ONNX Runtime")
 
 
 def _kit_sources() -> list[Path]:
