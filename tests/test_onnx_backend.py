@@ -296,12 +296,12 @@ with onnx_backend(sys.argv[1]) as backend:
         feed[io.name] = np.zeros(shape, io.dtype)
     session.run(None, feed)
 """
-    folder = str(Path(__file__).parent)
+    folders = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
     done = subprocess.run(
         [sys.executable, "-c", code, str(flash[0])],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": folder},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))},
     )
     assert done.returncode == 0, done.stderr
     passes, _, copying = done.stderr.partition("loaded")[2].partition("done")
