@@ -57,21 +57,18 @@ def outcome(
     does not end is killed with all it started: an emulator may hang. Raises ProgramError then.
     """
     words = [str(word) for word in command]
-    process = subprocess.Popen(
+    process = started(
         words,
-        cwd=cwd,
-        env=None if env is None else {**os.environ, **env},
+        cwd,
+        env,
         stdin=subprocess.DEVNULL,
         stdout=None if errors is False else subprocess.PIPE,
         stderr=subprocess.STDOUT if errors else None,
-        text=True,
-        start_new_session=True,
     )
-    _running.add(process)
     try:
         told, _ = process.communicate(timeout=timeout_s)
     except BaseException as error:
-        _kill(process)
+        kill(process)
         told, _ = process.communicate()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
@@ -79,17 +76,46 @@ def outcome(
             f"{told or ''}{words[0]} did not end within {timeout_s:.0f} s: {' '.join(words)}"
         ) from None
     finally:
-        _running.discard(process)
+        forget(process)
     return process.returncode, told or ""
+
+
+def forget(process: subprocess.Popen[str]) -> None:
+    """It has ended: its number may be another's."""
+    _running.discard(process)
+
+
+def started(
+    words: Sequence[str],
+    cwd: Path | None,
+    env: Mapping[str, str] | None,
+    stdin: int,
+    stdout: int | None,
+    stderr: int | None = None,
+) -> subprocess.Popen[str]:
+    """A program that `kill_running` ends until `forget` is called. `env` is added to our own."""
+    process = subprocess.Popen(
+        words,
+        cwd=cwd,
+        env=None if env is None else {**os.environ, **env},
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    )
+    _running.add(process)
+    return process
 
 
 def kill_running() -> None:
     """End the programs that other threads wait for, with all they started."""
     for process in list(_running):
-        _kill(process)
+        kill(process)
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a program with all it started."""
     with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
         os.killpg(process.pid, signal.SIGKILL)
 

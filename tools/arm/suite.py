@@ -8,7 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from arm.checks import Check, Outcome, digest
-from arm.paths import REPOSITORY, WORK, outcome
+from arm.forks import Forks
+from arm.paths import REPOSITORY, WORK
 
 # The quick part: what most depends on the processor, the C library or the kernel.
 QUICK = (
@@ -31,6 +32,7 @@ ON_ONNX = (
 _NOTHING_LEFT = 5  # how pytest ends when every test of a file is left out
 # Files that cannot run, or say nothing of the processor there, and why.
 EXCLUDED = {
+    "test_arm_forks": "checks what runs these checks",
     "test_bench": "memory caps need the host's cgroups",
     "test_cli_page": "help texts, the same everywhere",
     "test_onnx_memory": "an emulator's own memory is more than its cap",
@@ -51,50 +53,65 @@ DESELECTED = {
 }
 
 
-def command_line(python: Path, files: Sequence[str]) -> list[str]:
-    """pytest on these files, without what is slow or needs torch."""
-    tests = [str(REPOSITORY / "tests" / f"{name}.py") for name in files]
-    return [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider",
-            "-m", "not slow and not oracle", *tests,
-            *(f"--deselect=tests/{name}" for name in DESELECTED)]  # fmt: skip
+class Suite:
+    """Checks of test files with the emulated `python`, until `close`."""
+
+    def __init__(self, python: Path) -> None:
+        self.python = python
+        self.state = _shared_state(python)  # what all checks depend on
+        self._forks = Forks(python)
+
+    def checks(
+        self,
+        cpu: str,
+        files: Sequence[str],
+        settings: Mapping[str, str] = MappingProxyType({}),
+        system: str = "",
+    ) -> Iterator[Check]:
+        """A check for every test file in `files` on the processor `cpu`. `settings` are more of
+        the emulated Python's variables, `system` says what they make of it."""
+        for name in files:
+            state = digest(self.state, (REPOSITORY / "tests" / f"{name}.py").read_bytes())
+            run = functools.partial(self._run_file, name, {"QEMU_CPU": cpu, **settings})
+            yield Check(f"{cpu} {system}".rstrip(), name, state, run)
+
+    def close(self) -> None:
+        """End the Pythons that wait for more."""
+        self._forks.close()
+
+    def _run_file(self, name: str, settings: Mapping[str, str]) -> Outcome:
+        """pytest's verdict on a file; what it said is printed when anything failed."""
+        env = {
+            "PYTHONPYCACHEPREFIX": str(WORK / "pycache"),
+            "GGML_NO_BACKTRACE": "1",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            **settings,
+        }
+        code, told = self._forks.pytest(_pytest_words(name), env)
+        if code == _NOTHING_LEFT:
+            return Outcome(True, "nothing in it runs there")
+        if code:
+            print(told, flush=True)
+        last = told.strip().rpartition("\n")[2].strip("= ")
+        return Outcome(not code, last or f"pytest ended with {code}")
 
 
-def suite_checks(
-    python: Path,
-    cpu: str,
-    files: Sequence[str],
-    settings: Mapping[str, str] = MappingProxyType({}),
-    system: str = "",
-) -> Iterator[Check]:
-    """A check for every test file in `files` on the processor `cpu`. `settings` are more of the
-    emulated Python's variables, `system` says what they make of it."""
-    shared = shared_state(python)
-    for name in files:
-        state = digest(shared, (REPOSITORY / "tests" / f"{name}.py").read_bytes())
-        run = functools.partial(_run_file, python, name, {"QEMU_CPU": cpu, **settings})
-        yield Check(f"{cpu} {system}".rstrip(), name, state, run)
+def all_files() -> list[str]:
+    """Every test file that runs under the emulator; what most depends on it comes first."""
+    found = [path.stem for path in sorted((REPOSITORY / "tests").glob("test_*.py"))]
+    return [*QUICK, *(name for name in found if name not in (*QUICK, *ON_ONNX, *EXCLUDED))]
 
 
-def _run_file(python: Path, name: str, settings: Mapping[str, str]) -> Outcome:
-    """pytest's verdict on a file; what it said is printed when anything failed."""
-    env = {
-        "PYTHONPYCACHEPREFIX": str(WORK / "pycache"),
-        "GGML_NO_BACKTRACE": "1",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        **settings,
-    }
-    code, told = outcome(command_line(python, [name]), REPOSITORY, env)
-    if code == _NOTHING_LEFT:
-        return Outcome(True, "nothing in it runs there")
-    if code:
-        print(told, flush=True)
-    last = told.strip().rpartition("\n")[2].strip("= ")
-    return Outcome(not code, last or f"pytest ended with {code}")
+def _pytest_words(name: str) -> list[str]:
+    """pytest's arguments for a file, without what is slow or needs torch."""
+    return ["-q", "-p", "no:cacheprovider", "-m", "not slow and not oracle",
+            str(REPOSITORY / "tests" / f"{name}.py"),
+            *(f"--deselect=tests/{test}" for test in DESELECTED)]  # fmt: skip
 
 
-def shared_state(python: Path) -> bytes:
-    """What every test depends on: our installed package, libggml, and the tests' own helpers."""
+def _shared_state(python: Path) -> bytes:
+    """Our installed package, libggml, and the tests' own helpers."""
     site = python.parents[1] / "lib"
     records = sorted(site.glob("python*/site-packages/mimo_edge*.dist-info/RECORD"))
     helpers = [
@@ -103,9 +120,3 @@ def shared_state(python: Path) -> bytes:
         if path.is_file() and path.suffix != ".pyc" and not path.name.startswith("test_")
     ]
     return digest(*(path.read_bytes() for path in [*records, *helpers])).encode()
-
-
-def all_files() -> list[str]:
-    """Every test file that runs under the emulator; what most depends on it comes first."""
-    found = [path.stem for path in sorted((REPOSITORY / "tests").glob("test_*.py"))]
-    return [*QUICK, *(name for name in found if name not in (*QUICK, *ON_ONNX, *EXCLUDED))]

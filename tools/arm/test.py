@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from arm import suite
 from arm.checks import Check, Progress, digest, run_checks
 from arm.compare import (
     CPUS,
@@ -32,6 +31,7 @@ from arm.compare import (
 from arm.environment import make_environment, with_onnx
 from arm.main_job import main_job_check
 from arm.paths import REPOSITORY, WORK, check_programs
+from arm.suite import ON_ONNX, ON_SMALL_SYSTEM, QUICK, SMALL_SYSTEMS, Suite, all_files
 from arm.try_kit import try_kit
 from arm.wheels import full_wheel
 
@@ -60,29 +60,32 @@ def main() -> None:
         os.environ["MIMO_ARM_QEMU"] = str(Path(wanted.qemu).absolute())
     began = time.monotonic()
     full = full_wheel()
-    python = make_environment(full)
+    suite = Suite(make_environment(full))
     print(f"built after {time.monotonic() - began:.0f} s", flush=True)
     progress_file = WORK / "progress.jsonl"
     if wanted.afresh:
         progress_file.unlink(missing_ok=True)
     chosen = [
         check
-        for check in all_checks(python, full, wanted.quick, wanted.cpu, not wanted.no_onnx)
+        for check in all_checks(suite, full, wanted.quick, wanted.cpu, not wanted.no_onnx)
         if not wanted.only or any(word in check.name for word in wanted.only)
     ]
     left_s = None if wanted.minutes is None else began + wanted.minutes * 60 - time.monotonic()
-    result = run_checks(chosen, wanted.jobs, Progress(progress_file), left_s)
+    try:
+        result = run_checks(chosen, wanted.jobs, Progress(progress_file), left_s)
+    finally:
+        suite.close()
     print(f"{result.passed} checks passed, {result.failed} failed, {result.left} not begun "
           f"after {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
     sys.exit(1 if result.failed else _UNFINISHED if result.left else 0)
 
 
 def all_checks(
-    python: Path, full: Path, quick: bool, only: list[str] | None, onnx: bool
+    suite: Suite, full: Path, quick: bool, only: list[str] | None, onnx: bool
 ) -> Iterator[Check]:
-    """What is to be checked, what takes long first."""
+    """What is to be checked, in this order."""
     exact, int4 = bundle("f32"), bundle("q4_k")
-    state = suite.shared_state(python)
+    python, state = suite.python, suite.state
     compared = only or (_QUICK_CPUS if quick else [*CPUS, *WIDE])
     whole = compared[:1] if quick else [cpu for cpu in compared if only or cpu in CPUS]
     kit_state = digest(state, *(path.read_bytes() for path in _kit_sources()))
@@ -96,23 +99,22 @@ def all_checks(
     for cpu in whole:
         yield main_job_check(python, cpu, state)
         yield from session_checks(python, exact, int4, cpu, state)
-    if onnx:
-        yield from _onnx_checks(python, whole, quick, state)
-    for small in suite.SMALL_SYSTEMS[: 1 if quick else None]:
-        system = " ".join(small.values())
-        yield from suite.suite_checks(python, compared[0], suite.ON_SMALL_SYSTEM, small, system)
+    for small in SMALL_SYSTEMS[: 1 if quick else None]:
+        yield from suite.checks(compared[0], ON_SMALL_SYSTEM, small, " ".join(small.values()))
     for cpu in whole:
-        yield from suite.suite_checks(python, cpu, suite.QUICK if quick else suite.all_files())
+        yield from suite.checks(cpu, QUICK if quick else all_files())
+    if onnx:
+        yield from _onnx_checks(suite, whole, quick)
 
 
-def _onnx_checks(python: Path, cpus: Sequence[str], quick: bool, state: bytes) -> Iterator[Check]:
+def _onnx_checks(suite: Suite, cpus: Sequence[str], quick: bool) -> Iterator[Check]:
     """The other backend, on ONNX Runtime."""
     model, settings = bundle("q4_k", "onnx"), with_onnx()
     wanted = by_onnx_runtime(_QUICK_BY_ONNX if quick else _ALL_BY_ONNX)
     for cpu in cpus:
-        yield answer_check(python, model, cpu, wanted, state, settings)
+        yield answer_check(suite.python, model, cpu, wanted, suite.state, settings)
         if not quick:
-            yield from suite.suite_checks(python, cpu, suite.ON_ONNX, settings, "ONNX Runtime")
+            yield from suite.checks(cpu, ON_ONNX, settings, "ONNX Runtime")
 
 
 def _kit_sources() -> list[Path]:
