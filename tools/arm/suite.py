@@ -42,11 +42,8 @@ EXCLUDED = {
     "test_qnn_sim": "Qualcomm's emulator is a program for x86-64",
 }
 # Tests that say nothing of the processor there, or need what is not there, and why.
-_HARD = "test_quant_formats.py::test_bytes_equal_ggml_on_hard_cases"
 DESELECTED = {
     "test_calibrate.py::test_stock_llama_cpp_measures_the_same": "llama-cpp-python",
-    f"{_HARD}[Q4_0]": "blocks below 1e-38: their scale is 0, and C leaves open what the codes are",
-    f"{_HARD}[Q8_0]": "the same",
     "test_ggml_backend.py::test_same_numbers_as_llama_cpp_on_the_same_file": "llama-cpp-python",
     "test_ggml_backend.py::test_mtp_block_0_gives_llama_cpps_numbers": "llama-cpp-python",
     "test_ggml_graph.py::test_regions_cost_nothing_until_touched": "the emulator's own page tables",
