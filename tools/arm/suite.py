@@ -29,6 +29,11 @@ ON_ONNX = (
     "test_npu_qdq", "test_npu_stage", "test_onnx_backend", "test_onnx_experts",
     "test_onnx_nano", "test_quant_npu",
 )  # fmt: skip
+# What takes long and is arithmetic of Python alone: after all the rest.
+LAST = (
+    "test_measuring_tools", "test_planner", "test_quality_table", "test_budget",
+    "test_experts_policy", "test_overlap",
+)  # fmt: skip
 _NOTHING_LEFT = 5  # how pytest ends when every test of a file is left out
 # Files that cannot run, or say nothing of the processor there, and why.
 EXCLUDED = {
@@ -94,10 +99,12 @@ class Suite:
         return Outcome(not code, last or f"pytest ended with {code}")
 
 
-def all_files() -> list[str]:
-    """Every test file that runs under the emulator; what most depends on it comes first."""
+def all_but_last() -> list[str]:
+    """Every test file that runs under the emulator, without LAST; what most depends on it comes
+    first."""
     found = [path.stem for path in sorted((REPOSITORY / "tests").glob("test_*.py"))]
-    return [*QUICK, *(name for name in found if name not in (*QUICK, *ON_ONNX, *EXCLUDED))]
+    others = {*QUICK, *ON_ONNX, *LAST, *EXCLUDED}
+    return [*QUICK, *(name for name in found if name not in others)]
 
 
 def _pytest_words(name: str) -> list[str]:

@@ -31,7 +31,7 @@ from arm.compare import (
 from arm.environment import make_environment, with_onnx
 from arm.main_job import main_job_check
 from arm.paths import REPOSITORY, WORK, check_programs
-from arm.suite import ON_ONNX, ON_SMALL_SYSTEM, QUICK, SMALL_SYSTEMS, Suite, all_files
+from arm.suite import LAST, ON_ONNX, ON_SMALL_SYSTEM, QUICK, SMALL_SYSTEMS, Suite, all_but_last
 from arm.try_kit import try_kit
 from arm.wheels import full_wheel
 
@@ -102,9 +102,11 @@ def all_checks(
     for small in SMALL_SYSTEMS[: 1 if quick else None]:
         yield from suite.checks(compared[0], ON_SMALL_SYSTEM, small, " ".join(small.values()))
     for cpu in whole:
-        yield from suite.checks(cpu, QUICK if quick else all_files())
+        yield from suite.checks(cpu, QUICK if quick else all_but_last())
     if onnx:
         yield from _onnx_checks(suite, whole, quick)
+    for cpu in () if quick else whole:
+        yield from suite.checks(cpu, LAST)
 
 
 def _onnx_checks(suite: Suite, cpus: Sequence[str], quick: bool) -> Iterator[Check]:
