@@ -18,7 +18,7 @@ LLAMA_CPP := $(shell sed -n 's/^ *"\(llama-cpp-python==.*\)",$$/\1/p' pyproject.
 SOURCES := $(shell find edge export quant runtimes devices -name '*.py' -not -path '*/__pycache__/*')
 
 .PHONY: help setup demo test lint types unit oracle test-npu test-npu-slow test-slow test-arm \
-	test-arm-quick arm-packages arm-system device-kit clean
+	test-arm-quick arm-packages arm-system arm-onnx-emulator device-kit clean
 
 help:
 	@echo "make setup      create $(VENV) and install mimo-edge with its development tools"
@@ -101,11 +101,15 @@ arm-packages:
 arm-system: $(STAMP) arm-packages
 	PYTHONPATH=tools $(BIN)/python -m arm.root
 
+# The emulator that ONNX Runtime needs: Debian 13's where the system's is older.
+arm-onnx-emulator: arm-system
+	PYTHONPATH=tools $(BIN)/python -m arm.emulator
+
 test-arm: $(STAMP) arm-packages
-	PYTHONPATH=tools $(BIN)/python -m arm.test
+	PYTHONPATH=tools $(BIN)/python -m arm.test $(ARM_OPTIONS)
 
 test-arm-quick: $(STAMP) arm-packages
-	PYTHONPATH=tools $(BIN)/python -m arm.test --quick
+	PYTHONPATH=tools $(BIN)/python -m arm.test --quick $(ARM_OPTIONS)
 
 device-kit: $(STAMP) arm-packages
 	PYTHONPATH=tools $(BIN)/python -m arm.kit --out dist

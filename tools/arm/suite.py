@@ -14,8 +14,14 @@ from arm.paths import REPOSITORY, WORK
 # The quick part: what most depends on the processor, the C library or the kernel.
 QUICK = (
     "test_cpu_library", "test_ggml_library", "test_ggml_graph", "test_native_library",
-    "test_quant_base", "test_limits", "test_runtime_alone",
+    "test_quant_base", "test_limits", "test_runtime_alone", "test_ggml_masks", "test_row_counts",
+    "test_recent_rows", "test_kv_cache", "test_engine", "test_ggml_backend_models",
+    "test_experts_cache", "test_experts_ggml", "test_row_reader", "test_gguf_file",
+    "test_safetensors_file", "test_damaged_weights", "test_quant_formats", "test_quant_mxfp4",
+    "test_fp8", "test_checkpoint", "test_chat_template", "test_reference_golden", "test_sampling",
+    "test_fork",
 )  # fmt: skip
+QUICK_ON_ONNX = ("test_onnx_experts",)
 # 39 bits of address space and pages of 64 KiB, as some kernels for ARM give them, or of 16 KiB, as
 # newer phones have them. Emulators from QEMU 9 on know only the host's pages.
 SMALL_SYSTEMS = (

@@ -31,14 +31,21 @@ from arm.compare import (
 from arm.environment import make_environment, with_onnx
 from arm.main_job import main_job_check
 from arm.paths import REPOSITORY, WORK, check_programs
-from arm.suite import LAST, ON_ONNX, ON_SMALL_SYSTEM, QUICK, SMALL_SYSTEMS, Suite, all_but_last
+from arm.suite import (
+    LAST,
+    ON_ONNX,
+    ON_SMALL_SYSTEM,
+    QUICK,
+    QUICK_ON_ONNX,
+    SMALL_SYSTEMS,
+    Suite,
+    all_but_last,
+)
 from arm.try_kit import try_kit
 from arm.wheels import full_wheel
 
 _QUICK_COMMANDS, _WIDE_COMMANDS, _ALL_COMMANDS = (2, 4), (1, 1), (12, 60)  # at f32, at int4
 _QUICK_BY_ONNX, _ALL_BY_ONNX = 2, 12
-# SVE is emulated several times slower than NEON: too slowly for the quick part.
-_QUICK_CPUS = CPUS[:2]
 _UNFINISHED = 3
 
 
@@ -86,7 +93,7 @@ def all_checks(
     """What is to be checked, in this order."""
     exact, int4 = bundle("f32"), bundle("q4_k")
     python, state = suite.python, suite.state
-    compared = only or (_QUICK_CPUS if quick else [*CPUS, *WIDE])
+    compared = only or (CPUS if quick else [*CPUS, *WIDE])
     whole = compared[:1] if quick else [cpu for cpu in compared if only or cpu in CPUS]
     kit_state = digest(state, *(path.read_bytes() for path in _kit_sources()))
     run_kit = functools.partial(try_kit, full, int4, compared[0])
@@ -115,8 +122,8 @@ def _onnx_checks(suite: Suite, cpus: Sequence[str], quick: bool) -> Iterator[Che
     wanted = by_onnx_runtime(_QUICK_BY_ONNX if quick else _ALL_BY_ONNX)
     for cpu in cpus:
         yield answer_check(suite.python, model, cpu, wanted, suite.state, settings)
-        if not quick:
-            yield from suite.checks(cpu, ON_ONNX, settings, "ONNX Runtime")
+        files = QUICK_ON_ONNX if quick else ON_ONNX
+        yield from suite.checks(cpu, files, settings, "ONNX Runtime")
 
 
 def _kit_sources() -> list[Path]:
