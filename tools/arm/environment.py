@@ -23,7 +23,7 @@ ENVIRONMENT = WORK / "env"
 # docs/arm.md says what that leaves untested.
 PACKAGES = (
     "numpy", "jinja2", "llguidance", "tokenizers", "sentencepiece", "gguf", "typer", "pillow",
-    "pytest", "hypothesis", "starlette", "uvicorn", "httpx", "openai",
+    "pytest", "hypothesis", "jsonschema", "starlette", "uvicorn", "httpx", "openai",
 )  # fmt: skip
 # With what these need beyond PACKAGES. They lie apart: the runtime must do without them.
 ONNX = ("onnx", "onnxruntime", "ml-dtypes", "protobuf", "flatbuffers")
