@@ -176,22 +176,23 @@ def test_astream_and_its_cancellation() -> None:
         said = ""
         async for piece in session.astream("x"):
             said += piece.text
-        task = asyncio.create_task(drain(session))
-        await asyncio.sleep(0.1)
+        begun = asyncio.Event()
+        task = asyncio.create_task(drain(session, begun))
+        await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         return said
 
-    async def drain(session: Any) -> None:
+    async def drain(session: Any, begun: asyncio.Event) -> None:
         async for _ in session.astream("y", max_tokens=None):
-            pass
+            begun.set()
 
-    answers = ["<think></think>one" + END, "<think></think>" + "word " * 1500]
+    answers = ["<think></think>one" + END, "<think></think>" + "word " * 6000]
     with scripted(answers, draft=0) as (served, _), Runtime.connect(served.url) as rt:
         assert asyncio.run(main(rt)) == "one"
         served.settled()  # the server heard of it
-        assert served.runtime.stats()["tokens"] < 1500
+        assert served.runtime.stats()["tokens"] < 6000
 
 
 def test_sessions_side_by_side(served: Served) -> None:
