@@ -6,6 +6,7 @@ Releases are those of the environment this script runs in, which are the ones te
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def _make_onnx() -> Path:
     return folder
 
 
+@functools.cache
 def _constraints() -> str:
     """The releases installed here, as pip's constraints."""
     told = run([sys.executable, "-m", "pip", "freeze", "--exclude-editable"], capture=True)
