@@ -17,6 +17,7 @@ from checkpoint_factory import write_checkpoint
 from streamed import folder_in_memory, open_streamed
 
 from mimo_edge.api import Runtime
+from mimo_edge.budget import resident_bytes
 from mimo_edge.errors import MimoEdgeError
 from mimo_edge.export.pipeline import export_bundle
 
@@ -47,7 +48,9 @@ def resident(maps: list[str]) -> int:
     translates, the size of all maps that can be written, without the stacks of threads, which are
     counted by themselves."""
     if "QEMU_CPU" not in os.environ:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        found = resident_bytes()
+        assert found is not None
+        return found
     ends = [line.split()[0].split("-") for line in maps if line.split()[1].startswith("rw")]
     sizes = [int(end, 16) - int(start, 16) for start, end in ends]
     return sum(size for size in sizes if size != 8 * MIB)
