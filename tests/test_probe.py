@@ -61,6 +61,16 @@ def disk(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def only_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What computes is known at once, so that a probe is flash alone."""
+    rate = KernelRate(1e9, 1e9, 1e9, 1e9, 4 * (1e9,), 1e9)
+    known = processor.Processor({"Q4_0": 1e9}, {"Q4_0": rate}, None)
+    monkeypatch.setattr(processor, "measure_processor", lambda *_: known)
+    monkeypatch.setattr(beside, "measure_beside", lambda *_: Beside(1.0, 1.0))
+    monkeypatch.setattr(probing, "engine_cost", lambda *_: EngineCost(*10 * (1e-4,)))
+
+
 def measured(folder: Path, **arguments: Any) -> Probe:
     given = {"threads": 1, "record_bytes": RECORD, "file_bytes": FILE, "seconds": 0.1}
     return probe(folder, **{**given, **arguments})
@@ -95,6 +105,7 @@ def test_what_is_measured_becomes_a_profile(disk: Path, tmp_path: Path) -> None:
     assert load_profile(path).to_dict()["figures"] == profile.to_dict()["figures"]
 
 
+@pytest.mark.usefixtures("only_reads")
 def test_where_direct_reads_are_refused_buffered_ones_count(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +171,7 @@ def test_an_interrupt_leaves_nothing(disk: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(disk.iterdir())
 
 
+@pytest.mark.usefixtures("only_reads")
 @pytest.mark.parametrize(
     ("stage", "number"),
     [
@@ -342,6 +354,7 @@ def test_of_two_rounds_the_better_rate_counts(monkeypatch: pytest.MonkeyPatch) -
     assert len(steps) == 3
 
 
+@pytest.mark.usefixtures("only_reads")
 def test_others_that_compute_meanwhile_are_said(
     disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -549,6 +562,7 @@ def test_the_command_writes_what_auto_reads(disk: Path, tmp_path: Path) -> None:
     assert "cannot write" in done.stderr
 
 
+@pytest.mark.usefixtures("only_reads")
 def test_what_computes_is_shown(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """libggml with what it was compiled for; on ARM its variant and the kernel's words, too."""
     monkeypatch.setattr(probing, "hwcap_words", lambda: (0x8FB, 0x2))

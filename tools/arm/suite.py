@@ -58,10 +58,8 @@ DESELECTED = {
     "test_ggml_backend.py::test_same_numbers_as_llama_cpp_on_the_same_file": "llama-cpp-python",
     "test_ggml_backend.py::test_mtp_block_0_gives_llama_cpps_numbers": "llama-cpp-python",
     "test_ggml_graph.py::test_regions_cost_nothing_until_touched": "the emulator's own page tables",
-    # The rest of the file measures an emulator once; a minute of that is an hour there.
-    "test_probe.py::test_others_that_compute_meanwhile_are_said": "three whole probes",
+    # Another test measures the emulator once; a minute of that is an hour there.
     "test_probe.py::test_the_command_writes_what_auto_reads": "three whole probes",
-    "test_probe.py::test_what_computes_is_shown": "two whole probes",
 }
 
 
