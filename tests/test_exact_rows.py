@@ -168,17 +168,20 @@ def test_the_check_sees_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel for several rows that differs in one bit of one number is not used."""
     backend = GgmlBackend(packed(WIDE, "Q8_0"), threads=1)
     check, weight = backend._rows, backend._weights.model.output
-    run, calls = RowCheck._run, 0
+    run, calls, alone = RowCheck._run, 0, np.zeros(0, np.float32)
 
     def off(self: RowCheck, *args: Any) -> F32:
-        nonlocal calls
+        nonlocal calls, alone
         result = run(self, *args)
         calls += 1
+        if calls == 1:
+            alone = result
+        elif calls <= VERIFY_ROWS:  # as of kernels that are exact, whatever this processor's are
+            result = alone[:calls].copy()
         if calls in (4, 6):  # after one row at a time, two and three; after one query at a time
             result.view(np.int32)[-1, 3] ^= 1
         return result
 
-    assert check.weight(weight).together == VERIFY_ROWS
     monkeypatch.setattr(RowCheck, "_run", off)
     fresh = RowCheck(backend.device)
     assert fresh.weight(weight) == ExactRows(VERIFY_ROWS - 1)
