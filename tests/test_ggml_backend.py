@@ -41,6 +41,7 @@ from mimo_edge.quant.base import FORMATS
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
 from mimo_edge.runtimes.ggml import bindings, expert_matrix, library
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
+from mimo_edge.runtimes.ggml.bindings import describe_library
 from mimo_edge.runtimes.ggml.cache_memory import KV_TYPES
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.expert_source import CachedExperts
@@ -390,7 +391,12 @@ WIDE = tiny.tiny_config(
 # and 0.023 in q8_K's of 256, so each matmul input is off by 0.55 or 0.68 %; about six of them in a
 # row add up over four layers. Measured, worst of four seeds: F16 0.06 %, BF16 0.34 %, blocks of
 # 32 1.27 %, blocks of 256 1.90 %.
-RMS_BOUNDS = {"F32": 1e-6, "F16": 1e-3, "BF16": 5e-3}
+#
+# ARM processors with f16 arithmetic also sum the products of F16 matrices in f16 (test_ggml_graph
+# has the bits), 512 of them 0.07 % off; SVE does so for eight rows and more. Measured on a
+# Cortex-A76: 0.19 %.
+COMPILED = describe_library()["compiled_for"]
+RMS_BOUNDS = {"F32": 1e-6, "F16": 2.5e-3 if "fp16" in COMPILED else 1e-3, "BF16": 5e-3}
 RMS_BLOCKS_OF_32, RMS_BLOCKS_OF_256 = 0.016, 0.023
 
 
@@ -722,12 +728,16 @@ def test_streamed_experts_change_nothing(fmt: str, layers: list[int], count: int
 
 
 # Where sums run in another order an 8-bit activation may move by a step (see above); in plain
-# memory the matrix kernels of Q4_0 and F32 add up like the row kernels.
+# memory the matrix kernels of Q4_0 and F32 add up like the row kernels, but for Q4_0 on ARM with
+# dotprod, where single rows have two sums and several have one.
+Q4_0_SUMS = 1e-5 if "dotprod" in COMPILED else 1e-6
+
+
 @pytest.mark.parametrize(
     ("fmt", "repack", "worst"),
     [
         ("F32", False, 1e-6),
-        ("Q4_0", False, 1e-6),
+        ("Q4_0", False, Q4_0_SUMS),
         ("Q4_0", True, 0.02),
         ("Q8_0", True, 0.02),
         ("Q4_K", False, 0.02),

@@ -182,6 +182,25 @@ def test_mul_mat_f32(device: Device, tokens: int) -> None:
     close(run(device, Graph.mul_mat, w, x).reshape(tokens, 37), x @ w.T)
 
 
+def test_mul_mat_f16(device: Device) -> None:
+    """ARM processors with f16 arithmetic and without SVE sum in f16: 32 sums of every 32nd product,
+    rounded at each step, here to the bit. All others sum in f32."""
+    w, x = normal(37, 512).astype(np.float16), normal(1, 512).astype(np.float16)
+    found = run(device, Graph.mul_mat, w, x.astype(np.float32)).reshape(37)
+    compiled = ggml.describe_library()["compiled_for"]
+    if "fp16" not in compiled or "sve" in compiled:
+        close(found, w.astype(np.float32) @ x[0].astype(np.float32))
+        return
+    products = (w.astype(np.float64) * x).reshape(37, -1, 4, 8)  # f64 holds them, and each sum
+    sums = np.zeros((37, 4, 8), np.float16)
+    for step in range(products.shape[1]):
+        sums = (sums + products[:, step]).astype(np.float16)
+    halves = sums[:, :2] + sums[:, 2:]
+    eight = (halves[:, 0] + halves[:, 1]).astype(np.float32)
+    four = eight[:, :4] + eight[:, 4:]
+    assert np.array_equal(found, (four[:, 0] + four[:, 1]) + (four[:, 2] + four[:, 3]))
+
+
 def test_mul_mat_id(device: Device) -> None:
     stack, x = normal(6, 20, 32), normal(5, 1, 32)
     ids = np.array([[0, 5], [1, 2], [5, 4], [3, 0], [2, 2]], np.int32)

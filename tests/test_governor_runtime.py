@@ -185,7 +185,7 @@ def test_slots_go_while_the_cgroup_shrinks_and_come_back_when_it_grows(
     large: Path, group: MemoryCgroup
 ) -> None:
     """The kernel takes memory away from a process that answers: it is not killed, every answer is
-    the one of a resident model, and it uses memory again once there is some."""
+    the one of a model left in peace, and it uses memory again once there is some."""
     # Room for about half of the experts; an emulator's own memory counts in the cgroup, too.
     ram = (330 if "QEMU_CPU" in os.environ else 230) * MIB
     with Bundle.open(large) as files:
@@ -244,8 +244,11 @@ def test_slots_go_while_the_cgroup_shrinks_and_come_back_when_it_grows(
     *answers, events = [json.loads(line) for line in rest.splitlines()]
     assert events["counts"]["memory"] > 3
     assert "left in cgroup" in json.dumps(events)
-    with Runtime.open(large, backend="ggml", context=256, threads=1, draft=0) as runtime:
-        assert runtime.stats()["experts"] is None
+    # Streamed as well, but undisturbed: kernels for resident experts may round otherwise.
+    with Runtime.open(
+        large, backend="ggml", ram=ram, context=256, threads=1, draft=0, governor=False
+    ) as runtime:
+        assert runtime.stats()["experts"] is not None
         want = [
             list(
                 runtime.session()
