@@ -288,7 +288,8 @@ def test_every_format_multiplies(device: Device, name: str) -> None:
     graph.finish()
     graph.compute()
     error = np.abs(out.array() - want).max() / np.abs(want).max()
-    exact = {"F32": 1e-6, "F16": 1e-3, "BF16": 8e-3}
+    f16 = 2.5e-3 if "fp16" in ggml.describe_library()["compiled_for"] else 1e-3  # see above
+    exact = {"F32": 1e-6, "F16": f16, "BF16": 8e-3}
     assert error < exact.get(name, 0.02)
     for owner in (graph, inputs, context, region):
         owner.close()
