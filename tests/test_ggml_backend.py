@@ -728,16 +728,16 @@ def test_streamed_experts_change_nothing(fmt: str, layers: list[int], count: int
 
 
 # Where sums run in another order an 8-bit activation may move by a step (see above); in plain
-# memory the matrix kernels of Q4_0 and F32 add up like the row kernels, but for Q4_0 on ARM with
-# dotprod, where single rows have two sums and several have one.
-Q4_0_SUMS = 1e-5 if "dotprod" in COMPILED else 1e-6
+# memory the matrix kernels of Q4_0 and F32 add up like the row kernels, but not those of Q4_0 on
+# ARM with dotprod, which have one sum where the row kernels have two.
+Q4_0_STEP = 0.02 if "dotprod" in COMPILED else 1e-6
 
 
 @pytest.mark.parametrize(
     ("fmt", "repack", "worst"),
     [
         ("F32", False, 1e-6),
-        ("Q4_0", False, Q4_0_SUMS),
+        ("Q4_0", False, Q4_0_STEP),
         ("Q4_0", True, 0.02),
         ("Q8_0", True, 0.02),
         ("Q4_K", False, 0.02),
