@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from numpy.typing import NDArray
 from test_ggml_backend import LoopingExperts, packed
 
 from mimo_edge.config import MimoConfig
-from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend, Cache
+from mimo_edge.runtimes.base import F32, VERIFY_ROWS, Backend
 from mimo_edge.runtimes.ggml import expert_matrix
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
 from mimo_edge.runtimes.ggml.graph import ExactRows, Tensor
@@ -38,26 +37,15 @@ WIDE = tiny.tiny_config(
 PROMPT, END = 490, 530
 
 
-def tokens(backend: Backend, count: int) -> NDArray[np.int32]:
-    """The same for every call."""
-    vocab = backend.config.vocab_size
-    return np.random.default_rng(1).integers(0, vocab, count).astype(np.int32)
-
-
 def rows_of(backend: Backend, widths: bool, prompt: int, end: int) -> tuple[F32, F32]:
     """Logits and residual rows of tokens prompt-1..end-1 of one sequence: in passes of one token,
     or in verifies of random width with random rejections."""
-    cache = backend.new_cache(end + VERIFY_ROWS)
-    first = backend.forward(tokens(backend, prompt), cache, hidden_rows=20 if widths else 0)
-    logits, hidden = rows_behind(backend, widths, cache, end)
-    return np.concatenate([first.logits, logits]), hidden
-
-
-def rows_behind(backend: Backend, widths: bool, cache: Cache, end: int) -> tuple[F32, F32]:
-    """The same of the tokens that follow those in `cache`."""
-    ids, vocab = tokens(backend, end), backend.config.vocab_size
+    vocab = backend.config.vocab_size
+    ids = np.random.default_rng(1).integers(0, vocab, end).astype(np.int32)
     rng = np.random.default_rng(2)
-    logits, hidden = [], []
+    cache = backend.new_cache(end + VERIFY_ROWS)
+    first = backend.forward(ids[:prompt], cache, hidden_rows=20 if widths else 0)
+    logits, hidden = [first.logits], []
     while cache.length < end:
         batch = ids[cache.length : cache.length + 1]
         kept = 1
@@ -74,11 +62,8 @@ def rows_behind(backend: Backend, widths: bool, cache: Cache, end: int) -> tuple
 
 
 def assert_same_bits(backend: Backend, prompt: int = PROMPT, end: int = END) -> None:
-    cache, other = (backend.new_cache(end + VERIFY_ROWS) for _ in range(2))
-    backend.forward(tokens(backend, prompt), cache, hidden_rows=20)
-    other.restore(prompt, cache.rows())
-    alone = rows_behind(backend, False, cache, end)
-    together = rows_behind(backend, True, other, end)
+    alone = rows_of(backend, False, prompt, end)
+    together = rows_of(backend, True, prompt, end)
     for one, several in zip(alone, together, strict=True):
         assert one.shape == several.shape
         assert np.array_equal(one.view(np.int32), several.view(np.int32))

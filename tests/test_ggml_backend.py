@@ -41,7 +41,6 @@ from mimo_edge.quant.base import FORMATS
 from mimo_edge.runtimes.base import F32, Cache, ForwardResult, TokenIds
 from mimo_edge.runtimes.ggml import bindings, expert_matrix, library
 from mimo_edge.runtimes.ggml.backend import GgmlBackend
-from mimo_edge.runtimes.ggml.bindings import describe_library
 from mimo_edge.runtimes.ggml.cache_memory import KV_TYPES
 from mimo_edge.runtimes.ggml.device import Device
 from mimo_edge.runtimes.ggml.expert_source import CachedExperts
@@ -395,7 +394,7 @@ WIDE = tiny.tiny_config(
 # ARM processors with f16 arithmetic also sum the products of F16 matrices in f16 (test_ggml_graph
 # has the bits), 512 of them 0.07 % off; SVE does so for eight rows and more. Measured on a
 # Cortex-A76: 0.19 %.
-COMPILED = describe_library()["compiled_for"]
+COMPILED = bindings.describe_library()["compiled_for"]
 RMS_BOUNDS = {"F32": 1e-6, "F16": 2.5e-3 if "fp16" in COMPILED else 1e-3, "BF16": 5e-3}
 RMS_BLOCKS_OF_32, RMS_BLOCKS_OF_256 = 0.016, 0.023
 

@@ -124,6 +124,7 @@ def test_without_a_place_tokens_are_processed_again(backend: Backend) -> None:
             said += TURNS[number][turn]
             assert answer(opened(backend).session(), said, number) == tokens
             said += tokens
+    assert [[len(turn) for turn in one] for one in found] == [[TOKENS] * 3] * len(TURNS)
     if backend.name == "reference":
         assert found == alone(backend)
     idle = runtime.stats()["idle"]

@@ -362,9 +362,9 @@ def test_the_kernel_never_counts_more_than_was_allowed(
     ram = smallest(large) + extra * MIB
     assert planned(large, ram).streamed
 
-    def answered(limit: int, group: str) -> Any:
+    def answered(group: str) -> Any:
         done = subprocess.run(
-            [sys.executable, "-c", IN_CGROUP, str(large), str(limit), group],
+            [sys.executable, "-c", IN_CGROUP, str(large), str(ram), group],
             capture_output=True,
             text=True,
             check=False,
@@ -375,7 +375,7 @@ def test_the_kernel_never_counts_more_than_was_allowed(
         return json.loads(done.stdout)
 
     bound(cgroup, ram)
-    found = answered(ram, str(cgroup))
+    found = answered(str(cgroup))
     experts, budget = found["stats"]["experts"], found["stats"]["budget"]
     # a wrong guess of what a layer will want leaves its slot empty, as many as the clock allows
     empty = experts["slots"] - experts["slots_used"]
@@ -384,7 +384,7 @@ def test_the_kernel_never_counts_more_than_was_allowed(
     assert experts["flash_bytes"] > 0
     assert peak(cgroup) < ram
     # Streamed as well: resident experts go through another operation, which may round otherwise.
-    free = answered(ram, "")
+    free = answered("")
     assert free["stats"]["budget"]["chunk"] == budget["chunk"]
     assert found["answer"] == free["answer"]
 

@@ -106,8 +106,9 @@ def all_checks(
     for cpu in whole:
         yield main_job_check(python, cpu, state)
         yield from session_checks(python, exact, int4, cpu, state)
-    for small in SMALL_SYSTEMS[: 1 if quick else None] if CPUS[0] in compared else ():
-        yield from suite.checks(CPUS[0], ON_SMALL_SYSTEM, small, " ".join(small.values()))
+    if CPUS[0] in compared:
+        for small in SMALL_SYSTEMS[: 1 if quick else None]:
+            yield from suite.checks(CPUS[0], ON_SMALL_SYSTEM, small, " ".join(small.values()))
     for cpu in whole:
         yield from suite.checks(cpu, QUICK if quick else all_but_last())
     if onnx:
