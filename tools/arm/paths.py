@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Everything lies here, ignored by git; deleting it makes the next call begin afresh.
 WORK = REPOSITORY / ".arm"
 QEMU = "qemu-aarch64-static"
-TIMEOUT_S = 3600.0  # of one program; none takes that long, an emulator that hangs takes for ever
+# Of one program: an emulator that hangs takes for ever, `test_onnx_nano` with SVE and SME an hour.
+TIMEOUT_S = 10_800.0
 _running: set[subprocess.Popen[str]] = set()
 NEEDED = {
     QEMU: "qemu-user-static",
