@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Everything lies here, ignored by git; deleting it makes the next call begin afresh.
 WORK = REPOSITORY / ".arm"
 QEMU = "qemu-aarch64-static"
-# Of one program. `test_onnx_nano` with SVE and SME takes two hours, one that hangs for ever.
+# Of one program, since an emulator may hang. The longest, `test_onnx_nano` with SVE and SME, takes
+# two hours.
 TIMEOUT_S = 10_800.0
 _running: set[subprocess.Popen[str]] = set()
 NEEDED = {
